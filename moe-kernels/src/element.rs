@@ -1,0 +1,138 @@
+//! Element types: what a byte of device memory means.
+
+use std::fmt::{Debug, Display};
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
+
+/// The runtime name of an element type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// 64-bit IEEE float.
+    F64,
+    /// 32-bit IEEE float.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 64-bit signed integer.
+    I64,
+    /// 32-bit signed integer.
+    I32,
+    /// Byte.
+    U8,
+}
+
+impl DType {
+    /// Size of one element in bytes.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F64 | DType::I64 => 8,
+            DType::F32 | DType::I32 => 4,
+            DType::Bf16 => 2,
+            DType::U8 => 1,
+        }
+    }
+
+    /// Lower-case name (`"f32"`), as configurations and manifests write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F64 => "f64",
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::I64 => "i64",
+            DType::I32 => "i32",
+            DType::U8 => "u8",
+        }
+    }
+}
+
+impl Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A plain value that tensors hold.
+pub trait Element: bytemuck::Pod + Debug + PartialEq + Send + Sync + 'static {
+    /// Its runtime name.
+    const DTYPE: DType;
+}
+
+macro_rules! element {
+    ($($t:ty => $d:ident),*) => {$(
+        impl Element for $t {
+            const DTYPE: DType = DType::$d;
+        }
+    )*};
+}
+element!(f64 => F64, f32 => F32, half::bf16 => Bf16, i64 => I64, i32 => I32, u8 => U8);
+
+/// A floating-point element and the type its sums are kept in.
+///
+/// `Acc` is its own accumulator, which ends the recursion of bounds: `bf16 → f32 → f32`, `f64 → f64`.
+pub trait Float:
+    Element
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+    + SubAssign
+    + MulAssign
+{
+    /// Accumulation type: gradients, master weights, moments, statistics.
+    type Acc: Float<Acc = Self::Acc>;
+
+    /// Zero.
+    const ZERO: Self;
+    /// One.
+    const ONE: Self;
+
+    /// Rounds a double to the nearest value.
+    fn from_f64(x: f64) -> Self;
+    /// Widens to a double (exact).
+    fn to_f64(self) -> f64;
+    /// Rounds an accumulator once.
+    fn from_acc(x: Self::Acc) -> Self;
+    /// Widens to the accumulator (exact).
+    fn to_acc(self) -> Self::Acc;
+}
+
+macro_rules! float {
+    ($t:ty, $acc:ty, $zero:expr, $one:expr, $from64:expr, $to64:expr, $fromacc:expr, $toacc:expr) => {
+        impl Float for $t {
+            type Acc = $acc;
+            const ZERO: Self = $zero;
+            const ONE: Self = $one;
+            #[inline(always)]
+            fn from_f64(x: f64) -> Self {
+                $from64(x)
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                $to64(self)
+            }
+            #[inline(always)]
+            fn from_acc(x: $acc) -> Self {
+                $fromacc(x)
+            }
+            #[inline(always)]
+            fn to_acc(self) -> $acc {
+                $toacc(self)
+            }
+        }
+    };
+}
+float!(f64, f64, 0.0, 1.0, |x| x, |x| x, |x| x, |x| x);
+float!(f32, f32, 0.0, 1.0, |x| x as f32, |x| x as f64, |x| x, |x| x);
+float!(
+    half::bf16,
+    f32,
+    half::bf16::ZERO,
+    half::bf16::ONE,
+    half::bf16::from_f64,
+    half::bf16::to_f64,
+    half::bf16::from_f32,
+    half::bf16::to_f32
+);

@@ -1,0 +1,33 @@
+use crate::{Device, Float, Result, View, ViewMut};
+
+/// Whether an operand is read as it is or transposed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// As it is.
+    N,
+    /// Transposed.
+    T,
+}
+
+/// Dense matrix products.
+pub trait Gemm<T: Float>: Device {
+    /// `y = op(a) · op(b)`, accumulated in `T::Acc`, rounded once. `y: [m, n]`.
+    fn gemm(
+        &self,
+        y: ViewMut<'_, T, Self>,
+        a: View<'_, T, Self>,
+        ta: Op,
+        b: View<'_, T, Self>,
+        tb: Op,
+    ) -> Result<()>;
+
+    /// `g += op(a) · op(b)` in the accumulation type: weight gradients. `g: [m, n]`.
+    fn gemm_acc(
+        &self,
+        g: ViewMut<'_, T::Acc, Self>,
+        a: View<'_, T, Self>,
+        ta: Op,
+        b: View<'_, T, Self>,
+        tb: Op,
+    ) -> Result<()>;
+}

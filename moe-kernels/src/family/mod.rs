@@ -1,0 +1,33 @@
+//! Kernel families: what a device can compute.
+//!
+//! Every kernel checks shapes once at its boundary and returns an error; outputs that a kernel overwrites may hold
+//! anything before. Sums are formed in `T::Acc` and rounded once. Rows are tokens, sequence-major: the token at
+//! position `s` of sequence `b` is row `s · batch + b`, so that sequence shards are row ranges.
+
+mod activation;
+mod attention;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod grouped;
+mod loss;
+mod norm;
+mod optim;
+mod reduce;
+mod rope;
+mod routing;
+mod rows;
+
+pub use activation::Activation;
+pub use attention::{Attention, AttentionMask, AttentionShape};
+pub use elementwise::Elementwise;
+pub use embedding::Embedding;
+pub use gemm::{Gemm, Op};
+pub use grouped::GroupedGemm;
+pub use loss::Loss;
+pub use norm::Norm;
+pub use optim::{AdamW, Optim};
+pub use reduce::Reduce;
+pub use rope::{Rope, Rotation};
+pub use routing::{Routing, ScoreFunction};
+pub use rows::Rows;
