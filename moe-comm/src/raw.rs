@@ -1,0 +1,47 @@
+//! What a backend implements.
+
+use moe_kernels::Device;
+use moe_topology::GroupKey;
+
+use crate::{Call, Result};
+
+/// A communicator of one group, as one of its ranks sees it.
+///
+/// `Send` but not `Sync`: the order of calls is the protocol. Every rank of the group makes the same calls in the
+/// same order. Decorators (counting, tracing, faults) implement the same trait.
+pub trait RawComm<D: Device>: Send {
+    /// This rank's position in the group.
+    fn rank(&self) -> usize;
+    /// Ranks in the group.
+    fn size(&self) -> usize;
+    /// The world ranks of the group, in group order.
+    fn ranks(&self) -> &[usize];
+    /// What the group is.
+    fn key(&self) -> GroupKey;
+    /// Starts an operation. It makes progress without further calls of this rank.
+    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>>;
+    /// Starts several at once (one NCCL group); the order inside a batch is free of deadlock.
+    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>>;
+    /// Ends all operations of the whole world with an error that carries `why`.
+    fn abort(&self, why: &str);
+}
+
+/// An operation in flight.
+pub trait Flight<D: Device>: Send {
+    /// Whether it is done.
+    fn ready(&self) -> Result<bool>;
+    /// Orders the device's further work behind it (on a stream), or waits for it (on a CPU), and returns the receive
+    /// buffer. An error names the rank, the group and the operation that failed.
+    fn wait(self: Box<Self>) -> Result<Option<D::Buf>>;
+}
+
+/// Where one rank gets its communicators.
+pub trait World<D: Device>: Send {
+    /// This rank.
+    fn rank(&self) -> usize;
+    /// Ranks of the world.
+    fn size(&self) -> usize;
+    /// Makes the communicator of a group that this rank belongs to. Collective: every rank of the group makes the
+    /// same calls in the same order. `ranks` are world ranks in group order.
+    fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>>;
+}
