@@ -1,0 +1,61 @@
+//! The crate's error type.
+
+/// What can go wrong between a routing and the experts.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A coordinate outside its axis.
+    #[error("{axis} rank {rank} of {size}: ranks run from 0 to size − 1")]
+    Coordinate {
+        /// The axis, `"ep"` or `"etp"`.
+        axis: &'static str,
+        /// The rank along it.
+        rank: usize,
+        /// Its size.
+        size: usize,
+    },
+    /// Experts that cannot be spread evenly.
+    #[error("num_experts ({num_experts}) must be a positive multiple of ep ({ep})")]
+    Experts {
+        /// Experts of the layer.
+        num_experts: usize,
+        /// Expert-parallel size.
+        ep: usize,
+    },
+    /// Exchanged counts that are no counts: the wrong number of them, negative or descending ones, or more rows than
+    /// an `i32` index can name.
+    #[error("exchanged counts: {what}")]
+    Counts {
+        /// What is wrong, with the values.
+        what: String,
+    },
+    /// A flight that ended in another call than it was started for.
+    #[error("{call}: the flight that was handed in carries no {missing}")]
+    Flight {
+        /// The call that refused.
+        call: &'static str,
+        /// What the flight should have carried.
+        missing: &'static str,
+    },
+    /// No dispatcher of this name.
+    #[error("no dispatcher is called `{name}`; there are `all-to-all` and `all-gather`")]
+    UnknownDispatcher {
+        /// The name that was asked for.
+        name: String,
+    },
+    /// A router that cannot be.
+    #[cfg(feature = "native")]
+    #[error("router: {what}")]
+    Router {
+        /// What is wrong, with the values.
+        what: String,
+    },
+    /// The device refused.
+    #[cfg(feature = "native")]
+    #[error(transparent)]
+    Device(#[from] moe_kernels::Error),
+    /// A collective failed.
+    #[cfg(feature = "native")]
+    #[error(transparent)]
+    Comm(#[from] moe_comm::Error),
+}
