@@ -2,8 +2,8 @@
 
 use crate::Float;
 use crate::family::{
-    Activation, Attention, Elementwise, Embedding, Gemm, GroupedGemm, Loss, Norm, Optim, Reduce, Rope, Routing,
-    Rows,
+    Activation, Attention, Elementwise, Embedding, Gemm, GroupedGemm, Loss, Norm, Optim, Reduce, Rope,
+    Routing, Rows,
 };
 
 macro_rules! backend {

@@ -59,4 +59,12 @@ pub enum Error {
         /// Bytes in use.
         live: usize,
     },
+    /// The threads of a device could not be started.
+    #[error("{threads} threads could not be started: {reason}")]
+    Threads {
+        /// Threads asked for.
+        threads: usize,
+        /// What the system said.
+        reason: String,
+    },
 }

@@ -20,7 +20,7 @@ pub mod tensor;
 pub mod cpu;
 
 pub use backend::Backend;
-
+pub use cpu::Cpu;
 pub use device::{Device, MemoryStats};
 pub use element::{DType, Element, Float};
 pub use error::{Error, Result};

@@ -303,7 +303,11 @@ impl<T: Element, D: Device> Tensor<T, D> {
             device.download(&self.buf, offset * size_of::<T>(), bytemuck::cast_slice_mut(&mut host))?;
         } else {
             for (r, row) in host.chunks_exact_mut(cols).enumerate() {
-                device.download(&self.buf, (offset + r * stride) * size_of::<T>(), bytemuck::cast_slice_mut(row))?;
+                device.download(
+                    &self.buf,
+                    (offset + r * stride) * size_of::<T>(),
+                    bytemuck::cast_slice_mut(row),
+                )?;
             }
         }
         Ok(host)

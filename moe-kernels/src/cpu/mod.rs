@@ -1,1 +1,5 @@
 //! The backend of every machine.
+
+mod device;
+
+pub use device::{Cpu, CpuBuf};
