@@ -1,0 +1,163 @@
+//! What a rank does, one step at a time: the alphabet of schedules.
+
+use std::fmt;
+
+/// The direction in which data crosses a stage boundary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Flow {
+    /// Activations, from stage `s` to stage `s + 1`.
+    Forward,
+    /// Gradients of activations, from stage `s` to stage `s - 1`.
+    Backward,
+}
+
+/// What an [`Action`] does. The short names are those of torch's pipelining.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Kind {
+    /// `F`: the forward pass.
+    Forward,
+    /// `I`: the gradient of the stage's input.
+    BackwardInput,
+    /// `W`: the gradient of the stage's weights, what `I` left to do.
+    BackwardWeight,
+    /// `B`: `I` and `W` in one.
+    Backward,
+    /// `SEND_F`, `SEND_B`: starts to send the stage's output (or the gradient of its input).
+    Send(Flow),
+    /// `RECV_F`, `RECV_B`: starts to receive the stage's input (or the gradient of its output).
+    Recv(Flow),
+    /// `WAIT_SEND_F`, `WAIT_SEND_B`: ends the send of the same name; what was sent is released.
+    WaitSend(Flow),
+    /// `WAIT_RECV_F`, `WAIT_RECV_B`: ends the receive of the same name; what arrived can be used.
+    WaitRecv(Flow),
+}
+
+impl Kind {
+    /// Whether it is `F`, `I`, `W` or `B`.
+    pub const fn is_compute(self) -> bool {
+        matches!(self, Kind::Forward | Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward)
+    }
+
+    /// The short name (`"F"`, `"SEND_B"`, …).
+    pub const fn name(self) -> &'static str {
+        use Flow::{Backward, Forward};
+        match self {
+            Kind::Forward => "F",
+            Kind::BackwardInput => "I",
+            Kind::BackwardWeight => "W",
+            Kind::Backward => "B",
+            Kind::Send(Forward) => "SEND_F",
+            Kind::Send(Backward) => "SEND_B",
+            Kind::Recv(Forward) => "RECV_F",
+            Kind::Recv(Backward) => "RECV_B",
+            Kind::WaitSend(Forward) => "WAIT_SEND_F",
+            Kind::WaitSend(Backward) => "WAIT_SEND_B",
+            Kind::WaitRecv(Forward) => "WAIT_RECV_F",
+            Kind::WaitRecv(Backward) => "WAIT_RECV_B",
+        }
+    }
+}
+
+/// One step of a rank: a kind, for one stage and one micro-batch. Written `2F0`: stage 2, forward, micro-batch 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Action {
+    /// The stage that the rank acts for.
+    pub stage: u32,
+    /// What is done.
+    pub kind: Kind,
+    /// The micro-batch, counted from 0 in each step.
+    pub microbatch: u32,
+}
+
+impl Action {
+    /// An action.
+    pub const fn new(stage: u32, kind: Kind, microbatch: u32) -> Self {
+        Action { stage, kind, microbatch }
+    }
+
+    /// What a compute action needs from the neighbouring stage, if anything, in a pipeline of `stages` stages.
+    pub fn input(self, stages: u32) -> Option<Message> {
+        let flow = match self.kind {
+            Kind::Forward if self.stage > 0 => Flow::Forward,
+            Kind::Backward | Kind::BackwardInput if self.stage + 1 < stages => Flow::Backward,
+            _ => return None,
+        };
+        Some(Message { flow, stage: self.stage, microbatch: self.microbatch })
+    }
+
+    /// What a compute action makes for the neighbouring stage, if anything, in a pipeline of `stages` stages.
+    pub fn output(self, stages: u32) -> Option<Message> {
+        let (flow, stage) = match self.kind {
+            Kind::Forward if self.stage + 1 < stages => (Flow::Forward, self.stage + 1),
+            Kind::Backward | Kind::BackwardInput if self.stage > 0 => (Flow::Backward, self.stage - 1),
+            _ => return None,
+        };
+        Some(Message { flow, stage, microbatch: self.microbatch })
+    }
+
+    /// The message of a send, a receive or a wait; none for a compute action, and none where no message can be: beyond
+    /// the first and last of `stages` stages.
+    pub fn message(self, stages: u32) -> Option<Message> {
+        let (flow, stage) = match self.kind {
+            Kind::Send(flow) | Kind::WaitSend(flow) => (flow, flow.next(self.stage)?),
+            Kind::Recv(flow) | Kind::WaitRecv(flow) => (flow, self.stage),
+            _ => return None,
+        };
+        let message = Message { flow, stage, microbatch: self.microbatch };
+        (stage < stages && message.producer().is_some_and(|s| s < stages)).then_some(message)
+    }
+}
+
+impl Flow {
+    /// The stage after `stage` in this direction.
+    fn next(self, stage: u32) -> Option<u32> {
+        match self {
+            Flow::Forward => stage.checked_add(1),
+            Flow::Backward => stage.checked_sub(1),
+        }
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}{}", self.stage, self.kind.name(), self.microbatch)
+    }
+}
+
+/// What crosses a stage boundary once: the header that sender and receiver agree on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Message {
+    /// Activations or gradients.
+    pub flow: Flow,
+    /// The stage that uses it.
+    pub stage: u32,
+    /// The micro-batch.
+    pub microbatch: u32,
+}
+
+impl Message {
+    /// The stage that makes it; none for the input of the pipeline's first stage.
+    pub fn producer(self) -> Option<u32> {
+        match self.flow {
+            Flow::Forward => self.stage.checked_sub(1),
+            Flow::Backward => self.stage.checked_add(1),
+        }
+    }
+
+    /// One number for the header, distinct for distinct messages of a step: for transports that match by tag.
+    pub const fn tag(self) -> u64 {
+        // Placements have fewer than 2^31 stages.
+        (self.microbatch as u64) << 32 | (self.stage as u64) << 1 | self.flow as u64
+    }
+}
+
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.flow {
+            Flow::Forward => "activation",
+            Flow::Backward => "gradient",
+        };
+        write!(f, "{what} for stage {} of micro-batch {}", self.stage, self.microbatch)
+    }
+}

@@ -1,0 +1,262 @@
+//! The crate's error type.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::{Action, Message};
+
+/// Result of the fallible calls of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Where in a schedule an action stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct At {
+    /// The pipeline rank.
+    pub rank: u32,
+    /// Position in the rank's list, from 0.
+    pub index: usize,
+    /// The action there.
+    pub action: Action,
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (rank {}, index {})", self.action, self.rank, self.index)
+    }
+}
+
+/// What can be wrong with a schedule, its text, its costs, or the channels it runs over.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A pipeline needs at least one rank, one stage and one micro-batch.
+    #[error("a schedule needs at least one {what}")]
+    Empty {
+        /// What there is none of.
+        what: &'static str,
+    },
+    /// Stages are numbered below 2³¹.
+    #[error("{stages} stages are more than a placement can number")]
+    TooManyStages {
+        /// Stages asked for.
+        stages: usize,
+    },
+    /// Ranks are numbered densely and each owns a stage.
+    #[error("rank {rank} owns no stage, though the placement has {ranks} ranks")]
+    RankWithoutStage {
+        /// The idle rank.
+        rank: u32,
+        /// Ranks of the placement.
+        ranks: u32,
+    },
+    /// One list of actions per rank.
+    #[error("{lists} lists of actions for {ranks} ranks")]
+    Lists {
+        /// Lists given.
+        lists: usize,
+        /// Ranks of the placement.
+        ranks: u32,
+    },
+    /// A stage number beyond the placement.
+    #[error("{at}: the pipeline has {stages} stages")]
+    UnknownStage {
+        /// The action.
+        at: At,
+        /// Stages of the placement.
+        stages: u32,
+    },
+    /// A micro-batch number beyond the schedule's.
+    #[error("{at}: the schedule has {microbatches} micro-batches")]
+    UnknownMicrobatch {
+        /// The action.
+        at: At,
+        /// Micro-batches of the schedule.
+        microbatches: u32,
+    },
+    /// An action in the list of a rank that does not own the stage.
+    #[error("{at}: stage {} is owned by rank {owner}", at.action.stage)]
+    WrongRank {
+        /// The action.
+        at: At,
+        /// The rank that owns the stage.
+        owner: u32,
+    },
+    /// A message where no boundary between ranks is.
+    #[error(
+        "{at}: there is no message here: the stage is the pipeline's end, or its neighbour is on the same rank"
+    )]
+    NoBoundary {
+        /// The action.
+        at: At,
+    },
+    /// A backward action in a forward-only schedule.
+    #[error("{at}: the schedule is forward-only")]
+    ForwardOnly {
+        /// The action.
+        at: At,
+    },
+
+    /// Lowering starts from less than it was given.
+    #[error("{at}: the schedule already has such actions")]
+    AlreadyLowered {
+        /// The first action that lowering would have added itself.
+        at: At,
+    },
+    /// The compute order can never run, whatever the transport.
+    #[error("{at}: can never run, because the {needs} is never made before it")]
+    Stuck {
+        /// The action that waits for ever.
+        at: At,
+        /// What it waits for.
+        needs: Message,
+    },
+
+    /// An action occurs twice (a buffer would be freed twice, a gradient added twice).
+    #[error("{at}: done before")]
+    Duplicate {
+        /// The second occurrence.
+        at: At,
+    },
+    /// An action never occurs.
+    #[error("rank {rank} never does {action}")]
+    Missing {
+        /// The rank whose list lacks it.
+        rank: u32,
+        /// The action.
+        action: Action,
+    },
+    /// A stage's micro-batches are not in ascending order, so sums would depend on the schedule.
+    #[error("{at}: micro-batch {expected} of this stage comes first")]
+    OutOfOrder {
+        /// The action.
+        at: At,
+        /// The micro-batch whose turn it is.
+        expected: u32,
+    },
+    /// An action stands before one that it depends on.
+    #[error("{at}: needs {needs} before it")]
+    Premature {
+        /// The action.
+        at: At,
+        /// What must come before it on the same rank.
+        needs: Action,
+    },
+    /// Ranks that wait for each other under a rendezvous transport.
+    #[error("deadlock under rendezvous: {}", chain(cycle))]
+    Deadlock {
+        /// Each waits for the next, the last for the first.
+        cycle: Vec<At>,
+    },
+    /// More micro-batches in flight than the budget allows.
+    #[error("{at}: {in_flight} activations in flight exceed the budget of {budget}")]
+    OverBudget {
+        /// The forward pass that is one too many.
+        at: At,
+        /// Activations in flight with it.
+        in_flight: u32,
+        /// The budget.
+        budget: u32,
+    },
+
+    /// A list of costs of the wrong length.
+    #[error("{got} costs for {expected} {what}")]
+    CostCount {
+        /// What is priced.
+        what: &'static str,
+        /// How many there are.
+        expected: usize,
+        /// How many were given.
+        got: usize,
+    },
+    /// A cost that is negative or not a number.
+    #[error("the cost of {what} {index} is {value}; costs are finite and not negative")]
+    Cost {
+        /// What is priced.
+        what: &'static str,
+        /// Which of them.
+        index: usize,
+        /// The value given.
+        value: f64,
+    },
+
+    /// Text that is not an action.
+    #[error("{text:?} is not an action; actions read like 2F0, 1SEND_B3")]
+    NotAnAction {
+        /// The text.
+        text: String,
+    },
+    /// Text in a schedule that is not an action.
+    #[error("line {line}, column {column}: {text:?} is not an action; actions read like 2F0, 1SEND_B3")]
+    Parse {
+        /// Line, from 1; it is the rank plus 1.
+        line: usize,
+        /// Comma-separated column, from 1.
+        column: usize,
+        /// The text.
+        text: String,
+    },
+    /// A stage that the text never names, though it names a higher one.
+    #[error("stage {stage} computes nothing, though the text names {stages} stages")]
+    UnplacedStage {
+        /// The stage.
+        stage: u32,
+        /// Stages that the text implies.
+        stages: u32,
+    },
+
+    /// A peer did not answer within the deadline.
+    #[error("rank {rank} waited {after:?} for rank {peer}: {message}")]
+    Timeout {
+        /// The rank that waited.
+        rank: u32,
+        /// The rank that did not answer.
+        peer: u32,
+        /// What was to be exchanged.
+        message: Message,
+        /// The deadline.
+        after: Duration,
+    },
+    /// A peer ended before an exchange.
+    #[error("rank {peer} is gone, and rank {rank} needs it: {message}")]
+    PeerGone {
+        /// The rank that noticed.
+        rank: u32,
+        /// The rank that ended.
+        peer: u32,
+        /// What was to be exchanged.
+        message: Message,
+    },
+    /// A peer gave up and said why.
+    #[error("rank {peer} aborted: {why}")]
+    Aborted {
+        /// The rank that gave up.
+        peer: u32,
+        /// Its reason.
+        why: String,
+    },
+    /// A message other than the next expected one.
+    #[error("rank {rank} expected from rank {peer}: {expected}; got: {got}")]
+    Mismatch {
+        /// The rank that received.
+        rank: u32,
+        /// The rank that sent.
+        peer: u32,
+        /// What the receiver asked for.
+        expected: Message,
+        /// What came.
+        got: Message,
+    },
+    /// A rank beyond the channels.
+    #[error("there is no rank {rank} among {ranks}")]
+    UnknownRank {
+        /// The rank asked for.
+        rank: u32,
+        /// How many there are.
+        ranks: u32,
+    },
+}
+
+fn chain(cycle: &[At]) -> String {
+    let steps: Vec<String> = cycle.iter().map(At::to_string).collect();
+    format!("{} waits for the first", steps.join(" waits for "))
+}

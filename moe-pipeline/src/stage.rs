@@ -1,0 +1,45 @@
+//! What the executor drives.
+
+/// A pipeline stage: a part of the model with an explicit, split backward pass.
+///
+/// A stage holds no state of a step: what it needs for backward it returns as `Saved` and `Deferred`, and the rank's
+/// context `Cx` (memory, parameters, gradients, communicators, the step's micro-batches) is lent to every call. So any
+/// number of micro-batches can be in flight.
+///
+/// The executor calls each of the three in ascending micro-batch order, so sums over micro-batches do not depend on the
+/// schedule.
+pub trait Stage {
+    /// The rank's context.
+    type Cx;
+    /// What crosses stage boundaries: activations forward, their gradients backward.
+    type Act;
+    /// What forward keeps for [`Stage::backward_input`].
+    type Saved;
+    /// What [`Stage::backward_input`] keeps for [`Stage::backward_weight`].
+    type Deferred;
+    /// Why a call can fail.
+    type Error;
+
+    /// The forward pass of micro-batch `m`. `x` is the previous stage's output; the pipeline's first stage gets `None`
+    /// and reads its micro-batch from `cx`. The last stage returns `None`: it keeps its loss in `cx`; all others return
+    /// their output.
+    fn forward(
+        &self,
+        m: u32,
+        x: Option<Self::Act>,
+        cx: &mut Self::Cx,
+    ) -> Result<(Option<Self::Act>, Self::Saved), Self::Error>;
+
+    /// The gradient of the input of micro-batch `m`. `dy` is the gradient of the stage's output; the last stage gets
+    /// `None` and starts from its loss. The first stage returns `None`, all others the gradient of their input.
+    fn backward_input(
+        &self,
+        m: u32,
+        dy: Option<Self::Act>,
+        s: Self::Saved,
+        cx: &mut Self::Cx,
+    ) -> Result<(Option<Self::Act>, Self::Deferred), Self::Error>;
+
+    /// Adds the gradient of the weights of micro-batch `m` to those in `cx`.
+    fn backward_weight(&self, m: u32, d: Self::Deferred, cx: &mut Self::Cx) -> Result<(), Self::Error>;
+}

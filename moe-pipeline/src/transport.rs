@@ -1,0 +1,258 @@
+//! How messages travel: the trait that the executor posts to, and two transports between threads.
+//!
+//! [`rendezvous`] is the strictest transport there is: a send blocks until it is received, a receive until it is sent. A
+//! program that runs over it runs over any. [`buffered`] is the most lenient: a send never blocks.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use crate::{Error, Message};
+
+/// A message operation, as the executor posts it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Post<A> {
+    /// Sends to a pipeline rank.
+    Send {
+        /// The rank that receives.
+        to_rank: u32,
+        /// The header; the receiver posts the same.
+        message: Message,
+        /// What is sent.
+        act: A,
+    },
+    /// Receives from a pipeline rank.
+    Recv {
+        /// The rank that sends.
+        from_rank: u32,
+        /// The header; the sender posts the same.
+        message: Message,
+    },
+}
+
+/// Point-to-point messages between the ranks of a pipeline.
+///
+/// Between two ranks, messages of one direction are posted in the same order on both sides. A validated program cannot
+/// deadlock whether posts block until their counterpart is posted (in the batch's order, or all of the batch together)
+/// or never do.
+///
+/// Nothing may wait for ever: a call whose peer is dead or silent returns an error within a deadline of the transport.
+pub trait Transport<A> {
+    /// A started operation.
+    type Ticket;
+    /// Why a call can fail.
+    type Error;
+
+    /// Starts operations; one ticket for each, in order.
+    fn post(&mut self, batch: Vec<Post<A>>) -> Result<Vec<Self::Ticket>, Self::Error>;
+
+    /// Ends an operation: what a receive received, `None` for a send.
+    fn wait(&mut self, t: Self::Ticket) -> Result<Option<A>, Self::Error>;
+
+    /// Tells all peers that this rank gives up, so that their calls fail at once rather than at the deadline. The
+    /// executor calls it before it returns an error.
+    fn abort(&mut self, why: &str);
+}
+
+/// Channels between `ranks` threads, one element per rank, whose sends and receives block in [`Transport::post`] until
+/// they meet. Every call ends within `deadline` of each message that it waits for.
+pub fn rendezvous<A>(ranks: u32, deadline: Duration) -> Vec<Channels<A>> {
+    connect(ranks, deadline, true)
+}
+
+/// Channels between `ranks` threads, one element per rank, whose sends never block. [`Transport::wait`] ends within
+/// `deadline`.
+pub fn buffered<A>(ranks: u32, deadline: Duration) -> Vec<Channels<A>> {
+    connect(ranks, deadline, false)
+}
+
+/// One rank's end of [`rendezvous`] or [`buffered`]. Dropping it, also in a panic, tells all peers.
+#[derive(Debug)]
+pub struct Channels<A> {
+    rank: u32,
+    deadline: Duration,
+    rendezvous: bool,
+    inbox: Receiver<(u32, Packet<A>)>,
+    peers: Vec<Peer<A>>,
+    aborted: Option<(u32, String)>,
+}
+
+#[derive(Debug)]
+enum Packet<A> {
+    Data(Message, A),
+    /// A rendezvous: the oldest unacknowledged packet was received.
+    Ack,
+    /// A rank gave up, and why: not always the sender, who passes it on before it ends.
+    Abort(u32, String),
+    Gone,
+}
+
+/// What this rank knows of another.
+#[derive(Debug)]
+struct Peer<A> {
+    outbox: Sender<(u32, Packet<A>)>,
+    /// Arrived, not yet matched with a receive.
+    arrived: VecDeque<(Message, A)>,
+    /// Posted receives that nothing was matched with yet.
+    expected: VecDeque<Message>,
+    /// Matched while another receive was waited for.
+    matched: HashMap<Message, A>,
+    acks: usize,
+    gone: bool,
+}
+
+/// A started operation of [`Channels`].
+#[derive(Debug)]
+pub struct Ticket(Option<(u32, Message)>);
+
+fn connect<A>(ranks: u32, deadline: Duration, rendezvous: bool) -> Vec<Channels<A>> {
+    let (outboxes, inboxes): (Vec<_>, Vec<_>) = (0..ranks).map(|_| channel()).unzip();
+    let peer = |outbox: &Sender<_>| Peer {
+        outbox: outbox.clone(),
+        arrived: VecDeque::new(),
+        expected: VecDeque::new(),
+        matched: HashMap::new(),
+        acks: 0,
+        gone: false,
+    };
+    let channels = |(rank, inbox)| Channels {
+        rank,
+        deadline,
+        rendezvous,
+        inbox,
+        peers: outboxes.iter().map(peer).collect(),
+        aborted: None,
+    };
+    (0..).zip(inboxes).map(channels).collect()
+}
+
+impl<A> Channels<A> {
+    fn peer(&mut self, rank: u32) -> Result<&mut Peer<A>, Error> {
+        let ranks = self.peers.len() as u32;
+        self.peers.get_mut(rank as usize).ok_or(Error::UnknownRank { rank, ranks })
+    }
+
+    /// Tells a peer something. It may have ended meanwhile: whoever waits for it learns that from its last packet.
+    fn tell(&self, rank: u32, packet: Packet<A>) {
+        if let Some(peer) = self.peers.get(rank as usize) {
+            let _ = peer.outbox.send((self.rank, packet));
+        }
+    }
+
+    fn tell_all(&self, packet: impl Fn() -> Packet<A>) {
+        (0..self.peers.len() as u32)
+            .filter(|&rank| rank != self.rank)
+            .for_each(|rank| self.tell(rank, packet()));
+    }
+
+    fn send(&mut self, to: u32, message: Message, act: A) -> Result<(), Error> {
+        self.peer(to)?;
+        self.tell(to, Packet::Data(message, act));
+        if self.rendezvous {
+            self.until(to, message, |peer| (peer.acks > 0).then(|| peer.acks -= 1))?;
+        }
+        Ok(())
+    }
+
+    /// Matches what arrives from a peer with the posted receives, in order, up to `message`.
+    fn receive(&mut self, from: u32, message: Message) -> Result<A, Error> {
+        loop {
+            if let Some(act) = self.peer(from)?.matched.remove(&message) {
+                return Ok(act);
+            }
+            let (got, act) = self.until(from, message, |peer| peer.arrived.pop_front())?;
+            let rank = self.rank;
+            let peer = self.peer(from)?;
+            let expected = peer.expected.pop_front().unwrap_or(message);
+            if got != expected {
+                return Err(Error::Mismatch { rank, peer: from, expected, got });
+            }
+            peer.matched.insert(got, act);
+            if self.rendezvous {
+                self.tell(from, Packet::Ack);
+            }
+        }
+    }
+
+    /// Files packets until `ready` finds what it looks for in those of `from`.
+    fn until<R>(
+        &mut self,
+        from: u32,
+        message: Message,
+        mut ready: impl FnMut(&mut Peer<A>) -> Option<R>,
+    ) -> Result<R, Error> {
+        let start = Instant::now();
+        loop {
+            let (rank, after) = (self.rank, self.deadline);
+            let aborted = self.aborted.clone();
+            let peer = self.peer(from)?;
+            if let Some(found) = ready(peer) {
+                return Ok(found);
+            }
+            if let Some((peer, why)) = aborted {
+                return Err(Error::Aborted { peer, why });
+            }
+            if peer.gone {
+                return Err(Error::PeerGone { rank, peer: from, message });
+            }
+            match self.inbox.recv_timeout(after.saturating_sub(start.elapsed())) {
+                Ok((rank, packet)) => self.file(rank, packet),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Error::Timeout { rank, peer: from, message, after });
+                }
+                Err(RecvTimeoutError::Disconnected) => unreachable!("a rank holds an outbox to itself"),
+            }
+        }
+    }
+
+    fn file(&mut self, rank: u32, packet: Packet<A>) {
+        let peer = &mut self.peers[rank as usize];
+        match packet {
+            Packet::Data(message, act) => peer.arrived.push_back((message, act)),
+            Packet::Ack => peer.acks += 1,
+            Packet::Gone => peer.gone = true,
+            Packet::Abort(origin, why) => {
+                self.aborted.get_or_insert((origin, why));
+            }
+        }
+    }
+}
+
+impl<A> Transport<A> for Channels<A> {
+    type Ticket = Ticket;
+    type Error = Error;
+
+    fn post(&mut self, batch: Vec<Post<A>>) -> Result<Vec<Ticket>, Error> {
+        let start = |post| match post {
+            Post::Send { to_rank, message, act } => {
+                self.send(to_rank, message, act)?;
+                Ok(Ticket(None))
+            }
+            Post::Recv { from_rank, message } => {
+                self.peer(from_rank)?.expected.push_back(message);
+                if self.rendezvous {
+                    let act = self.receive(from_rank, message)?;
+                    self.peer(from_rank)?.matched.insert(message, act);
+                }
+                Ok(Ticket(Some((from_rank, message))))
+            }
+        };
+        batch.into_iter().map(start).collect()
+    }
+
+    fn wait(&mut self, t: Ticket) -> Result<Option<A>, Error> {
+        t.0.map(|(from, message)| self.receive(from, message)).transpose()
+    }
+
+    fn abort(&mut self, why: &str) {
+        // The first reason is the one worth knowing. It is passed on, lest a peer see this rank end before it is told.
+        let (origin, why) = self.aborted.get_or_insert_with(|| (self.rank, why.to_owned())).clone();
+        self.tell_all(|| Packet::Abort(origin, why.clone()));
+    }
+}
+
+impl<A> Drop for Channels<A> {
+    fn drop(&mut self) {
+        self.tell_all(|| Packet::Gone);
+    }
+}

@@ -1,0 +1,184 @@
+//! Plain stages on `Vec<f64>`, run by the executor on threads and, independently, by hand in sequence.
+#![allow(dead_code)] // each test binary uses its part
+
+use std::fmt;
+use std::time::Duration;
+
+use moe_pipeline::transport::{Channels, buffered, rendezvous};
+use moe_pipeline::{Error, ExecuteError, Pass, Program, Schedule, Stage, execute};
+
+pub const WIDTH: usize = 5;
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Boom(pub u32);
+
+impl fmt::Display for Boom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "boom in micro-batch {}", self.0)
+    }
+}
+
+impl std::error::Error for Boom {}
+
+/// `y_i = tanh(w_i · x_i + x_{i+1} / 2)`; the last stage's loss is `Σ (y − target)² / 2`.
+#[derive(Debug, Clone)]
+pub struct Toy {
+    pub index: usize,
+    pub stages: usize,
+    pub weights: Vec<f64>,
+    pub fail_at: Option<u32>,
+    pub panic_at: Option<u32>,
+}
+
+/// One rank's data and sums; gradients by stage, empty for stages of other ranks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sums {
+    pub loss: f64,
+    pub grads: Vec<Vec<f64>>,
+}
+
+pub struct Kept {
+    x: Vec<f64>,
+    y: Vec<f64>,
+}
+
+pub fn toys(stages: u32) -> Vec<Toy> {
+    let toy = |index: u32| Toy {
+        index: index as usize,
+        stages: stages as usize,
+        weights: (0..WIDTH).map(|i| 0.3 + 0.17 * f64::from(index) - 0.11 * i as f64).collect(),
+        fail_at: None,
+        panic_at: None,
+    };
+    (0..stages).map(toy).collect()
+}
+
+fn data(m: u32, i: usize) -> f64 {
+    (f64::from(m) * 0.73 + i as f64 * 1.19).sin()
+}
+
+fn target(m: u32, i: usize) -> f64 {
+    (f64::from(m) * 0.31 - i as f64 * 0.57).cos()
+}
+
+impl Stage for Toy {
+    type Cx = Sums;
+    type Act = Vec<f64>;
+    type Saved = Kept;
+    type Deferred = (Vec<f64>, Vec<f64>);
+    type Error = Boom;
+
+    fn forward(&self, m: u32, x: Option<Vec<f64>>, cx: &mut Sums) -> Result<(Option<Vec<f64>>, Kept), Boom> {
+        if self.fail_at == Some(m) {
+            return Err(Boom(m));
+        }
+        assert_ne!(self.panic_at, Some(m), "planted panic");
+        assert_eq!(x.is_none(), self.index == 0, "only the first stage reads its own data");
+        let x = x.unwrap_or_else(|| (0..WIDTH).map(|i| data(m, i)).collect());
+        let y: Vec<f64> =
+            (0..WIDTH).map(|i| (self.weights[i] * x[i] + 0.5 * x[(i + 1) % WIDTH]).tanh()).collect();
+        let last = self.index + 1 == self.stages;
+        if last {
+            cx.loss += y.iter().enumerate().map(|(i, y)| (y - target(m, i)).powi(2) / 2.0).sum::<f64>();
+        }
+        Ok(((!last).then(|| y.clone()), Kept { x, y }))
+    }
+
+    fn backward_input(
+        &self,
+        m: u32,
+        dy: Option<Vec<f64>>,
+        s: Kept,
+        _: &mut Sums,
+    ) -> Result<(Option<Vec<f64>>, Self::Deferred), Boom> {
+        assert_eq!(dy.is_none(), self.index + 1 == self.stages, "only the last stage starts from its loss");
+        let dy = dy.unwrap_or_else(|| s.y.iter().enumerate().map(|(i, y)| y - target(m, i)).collect());
+        let dz: Vec<f64> = dy.iter().zip(&s.y).map(|(dy, y)| dy * (1.0 - y * y)).collect();
+        let dx = (0..WIDTH).map(|i| self.weights[i] * dz[i] + 0.5 * dz[(i + WIDTH - 1) % WIDTH]).collect();
+        Ok(((self.index > 0).then_some(dx), (s.x, dz)))
+    }
+
+    fn backward_weight(&self, _: u32, (x, dz): Self::Deferred, cx: &mut Sums) -> Result<(), Boom> {
+        for (i, g) in cx.grads[self.index].iter_mut().enumerate() {
+            *g += x[i] * dz[i];
+        }
+        Ok(())
+    }
+}
+
+pub fn zeros(stages: u32) -> Sums {
+    Sums { loss: 0.0, grads: vec![vec![0.0; WIDTH]; stages as usize] }
+}
+
+/// The reference: one micro-batch after the other through all stages, without schedules, messages or the executor.
+pub fn sequential(stages: u32, microbatches: u32, pass: Pass) -> Sums {
+    let toys = toys(stages);
+    let mut sums = zeros(stages);
+    for m in 0..microbatches {
+        let mut act = None;
+        let mut kept = Vec::new();
+        for toy in &toys {
+            let (y, saved) = toy.forward(m, act, &mut sums).unwrap();
+            kept.push(saved);
+            act = y;
+        }
+        if pass == Pass::ForwardOnly {
+            continue;
+        }
+        let mut grad = None;
+        for (toy, saved) in toys.iter().zip(kept).rev() {
+            let (dx, deferred) = toy.backward_input(m, grad, saved, &mut sums).unwrap();
+            toy.backward_weight(m, deferred, &mut sums).unwrap();
+            grad = dx;
+        }
+    }
+    sums
+}
+
+pub type Outcome = Result<Sums, ExecuteError<Boom, Error>>;
+
+/// Runs every rank on a thread of its own; `None` for a rank that panicked.
+pub fn run(program: &Program, toys: &[Toy], channels: Vec<Channels<Vec<f64>>>) -> Vec<Option<Outcome>> {
+    let placement = program.schedule().placement();
+    std::thread::scope(|scope| {
+        let start = |(rank, mut transport): (u32, Channels<Vec<f64>>)| {
+            let mine: Vec<Toy> =
+                placement.stages_of(rank).iter().map(|&s| toys[s as usize].clone()).collect();
+            scope.spawn(move || {
+                let mut sums = zeros(placement.stages());
+                execute(program, rank, &mine, &mut transport, &mut sums).map(|()| sums)
+            })
+        };
+        let ranks: Vec<_> = (0..).zip(channels).map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().ok()).collect()
+    })
+}
+
+/// All ranks' sums in one: each stage's gradients come from one rank, and so does the loss.
+pub fn gather(program: &Program, outcomes: Vec<Option<Outcome>>) -> Sums {
+    let placement = program.schedule().placement();
+    let mut all = zeros(placement.stages());
+    for (rank, outcome) in (0..).zip(outcomes) {
+        let sums = outcome.expect("no panic").expect("no error");
+        for &stage in placement.stages_of(rank) {
+            all.grads[stage as usize] = sums.grads[stage as usize].clone();
+        }
+        if placement.rank_of(placement.stages() - 1) == Some(rank) {
+            all.loss = sums.loss;
+        }
+    }
+    all
+}
+
+/// Executes over both transports and compares with the sequential sums, bit for bit.
+pub fn equals_sequential(program: &Program) {
+    let schedule: &Schedule = program.schedule();
+    let (ranks, stages) = (schedule.placement().ranks(), schedule.placement().stages());
+    let expected = sequential(stages, schedule.microbatches(), schedule.pass());
+    for channels in [rendezvous(ranks, DEADLINE), buffered(ranks, DEADLINE)] {
+        let sums = gather(program, run(program, &toys(stages), channels));
+        assert_eq!(sums.loss.to_bits(), expected.loss.to_bits());
+        assert_eq!(sums, expected);
+    }
+}
