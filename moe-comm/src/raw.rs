@@ -45,3 +45,17 @@ pub trait World<D: Device>: Send {
     /// same calls in the same order. `ranks` are world ranks in group order.
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>>;
 }
+
+impl<D: Device, W: World<D> + ?Sized> World<D> for Box<W> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
+        (**self).communicator(key, ranks)
+    }
+}

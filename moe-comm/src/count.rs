@@ -1,0 +1,108 @@
+//! A decorator that counts calls and bytes.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use moe_kernels::Device;
+use moe_topology::GroupKey;
+
+use crate::{Call, Flight, RawComm, Result, World};
+
+/// Calls and bytes of one operation of one group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Calls that were started.
+    pub calls: u64,
+    /// Bytes that this rank sent, and where it sent nothing, bytes that it received.
+    pub bytes: u64,
+}
+
+/// Counts by group and operation. Clones share them: a rank's communicators count, its metrics read.
+#[derive(Debug, Clone, Default)]
+pub struct Counters(Arc<Mutex<BTreeMap<(GroupKey, &'static str), Count>>>);
+
+impl Counters {
+    /// All counts so far.
+    pub fn snapshot(&self) -> BTreeMap<(GroupKey, &'static str), Count> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn add<D: Device>(&self, key: GroupKey, call: &Call<D>) {
+        let bytes = match (&call.send, &call.recv) {
+            (Some((_, sent)), _) => sent.len(),
+            (None, Some(recv)) => D::byte_len(recv),
+            (None, None) => 0,
+        };
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry((key, call.op.name())).or_default();
+        count.calls += 1;
+        count.bytes += bytes as u64;
+    }
+}
+
+/// A world whose communicators count. Groups that share a communicator share its first key.
+pub struct Counted<W> {
+    world: W,
+    counters: Counters,
+}
+
+impl<W> Counted<W> {
+    /// Counts into `counters` what the communicators of `world` start.
+    pub fn new(world: W, counters: Counters) -> Self {
+        Counted { world, counters }
+    }
+}
+
+impl<D: Device, W: World<D>> World<D> for Counted<W> {
+    fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.world.size()
+    }
+
+    fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
+        let inner = self.world.communicator(key, ranks)?;
+        Ok(Box::new(CountedComm { inner, counters: self.counters.clone() }))
+    }
+}
+
+struct CountedComm<D: Device> {
+    inner: Box<dyn RawComm<D>>,
+    counters: Counters,
+}
+
+impl<D: Device> RawComm<D> for CountedComm<D> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn ranks(&self) -> &[usize] {
+        self.inner.ranks()
+    }
+
+    fn key(&self) -> GroupKey {
+        self.inner.key()
+    }
+
+    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
+        self.counters.add(self.key(), &call);
+        self.inner.start(call)
+    }
+
+    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
+        for call in &calls {
+            self.counters.add(self.key(), call);
+        }
+        self.inner.start_batch(calls)
+    }
+
+    fn abort(&self, why: &str) {
+        self.inner.abort(why);
+    }
+}

@@ -1,0 +1,132 @@
+//! A decorator that makes a rank fail, for tests of what the others do then.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use moe_kernels::Device;
+use moe_topology::GroupKey;
+
+use crate::{Call, Error, Flight, RawComm, Result, World};
+
+/// What a rank does instead of starting a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It returns [`Error::Injected`].
+    Fail,
+    /// It panics.
+    Panic,
+    /// It never goes on.
+    Hang,
+    /// It starts the call later.
+    Delay(Duration),
+}
+
+/// One call of a rank that goes wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// What happens.
+    pub fate: Fate,
+    /// The only operation that counts ([`Collective::name`](crate::Collective::name)), if not all.
+    pub op: Option<&'static str>,
+    /// The only group that counts, if not all.
+    pub group: Option<GroupKey>,
+    /// Which of the calls that count, from 0.
+    pub call: u64,
+}
+
+/// A world in which some calls of this rank go wrong.
+pub struct Faulty<W> {
+    world: W,
+    faults: Arc<[Armed]>,
+}
+
+struct Armed {
+    fault: Fault,
+    seen: AtomicU64,
+}
+
+impl<W> Faulty<W> {
+    /// Plans faults for this rank; none for an ordinary one.
+    pub fn new(world: W, faults: impl IntoIterator<Item = Fault>) -> Self {
+        let armed = |fault| Armed { fault, seen: AtomicU64::new(0) };
+        Faulty { world, faults: faults.into_iter().map(armed).collect() }
+    }
+}
+
+impl<D: Device, W: World<D>> World<D> for Faulty<W> {
+    fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.world.size()
+    }
+
+    fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
+        let inner = self.world.communicator(key, ranks)?;
+        Ok(Box::new(FaultyComm { inner, faults: self.faults.clone() }))
+    }
+}
+
+struct FaultyComm<D: Device> {
+    inner: Box<dyn RawComm<D>>,
+    faults: Arc<[Armed]>,
+}
+
+impl<D: Device> FaultyComm<D> {
+    fn suffer(&self, op: &'static str) -> Result<()> {
+        let group = self.key();
+        for Armed { fault, seen } in &*self.faults {
+            let counts =
+                fault.op.is_none_or(|only| only == op) && fault.group.is_none_or(|only| only == group);
+            if !counts || seen.fetch_add(1, Ordering::Relaxed) != fault.call {
+                continue;
+            }
+            match fault.fate {
+                Fate::Fail => return Err(Error::Injected { group, op }),
+                Fate::Panic => panic!("injected fault at {op} of {group}"),
+                Fate::Hang => loop {
+                    thread::park();
+                },
+                Fate::Delay(time) => thread::sleep(time),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> RawComm<D> for FaultyComm<D> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn ranks(&self) -> &[usize] {
+        self.inner.ranks()
+    }
+
+    fn key(&self) -> GroupKey {
+        self.inner.key()
+    }
+
+    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
+        self.suffer(call.op.name())?;
+        self.inner.start(call)
+    }
+
+    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
+        for call in &calls {
+            self.suffer(call.op.name())?;
+        }
+        self.inner.start_batch(calls)
+    }
+
+    fn abort(&self, why: &str) {
+        self.inner.abort(why);
+    }
+}

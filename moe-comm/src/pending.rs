@@ -1,0 +1,43 @@
+//! Operations that were started.
+
+use std::sync::Arc;
+
+use moe_kernels::{Device, Element, Layout, Tensor};
+
+use crate::{Flight, Result};
+
+/// An operation in flight and what it will return. Dropping it gives the result up; the operation goes on.
+#[must_use = "an operation's result, and its failure, come from `wait`"]
+pub struct Pending<T, D: Device> {
+    pub(crate) flight: Box<dyn Flight<D>>,
+    pub(crate) result: Expected<T, D>,
+}
+
+/// Where the result comes from.
+pub(crate) enum Expected<T, D: Device> {
+    /// A receive buffer of this shape.
+    Received { rows: usize, cols: usize },
+    /// What was sent.
+    Sent(Tensor<T, D>),
+}
+
+impl<T: Element, D: Device> Pending<T, D> {
+    /// Whether it is done. Not to be used to decide what to start next: ranks would decide differently.
+    pub fn ready(&self) -> Result<bool> {
+        self.flight.ready()
+    }
+
+    /// The result: what was received; of a message that was sent, the message.
+    pub fn wait(self) -> Result<Tensor<T, D>> {
+        let received = self.flight.wait()?;
+        match (self.result, received) {
+            (Expected::Received { rows, cols }, Some(buf)) => {
+                Ok(Tensor::from_buf(Arc::new(buf), Layout::contiguous(rows, cols))?)
+            }
+            (Expected::Sent(tensor), _) => Ok(tensor),
+            (Expected::Received { .. }, None) => {
+                unreachable!("a receive buffer comes back from `Flight::wait`")
+            }
+        }
+    }
+}

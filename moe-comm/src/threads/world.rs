@@ -1,0 +1,171 @@
+//! Starting the ranks, and gathering what they return.
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::board::Board;
+use super::comm::{Presence, Shared, ThreadRank};
+use crate::Error;
+
+/// Ranks as threads of this process.
+#[derive(Debug)]
+pub struct ThreadWorld;
+
+/// A rank that fails leaves the others this long to notice (or the deadline, if that is shorter).
+const GRACE: Duration = Duration::from_secs(1);
+
+type BoxError = Box<dyn StdError + Send + Sync>;
+
+enum Ended<R> {
+    Value(R),
+    /// The rank's own error, if it is the world's first failure and no consequence of another.
+    Failure(Option<BoxError>),
+}
+
+impl ThreadWorld {
+    /// Runs `body` once for each of `size` ranks, each in a thread of its own, and returns what they return, in rank
+    /// order.
+    ///
+    /// Ranks wait for each other in operations for at most `deadline`, which therefore has to be longer than the
+    /// longest time that one rank may keep the others waiting.
+    ///
+    /// # Errors
+    /// The first failure of the world: a rank that returned an error, panicked, did not arrive in an operation, called
+    /// another operation than its peers, or aborted. The others then fail in their current or next operation; this
+    /// function returns when they have, and at most a second (or `deadline`, if that is shorter) later. A rank that
+    /// does not end is left behind: threads cannot be killed. A rank that stops outside of any operation is reported
+    /// `deadline` after the last other rank ended; while no rank has ended, it cannot be told from one that computes.
+    pub fn run<R, E, F>(size: usize, deadline: Duration, body: F) -> Result<Vec<R>, WorldError>
+    where
+        R: Send + 'static,
+        E: Into<BoxError> + 'static,
+        F: Fn(ThreadRank) -> Result<R, E> + Send + Sync + 'static,
+    {
+        let shared = Arc::new(Shared::new(Board::new(size, deadline)));
+        let body = Arc::new(body);
+        let (sender, receiver) = mpsc::channel();
+        for rank in 0..size {
+            let presence = Arc::new(Presence { shared: shared.clone(), rank });
+            let (body, sender) = (body.clone(), sender.clone());
+            let started = thread::Builder::new().name(format!("rank {rank}")).spawn(move || {
+                let ended = run_rank(&*body, &presence, size);
+                // After its failure is recorded: that it left is a consequence.
+                drop(presence);
+                // The receiver is gone if this rank ended too late.
+                let _ = sender.send((rank, ended));
+            });
+            if let Err(error) = started {
+                shared.board.fail(rank, format!("its thread could not be started: {error}"));
+                break;
+            }
+        }
+        drop(sender);
+        gather(size, &shared, &receiver)
+    }
+}
+
+fn run_rank<R, E: Into<BoxError>>(
+    body: &impl Fn(ThreadRank) -> Result<R, E>,
+    presence: &Arc<Presence>,
+    size: usize,
+) -> Ended<R> {
+    let board = &presence.shared.board;
+    let rank = ThreadRank::new(presence.clone(), size);
+    match catch_unwind(AssertUnwindSafe(|| body(rank))) {
+        Ok(Ok(value)) => Ended::Value(value),
+        Ok(Err(error)) => {
+            let error = error.into();
+            let first = board.fail(presence.rank, error.to_string());
+            Ended::Failure(first.then_some(error))
+        }
+        Err(panic) => {
+            board.fail(presence.rank, format!("panicked: {}", message(&*panic)));
+            Ended::Failure(None)
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+}
+
+fn gather<R>(
+    size: usize,
+    shared: &Shared,
+    receiver: &mpsc::Receiver<(usize, Ended<R>)>,
+) -> Result<Vec<R>, WorldError> {
+    let deadline = shared.board.deadline();
+    let mut values: Vec<Option<R>> = (0..size).map(|_| None).collect();
+    let mut running: Vec<usize> = (0..size).collect();
+    let mut source = None;
+    let mut give_up = None;
+    while !running.is_empty() {
+        if give_up.is_none() && shared.board.failure().is_some() {
+            give_up = Some(Instant::now() + deadline.min(GRACE));
+        }
+        let patience = give_up.map_or(deadline, |at: Instant| at.saturating_duration_since(Instant::now()));
+        match receiver.recv_timeout(patience) {
+            Ok((rank, ended)) => {
+                running.retain(|&r| r != rank);
+                match ended {
+                    Ended::Value(value) => values[rank] = Some(value),
+                    Ended::Failure(error) => source = source.or(error),
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) if give_up.is_some() => break,
+            Err(RecvTimeoutError::Timeout) if running.len() < size => {
+                shared.board.fail(running[0], format!("it did not end within {deadline:?} after the others"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+    match shared.board.failure() {
+        Some(failure) => Err(WorldError { failure, source, running }),
+        None => Ok(values.into_iter().flatten().collect()),
+    }
+}
+
+/// The first failure of a world.
+#[derive(Debug)]
+pub struct WorldError {
+    /// What happened, where and to whom: [`Error::Poisoned`].
+    pub failure: Error,
+    /// The error that the failed rank returned, if that was the first failure. Also the [`source`](StdError::source).
+    pub source: Option<BoxError>,
+    /// Ranks that had not ended when the others had.
+    pub running: Vec<usize>,
+}
+
+impl WorldError {
+    /// The rank that failed first, or did not answer.
+    pub fn rank(&self) -> Option<usize> {
+        match self.failure {
+            Error::Poisoned { rank, .. } => Some(rank),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for WorldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.failure.fmt(f)?;
+        if !self.running.is_empty() {
+            write!(f, " (still running: ranks {:?})", self.running)?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for WorldError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|error| error as _)
+    }
+}
