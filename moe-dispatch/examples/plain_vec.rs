@@ -14,9 +14,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use moe_dispatch::{
-    AllGather, AllToAll, DispatchState, Dispatcher, Error, Fabric, Grid, InnerAxis, Over, Routing, Sorted,
-    Transfer,
+    AllGather, AllToAll, DispatchState, Dispatcher, Error, Fabric, Grid, Over, Routing, Sorted, Transfer,
 };
+use moe_topology::{Expert, Folding, Mapping};
 
 const HIDDEN: usize = 3;
 const TOP_K: usize = 2;
@@ -96,8 +96,9 @@ impl Links {
 type Rows = Vec<f32>;
 
 /// A rank with its groups, as ranks of the mesh.
-struct VecFabric {
+pub struct VecFabric {
     grid: Grid,
+    rank: usize,
     links: Links,
     ep: Vec<usize>,
     etp: Vec<usize>,
@@ -105,7 +106,7 @@ struct VecFabric {
 }
 
 /// What to receive, and whether to sum it.
-struct Pending {
+pub struct Pending {
     group: Vec<usize>,
     rows: u64,
     weights: Option<u64>,
@@ -219,8 +220,11 @@ impl Fabric for VecFabric {
             Transfer::AllToAll { send: rows, .. } | Transfer::ReduceScatter { rows, .. } => {
                 self.links.send(group, blocks(floats, rows, width))
             }
-            Transfer::AllGather { .. } => {
-                self.links.send(group, group.iter().map(|_| Message::Floats(floats.to_vec())))
+            Transfer::AllGather { rows, .. } => {
+                let position =
+                    group.iter().position(|&rank| rank == self.rank).expect("a rank of its groups");
+                let own = Message::Floats(floats[..rows[position] * width].to_vec());
+                self.links.send(group, group.iter().map(|_| own.clone()))
             }
         };
         let group = match transfer {
@@ -278,36 +282,41 @@ fn layer<D: Dispatcher<VecFabric>>(fabric: &VecFabric, dispatcher: &D, tokens: R
     run().expect("the layer runs")
 }
 
-/// Runs a layer on `ep · etp` threads; rank `r` has the tokens `shares[r]`. The results in rank order.
-fn world<D>(ep: usize, etp: usize, shares: &[Range<usize>], dispatcher: D) -> Vec<Rows>
-where
-    D: Dispatcher<VecFabric> + Copy + Send + 'static,
-{
+/// Runs a rank per thread, folded as EP × ETP; the results in rank order.
+pub fn world<R: Send + 'static>(
+    ep: usize,
+    etp: usize,
+    rank: impl Fn(&VecFabric) -> R + Clone + Send + 'static,
+) -> Vec<R> {
+    let mapping = Mapping { world_size: ep * etp, ep, etp, ..Mapping::default() };
+    let folding = Folding::new(mapping).expect("any EP × ETP folds a world of that size");
     let mut ranks = vec![];
-    for (rank, links) in Links::mesh(ep * etp).into_iter().enumerate() {
-        let tokens = shares[rank].clone();
-        ranks.push(thread::spawn(move || {
-            let (q, slice) = (rank / etp, rank % etp);
-            let fabric = VecFabric {
-                grid: Grid::new((q, ep), (slice, etp), InnerAxis::Etp).expect("a rank of the world"),
-                links,
-                ep: (0..ep).map(|q| q * etp + slice).collect(),
-                etp: (q * etp..(q + 1) * etp).collect(),
-                ep_etp: (0..ep * etp).collect(),
-            };
-            layer(&fabric, &dispatcher, tokens)
-        }));
+    for (number, links) in Links::mesh(ep * etp).into_iter().enumerate() {
+        let group = |axes| folding.group(number, axes).iter().collect();
+        let (grid, ep, etp) = (Grid::of(&folding, number), group(Expert::EP), group(Expert::ETP));
+        let ep_etp = group(Expert::EP | Expert::ETP);
+        let fabric =
+            VecFabric { grid: grid.expect("a rank of the world"), rank: number, links, ep, etp, ep_etp };
+        let rank = rank.clone();
+        ranks.push(thread::spawn(move || rank(&fabric)));
     }
     ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
 }
 
-fn main() {
+/// Compares four ranks with one.
+pub fn main() {
     // Rank 2 has no tokens, and still joins every collective.
     let shares = [0..5, 5..6, 6..6, 6..13];
-    let whole = world(1, 1, &[0..13], AllToAll { num_experts: NUM_EXPERTS }).concat();
-    let to_all = world(2, 2, &shares, AllToAll { num_experts: NUM_EXPERTS }).concat();
-    let gathered = world(2, 2, &shares, AllGather { num_experts: NUM_EXPERTS }).concat();
-    for (name, y) in [("all-to-all", &to_all), ("all-gather", &gathered)] {
+    let tokens = move |fabric: &VecFabric| {
+        shares[fabric.grid().position(fabric.grid().ep_rank(), fabric.grid().etp_rank())].clone()
+    };
+    let (to_all, gather) = (AllToAll { num_experts: NUM_EXPERTS }, AllGather { num_experts: NUM_EXPERTS });
+
+    let whole = world(1, 1, move |fabric| layer(fabric, &to_all, 0..13)).concat();
+    let share = tokens.clone();
+    let by_all_to_all = world(2, 2, move |fabric| layer(fabric, &to_all, share(fabric))).concat();
+    let by_all_gather = world(2, 2, move |fabric| layer(fabric, &gather, tokens(fabric))).concat();
+    for (name, y) in [("all-to-all", &by_all_to_all), ("all-gather", &by_all_gather)] {
         let worst = y.iter().zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         println!("{name} on EP2×ETP2: {} rows, largest difference to one rank {worst:e}", y.len() / HIDDEN);
         assert!(y.len() == whole.len() && worst <= 1e-4);

@@ -7,7 +7,7 @@ pub enum Error {
     /// A coordinate outside its axis.
     #[error("{axis} rank {rank} of {size}: ranks run from 0 to size − 1")]
     Coordinate {
-        /// The axis, `"ep"` or `"etp"`.
+        /// The axis: `"ep"`, `"etp"` or `"world"`.
         axis: &'static str,
         /// The rank along it.
         rank: usize,
@@ -50,6 +50,27 @@ pub enum Error {
         /// What is wrong, with the values.
         what: String,
     },
+    /// A grid that is not the communicators'.
+    #[cfg(feature = "native")]
+    #[error(
+        "the grid places this rank at {rank} of {size} in {group}, its communicator at {comm_rank} of {comm_size}"
+    )]
+    Grid {
+        /// The group.
+        group: moe_topology::GroupKey,
+        /// Position by the grid.
+        rank: usize,
+        /// Size by the grid.
+        size: usize,
+        /// Position by the communicator.
+        comm_rank: usize,
+        /// Size by the communicator.
+        comm_size: usize,
+    },
+    /// A transfer in a group of one rank, whose fabric has no communicators.
+    #[cfg(feature = "native")]
+    #[error("a rank that holds all experts has nobody to transfer rows to")]
+    Alone,
     /// The device refused.
     #[cfg(feature = "native")]
     #[error(transparent)]

@@ -13,7 +13,8 @@ pub enum Over {
     EpEtp,
 }
 
-/// A movement of rows between ranks. Counts are rows, one per rank in the order of the group, and may be 0.
+/// A movement of rows between ranks. Counts are rows, one per rank in the order of the group, and may be 0. A tensor may
+/// have more rows than are sent: what follows them (choices routed nowhere) stays at home.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transfer<'a> {
     /// Over EP: the first `send[0]` rows go to rank 0, the next `send[1]` to rank 1, …; what arrives stands in rank

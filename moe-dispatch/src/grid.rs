@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use moe_topology::{Expert, Folding};
+
 use crate::Error;
 
 /// This rank's coordinates in its expert-parallel × expert-tensor-parallel group.
@@ -37,6 +39,33 @@ impl Grid {
             }
         }
         Ok(Grid { ep, etp, inner })
+    }
+
+    /// The place of a rank of a folded world in its EP×ETP group.
+    ///
+    /// ```
+    /// use moe_dispatch::Grid;
+    /// use moe_topology::{Folding, Mapping};
+    ///
+    /// let folding = Folding::new(Mapping { world_size: 8, ep: 4, etp: 2, ..Mapping::default() })?;
+    /// let grid = Grid::of(&folding, 5)?;
+    /// assert_eq!((grid.ep_rank(), grid.etp_rank()), (2, 1));
+    /// assert_eq!(grid.local_experts(8)?, 4..6);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Coordinate`] if there is no such rank.
+    pub fn of(folding: &Folding, rank: usize) -> Result<Self, Error> {
+        let size = folding.world_size();
+        if rank >= size {
+            return Err(Error::Coordinate { axis: "world", rank, size });
+        }
+        let along = |axes| (folding.coordinate(rank, axes), folding.size(axes));
+        let (ep, etp) = (along(Expert::EP), along(Expert::ETP));
+        let group = folding.group(rank, Expert::EP | Expert::ETP);
+        let ep_is_inner = ep.1 > 1 && etp.1 > 1 && folding.coordinate(group.get(1), Expert::EP) == 1;
+        Grid::new(ep, etp, if ep_is_inner { InnerAxis::Ep } else { InnerAxis::Etp })
     }
 
     /// One rank that holds all experts whole.

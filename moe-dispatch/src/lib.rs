@@ -20,3 +20,15 @@ pub use fabric::{Arrived, Fabric, Over, Transfer};
 pub use grid::{Grid, InnerAxis};
 pub use routing::{Batch, Routing, Sorted};
 pub use token_dispatcher::{DispatcherKind, TokenDispatcher, TokenDispatcherState};
+
+#[cfg(feature = "conformance")]
+pub mod conformance;
+
+#[cfg(feature = "native")]
+pub mod native;
+#[cfg(feature = "native")]
+pub mod router;
+#[cfg(feature = "native")]
+pub use native::{NativeFabric, NativePending};
+#[cfg(feature = "native")]
+pub use router::{Router, RouterConfig, RouterSaved, RouterScales, RouterStats, RoutingOn};
