@@ -24,6 +24,8 @@ pub trait View: sealed::Sealed + Copy + Debug + Eq + Ord + Hash + Send + Sync + 
     const KIND: ViewKind;
     /// The names of the four axes, in the order of [`Folding::coordinates`].
     const AXES: [&'static str; 4];
+    /// The groups that people speak of, by Megatron's names: the four axes, then the useful combinations.
+    const GROUPS: &'static [(&'static str, Axes<Self>)];
     /// This view's numbering of the ranks.
     fn layout(folding: &Folding) -> &Layout<Self>;
 }
@@ -53,6 +55,15 @@ impl View for Attention {
     const NAME: &'static str = "attention";
     const KIND: ViewKind = ViewKind::Attention;
     const AXES: [&'static str; 4] = ["tp", "cp", "dp", "pp"];
+    const GROUPS: &'static [(&'static str, Axes<Self>)] = &[
+        ("tp", Self::TP),
+        ("cp", Self::CP),
+        ("dp", Self::DP),
+        ("pp", Self::PP),
+        ("tp-cp", Self::TP.union(Self::CP)),
+        ("dp-cp", Self::DP.union(Self::CP)),
+        ("tp-pp", Self::TP.union(Self::PP)),
+    ];
     fn layout(folding: &Folding) -> &Layout<Self> {
         &folding.attention
     }
@@ -62,6 +73,14 @@ impl View for Expert {
     const NAME: &'static str = "expert";
     const KIND: ViewKind = ViewKind::Expert;
     const AXES: [&'static str; 4] = ["etp", "ep", "edp", "pp"];
+    const GROUPS: &'static [(&'static str, Axes<Self>)] = &[
+        ("etp", Self::ETP),
+        ("ep", Self::EP),
+        ("edp", Self::EDP),
+        ("pp", Self::PP),
+        ("etp-ep", Self::ETP.union(Self::EP)),
+        ("etp-ep-pp", Self::ETP.union(Self::EP).union(Self::PP)),
+    ];
     fn layout(folding: &Folding) -> &Layout<Self> {
         &folding.expert
     }

@@ -74,6 +74,16 @@ pub enum Error {
         /// Number of stages.
         pp: usize,
     },
+    /// A cluster whose nodes or NVLink domains hold no ranks.
+    #[error(
+        "a node and an NVLink domain hold at least one rank each, not {ranks_per_node} and {nvlink_domain}"
+    )]
+    EmptyNode {
+        /// Ranks per node.
+        ranks_per_node: usize,
+        /// Ranks per NVLink domain.
+        nvlink_domain: usize,
+    },
 }
 
 /// A rule of legality and the values that break it.
