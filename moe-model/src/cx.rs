@@ -1,0 +1,117 @@
+//! What a rank lends to its layers.
+
+use moe_comm::{Comm, Comms};
+use moe_kernels::{Device, Float, Tensor};
+use moe_topology::{Axes, View};
+
+use crate::params::ParamStore;
+use crate::rope::RopeTable;
+use crate::{Error, Result};
+
+/// A rank's context, lent to every call: layers hold no tensors, so nothing borrowed outlives an action.
+pub struct Cx<T: Float, D: Device> {
+    /// Memory and kernels.
+    pub device: D,
+    /// Communicators of the groups that layers use.
+    pub comms: Comms<D>,
+    /// Weights and gradients.
+    pub params: ParamStore<T, D>,
+    /// Angles of the rotary position embedding.
+    pub rope: RopeTable<T, D>,
+    /// The rank's micro-batches of this step, in order.
+    pub batches: Vec<MicroBatch<T, D>>,
+    /// The step's constants in the objective.
+    pub objective: Objective,
+    /// What the forward passes of this step saw.
+    pub stats: Stats,
+}
+
+impl<T: Float, D: Device> Cx<T, D> {
+    /// A group of the attention or expert view that was created with the context's communicators.
+    pub fn group<V: View>(&self, axes: Axes<V>) -> Result<Comm<'_, V, D>> {
+        Ok(self.comms.group(axes)?)
+    }
+
+    /// Micro-batch `m` of this step.
+    pub fn batch(&self, m: u32) -> Result<&MicroBatch<T, D>> {
+        self.batches.get(m as usize).ok_or(Error::NoBatch { index: m as usize, batches: self.batches.len() })
+    }
+}
+
+/// Constants of the objective, the same on all ranks: `J = (1/N) Σ w·ce + Σ_l (c_aux·A_l + c_z·Z_l)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Objective {
+    /// Micro-batches of the step over all ranks: the units of the auxiliary loss.
+    pub micro_batches: usize,
+    /// Valid tokens of the step over all ranks.
+    pub tokens: usize,
+}
+
+/// Sequences that go through the pipeline together, the part of this rank's context-parallel coordinate, sequence-major:
+/// the token at position `s` of sequence `b` is row `s · batch + b`.
+#[derive(Debug)]
+pub struct MicroBatch<T: Float, D: Device> {
+    /// Sequences.
+    pub batch: usize,
+    /// Positions of each sequence on this context-parallel rank.
+    pub seq_len: usize,
+    /// Input tokens, `[1, seq_len · batch]`.
+    pub ids: Tensor<i32, D>,
+    /// Position of each token in its sequence, `[1, seq_len · batch]`.
+    pub positions: Tensor<i32, D>,
+    /// Targets, `[1, seq_len · batch]`.
+    pub labels: Tensor<i32, D>,
+    /// Loss weights `w`, `[1, seq_len · batch]`.
+    pub weights: Tensor<T::Acc, D>,
+    /// Derivative of the objective by each token's loss, `w / N`, `[1, seq_len · batch]`.
+    pub scale: Tensor<T::Acc, D>,
+}
+
+impl<T: Float, D: Device> MicroBatch<T, D> {
+    /// From host vectors in sequence-major order. `total_weight` is N, the sum of all loss weights of the step (with
+    /// N = 0 the gradient of the loss is 0).
+    pub fn new(
+        device: &D,
+        batch: usize,
+        ids: &[i32],
+        positions: &[i32],
+        labels: &[i32],
+        weights: &[f64],
+        total_weight: f64,
+    ) -> Result<Self> {
+        let rows = ids.len();
+        let scale: Vec<f64> =
+            weights.iter().map(|w| if total_weight > 0.0 { w / total_weight } else { 0.0 }).collect();
+        Ok(MicroBatch {
+            batch,
+            seq_len: rows / batch.max(1),
+            ids: Tensor::from_slice(device, 1, rows, ids)?,
+            positions: Tensor::from_slice(device, 1, rows, positions)?,
+            labels: Tensor::from_slice(device, 1, rows, labels)?,
+            weights: Tensor::from_f64(device, 1, rows, weights)?,
+            scale: Tensor::from_f64(device, 1, rows, &scale)?,
+        })
+    }
+}
+
+/// Sums over the forward passes of one step on this rank.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    /// Σ w·ce over this rank's tokens (last stage only; equal on all tensor-parallel ranks).
+    pub loss: f64,
+    /// Per MoE layer of this stage, in order.
+    pub moe: Vec<MoeStats>,
+}
+
+/// What one MoE layer saw in a step, on this rank.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MoeStats {
+    /// Global index of the layer.
+    pub layer: usize,
+    /// Choices per expert, before dropping.
+    pub counts: Vec<u64>,
+    /// This rank's part of Σ over micro-batches of A (the sum over tensor- and context-parallel ranks is whole).
+    pub aux: f64,
+    /// Σ over this rank's tokens of logsumexp².
+    pub z: f64,
+}

@@ -1,0 +1,72 @@
+//! Token embedding, vocabulary-parallel.
+
+use moe_kernels::{Backend, Float, Tensor};
+use moe_topology::{Attention, Owner, Placement};
+
+use crate::axes::CP_DP;
+use crate::config::ModelConfig;
+use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::{Cx, Result};
+
+/// Looks ids up in this rank's block of the table, then sums the blocks' results over TP while scattering the sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenEmbedding {
+    table: ParamId,
+    first: usize,
+}
+
+/// A vocabulary-parallel matrix `[vocab, hidden]`: its storage and the first row of this rank's block.
+pub(crate) fn vocabulary_matrix(
+    params: &mut ParamLayoutBuilder<'_>,
+    config: &ModelConfig,
+    name: &str,
+    stage: usize,
+) -> Result<(ParamId, usize)> {
+    let dims = [config.vocab_size, config.hidden_size];
+    let placement = Placement::new(&dims, &[(0, Attention::TP)], CP_DP, Owner::Stage(stage))?;
+    let first = placement.slice(params.folding(), params.rank())[0].start;
+    let id = params.add(&[Logical {
+        name: Name::One(name.to_owned()),
+        placement: Placed::Attention(placement),
+        init: Init::Normal(config.initializer_range),
+    }])?;
+    Ok((id, first))
+}
+
+impl TokenEmbedding {
+    /// On the first stage.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        stage: usize,
+    ) -> Result<Self> {
+        let (table, first) = vocabulary_matrix(params, config, "model.embed_tokens.weight", stage)?;
+        Ok(TokenEmbedding { table, first })
+    }
+
+    /// `[tokens of this rank, hidden]` of micro-batch `m`.
+    pub fn forward<T: Float, D: Backend<T>>(&self, m: u32, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+        let ids = &cx.batch(m)?.ids;
+        let table = cx.params.weight(self.table)?;
+        let mut rows = Tensor::uninit(&cx.device, ids.shape()[1], table.shape()[1])?;
+        cx.device.embed(rows.view_mut()?, table, ids.view(), self.first)?;
+        Ok(cx.group(Attention::TP)?.reduce_scatter_rows(&rows)?)
+    }
+
+    /// The gradients of all rows of a micro-batch, gathered over TP: what the table's gradient needs.
+    pub fn backward_input<T: Float, D: Backend<T>>(&self, dy: &Tensor<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+        Ok(cx.group(Attention::TP)?.all_gather_rows(dy)?)
+    }
+
+    /// Adds to the gradient of the table.
+    pub fn backward_weight<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        rows: &Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        let ids = cx.batch(m)?.ids.clone();
+        cx.device.embed_backward(cx.params.grad(self.table)?, rows.view(), ids.view(), self.first)?;
+        Ok(())
+    }
+}

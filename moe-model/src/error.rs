@@ -1,0 +1,81 @@
+//! The crate's error type.
+
+use moe_kernels::DType;
+
+/// Result of every fallible call of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] moe_kernels::Error),
+    /// A communicator failed.
+    #[error(transparent)]
+    Comm(#[from] moe_comm::Error),
+    /// The dispatcher failed.
+    #[error(transparent)]
+    Dispatch(#[from] moe_dispatch::Error),
+    /// A placement or a mapping is illegal.
+    #[error(transparent)]
+    Topology(#[from] moe_topology::Error),
+    /// The router met a value that it cannot order.
+    #[error("layer {layer}: router logits of token {token} are not a number")]
+    RouterNotANumber {
+        /// Global index of the layer.
+        layer: usize,
+        /// Row of the token on this rank.
+        token: usize,
+    },
+    /// Logical tensors that were stacked in one storage tensor do not fit together.
+    #[error("{name}: {what}")]
+    Storage {
+        /// The logical tensor.
+        name: String,
+        /// Why it does not fit.
+        what: String,
+    },
+    /// A stage got what it does not take.
+    #[error("stage {stage}: {what}")]
+    Stage {
+        /// The stage.
+        stage: usize,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// Gradients were asked for before they were allocated or after they were taken.
+    #[error("there are no gradients now: they live from the start of a step to their reduction")]
+    NoGradients,
+    /// A micro-batch was asked for that the step does not have.
+    #[error("micro-batch {index} of a step with {batches}")]
+    NoBatch {
+        /// The one asked for.
+        index: usize,
+        /// Micro-batches of this rank.
+        batches: usize,
+    },
+    /// A weight was set from a buffer of another size.
+    #[error("bucket of {expected} {dtype} elements was given {got}")]
+    BucketLength {
+        /// Elements of the bucket.
+        expected: usize,
+        /// Elements given.
+        got: usize,
+        /// Type of the elements.
+        dtype: DType,
+    },
+}
+
+impl Error {
+    /// An error of layer `layer`'s router; a NaN names the layer and the token.
+    pub(crate) fn in_router(layer: usize, error: moe_dispatch::Error) -> Self {
+        match error {
+            moe_dispatch::Error::Device(moe_kernels::Error::NotANumber { row, .. }) => {
+                Error::RouterNotANumber { layer, token: row }
+            }
+            other => Error::Dispatch(other),
+        }
+    }
+}

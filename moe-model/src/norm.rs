@@ -1,0 +1,70 @@
+//! RMSNorm on sequence-parallel rows.
+
+use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_topology::{Owner, Placement};
+
+use crate::axes::TP_CP_DP;
+use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::{Cx, Result};
+
+/// `y = x · rsqrt(mean(x²) + eps) · w`.
+#[derive(Debug, Clone, Copy)]
+pub struct RmsNorm {
+    weight: ParamId,
+    eps: f64,
+}
+
+/// What backward needs: the input and the inverse root mean squares.
+#[derive(Debug)]
+pub struct RmsNormSaved<T: Float, D: Device> {
+    x: Tensor<T, D>,
+    rstd: Tensor<T::Acc, D>,
+}
+
+impl RmsNorm {
+    /// Its weight `[hidden]` is on every rank of the stage; each sees other tokens, so the gradient is partial over all
+    /// axes of the attention view but pp.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        name: String,
+        hidden: usize,
+        eps: f64,
+        stage: usize,
+    ) -> Result<Self> {
+        let placement = Placement::new(&[hidden], &[], TP_CP_DP, Owner::Stage(stage))?;
+        let weight = params.add(&[Logical {
+            name: Name::One(name),
+            placement: Placed::Attention(placement),
+            init: Init::Ones,
+        }])?;
+        Ok(RmsNorm { weight, eps })
+    }
+
+    /// `x, y: [tokens, hidden]`.
+    pub fn forward<T: Float, D: Backend<T>>(
+        &self,
+        x: Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, RmsNormSaved<T, D>)> {
+        let [tokens, hidden] = x.shape();
+        let mut y = Tensor::uninit(&cx.device, tokens, hidden)?;
+        let mut rstd = Tensor::uninit(&cx.device, 1, tokens)?;
+        cx.device.rms_norm(y.view_mut()?, rstd.view_mut()?, x.view(), cx.params.weight(self.weight)?, self.eps)?;
+        Ok((y, RmsNormSaved { x, rstd }))
+    }
+
+    /// The gradient of the input; adds to that of the weight.
+    pub fn backward<T: Float, D: Backend<T>>(
+        &self,
+        dy: &Tensor<T, D>,
+        saved: RmsNormSaved<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let [tokens, hidden] = dy.shape();
+        let mut dx = Tensor::uninit(&cx.device, tokens, hidden)?;
+        let (weight, grad) = cx.params.weight_and_grad(self.weight)?;
+        let (x, rstd) = (saved.x.view(), saved.rstd.view());
+        cx.device.rms_norm_backward(dx.view_mut()?, grad, dy.view(), x, weight, rstd)?;
+        Ok(dx)
+    }
+}

@@ -1,0 +1,313 @@
+//! Which block of which logical tensor lies where in a rank's buckets.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Placement, View};
+
+use super::init::{Init, Stream};
+use crate::{Error, Result};
+
+/// Storage tensors start at multiples of this many elements, which suits vector and bulk copies on every device.
+const ALIGN: usize = 64;
+
+/// A placement in either view.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Placed {
+    /// In the view of attention: everything that is not an expert.
+    Attention(Placement<Attention>),
+    /// In the view of the experts.
+    Expert(Placement<Expert>),
+}
+
+impl Placed {
+    fn slice(&self, folding: &Folding, rank: usize) -> Vec<Range<usize>> {
+        match self {
+            Placed::Attention(p) => p.slice(folding, rank).into_iter().collect(),
+            Placed::Expert(p) => p.slice(folding, rank).into_iter().collect(),
+        }
+    }
+
+    fn counts(&self, folding: &Folding, rank: usize) -> bool {
+        match self {
+            Placed::Attention(p) => p.counts(folding, rank),
+            Placed::Expert(p) => p.counts(folding, rank),
+        }
+    }
+
+    fn dims(&self) -> &[usize] {
+        match self {
+            Placed::Attention(p) => p.dims(),
+            Placed::Expert(p) => p.dims(),
+        }
+    }
+
+    fn reduction(&self, folding: &Folding, rank: usize) -> Reduction {
+        fn of<V: View>(axes: Axes<V>, folding: &Folding, rank: usize) -> Reduction {
+            Reduction { group: axes.into(), size: folding.size(axes), position: folding.coordinate(rank, axes) }
+        }
+        match self {
+            Placed::Attention(p) => of(p.partial(), folding, rank),
+            Placed::Expert(p) => of(p.partial(), folding, rank),
+        }
+    }
+}
+
+/// The group over which a gradient is partial: what a bucket is reduced over, and what its optimizer state is cut over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Reduction {
+    group: GroupKey,
+    size: usize,
+    position: usize,
+}
+
+/// Name of a logical tensor, as the hub writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Name {
+    /// A tensor of its own.
+    One(String),
+    /// A tensor per expert, `{prefix}{expert}{suffix}`; the placement's leading dimension is the expert.
+    PerExpert {
+        /// Before the expert's global id.
+        prefix: String,
+        /// After it.
+        suffix: String,
+    },
+}
+
+/// A mathematical tensor (or one per expert).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logical {
+    /// Its name.
+    pub name: Name,
+    /// Its shape (`[n]`, `[rows, cols]`, or `[experts, rows, cols]`) and place.
+    pub placement: Placed,
+    /// How it starts.
+    pub init: Init,
+}
+
+/// The block of one logical tensor that this rank holds, and where.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// The logical tensor's name.
+    pub name: String,
+    /// The logical shape; a vector is `[1, n]`.
+    pub dims: [usize; 2],
+    /// True for a vector: no weight decay.
+    pub vector: bool,
+    /// Logical rows of the block.
+    pub rows: Range<usize>,
+    /// Logical columns of the block.
+    pub cols: Range<usize>,
+    /// First element of the block in its bucket; the block is stored row by row.
+    pub offset: usize,
+    /// Whether this rank counts the block in sums over the whole model (false on all but one of its holders that are
+    /// not told apart by sharding or reduction).
+    pub counts: bool,
+    /// How it starts.
+    pub init: Init,
+}
+
+impl Part {
+    /// Elements of the block.
+    pub fn len(&self) -> usize {
+        self.rows.len() * self.cols.len()
+    }
+
+    /// True if the block has no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The block's elements in the bucket.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+
+    /// Row-major index in the logical tensor of the block's element `n`.
+    pub fn logical_index(&self, n: usize) -> usize {
+        let width = self.cols.len();
+        (self.rows.start + n / width) * self.dims[1] + self.cols.start + n % width
+    }
+}
+
+/// Names a storage tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParamId(usize);
+
+#[derive(Debug, Clone)]
+pub(super) struct Slot {
+    pub bucket: usize,
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// One reduction group's part of a [`ParamLayout`].
+#[derive(Debug, Clone)]
+pub struct BucketLayout {
+    /// What its gradients are reduced over, and what its optimizer state is cut over.
+    pub group: GroupKey,
+    /// Elements, padded so that every rank of the group has an equal slice.
+    pub len: usize,
+    /// The slice of this rank (ZeRO-1).
+    pub slice: Range<usize>,
+    /// The blocks, ascending.
+    pub parts: Vec<Part>,
+}
+
+impl BucketLayout {
+    /// The starting values of the elements in `range` (0 in padding).
+    pub fn initial(&self, seed: u64, range: Range<usize>) -> Vec<f64> {
+        let mut values = vec![0.0; range.len()];
+        for part in &self.parts {
+            let stream = Stream::new(seed, &part.name, part.init);
+            let own = part.range();
+            for at in own.start.max(range.start)..own.end.min(range.end) {
+                values[at - range.start] = stream.element(part.logical_index(at - own.start) as u64);
+            }
+        }
+        values
+    }
+}
+
+/// Where the parameters of one rank lie.
+#[derive(Debug, Clone)]
+pub struct ParamLayout {
+    pub(super) slots: Vec<Slot>,
+    buckets: Vec<BucketLayout>,
+}
+
+impl ParamLayout {
+    /// The buckets, in an order that is the same on all ranks of a stage.
+    pub fn buckets(&self) -> &[BucketLayout] {
+        &self.buckets
+    }
+
+    /// `[rows, cols]` of a storage tensor.
+    pub fn shape(&self, id: ParamId) -> [usize; 2] {
+        let slot = &self.slots[id.0];
+        [slot.rows, slot.cols]
+    }
+
+    pub(super) fn slot(&self, id: ParamId) -> &Slot {
+        &self.slots[id.0]
+    }
+}
+
+/// Collects storage tensors; [`build`](Self::build) lays them out.
+#[derive(Debug)]
+pub struct ParamLayoutBuilder<'a> {
+    folding: &'a Folding,
+    rank: usize,
+    storage: Vec<(Reduction, [usize; 2], Vec<Part>)>,
+}
+
+impl<'a> ParamLayoutBuilder<'a> {
+    /// For one rank of a folding.
+    pub fn new(folding: &'a Folding, rank: usize) -> Self {
+        ParamLayoutBuilder { folding, rank, storage: Vec::new() }
+    }
+
+    /// The folding.
+    pub fn folding(&self) -> &'a Folding {
+        self.folding
+    }
+
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// A storage tensor: this rank's blocks of `logicals`, one below the other (for tensors per expert: all blocks of
+    /// the first expert, then of the second, …). They must agree in columns and reduction.
+    pub fn add(&mut self, logicals: &[Logical]) -> Result<ParamId> {
+        let reduction = |logical: &Logical| logical.placement.reduction(self.folding, self.rank);
+        let common = match logicals {
+            [first, ..] => reduction(first),
+            [] => return Err(storage_error("", "a storage tensor needs at least one logical tensor")),
+        };
+        let mut blocks: Vec<(usize, Part)> = Vec::new();
+        for logical in logicals {
+            if reduction(logical) != common {
+                return Err(storage_error(&label(&logical.name), "reduced over other axes than its neighbours"));
+            }
+            blocks.extend(self.blocks(logical)?);
+        }
+        blocks.sort_by_key(|(expert, _)| *expert);
+        let cols = blocks.first().map_or(0, |(_, part)| part.cols.len());
+        let mut parts = Vec::with_capacity(blocks.len());
+        let mut rows = 0;
+        for (_, mut part) in blocks {
+            if part.cols.len() != cols {
+                return Err(storage_error(&part.name, "has another number of columns than its neighbours"));
+            }
+            part.offset = rows * cols;
+            rows += part.rows.len();
+            parts.push(part);
+        }
+        self.storage.push((common, [rows, cols], parts));
+        Ok(ParamId(self.storage.len() - 1))
+    }
+
+    /// This rank's blocks of a logical tensor, each with its expert (0 for a tensor of its own).
+    fn blocks(&self, logical: &Logical) -> Result<Vec<(usize, Part)>> {
+        let Logical { name, placement, init } = logical;
+        let slice = placement.slice(self.folding, self.rank);
+        let counts = placement.counts(self.folding, self.rank);
+        let part = |name: String, dims: [usize; 2], vector, rows: &Range<usize>, cols: &Range<usize>| Part {
+            name,
+            dims,
+            vector,
+            rows: rows.clone(),
+            cols: cols.clone(),
+            offset: 0,
+            counts,
+            init: *init,
+        };
+        match (name, placement.dims(), slice.as_slice()) {
+            (Name::One(name), &[n], [cols]) => Ok(vec![(0, part(name.clone(), [1, n], true, &(0..1), cols))]),
+            (Name::One(name), &[r, c], [rows, cols]) => Ok(vec![(0, part(name.clone(), [r, c], false, rows, cols))]),
+            (Name::PerExpert { prefix, suffix }, &[_, r, c], [experts, rows, cols]) => Ok(experts
+                .clone()
+                .map(|e| (e, part(format!("{prefix}{e}{suffix}"), [r, c], false, rows, cols)))
+                .collect()),
+            _ => Err(storage_error(&label(name), "the name does not fit the number of dimensions")),
+        }
+    }
+
+    /// Lays the storage tensors out in buckets.
+    pub fn build(self) -> ParamLayout {
+        let groups: BTreeMap<GroupKey, Reduction> =
+            self.storage.iter().map(|(reduction, ..)| (reduction.group, *reduction)).collect();
+        let mut slots = vec![Slot { bucket: 0, offset: 0, rows: 0, cols: 0 }; self.storage.len()];
+        let mut buckets = Vec::with_capacity(groups.len());
+        for (bucket, Reduction { group, size, position }) in groups.into_values().enumerate() {
+            let mut end = 0;
+            let mut all = Vec::new();
+            for (slot, (_, [rows, cols], parts)) in
+                slots.iter_mut().zip(&self.storage).filter(|(_, (reduction, ..))| reduction.group == group)
+            {
+                let offset = end;
+                *slot = Slot { bucket, offset, rows: *rows, cols: *cols };
+                all.extend(parts.iter().cloned().map(|part| Part { offset: offset + part.offset, ..part }));
+                end = (offset + rows * cols).next_multiple_of(ALIGN);
+            }
+            let per_rank = end.div_ceil(size);
+            let slice = position * per_rank..(position + 1) * per_rank;
+            buckets.push(BucketLayout { group, len: per_rank * size, slice, parts: all });
+        }
+        ParamLayout { slots, buckets }
+    }
+}
+
+fn storage_error(name: &str, what: &str) -> Error {
+    Error::Storage { name: name.to_owned(), what: what.to_owned() }
+}
+
+fn label(name: &Name) -> String {
+    match name {
+        Name::One(name) => name.clone(),
+        Name::PerExpert { prefix, suffix } => format!("{prefix}*{suffix}"),
+    }
+}

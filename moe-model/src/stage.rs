@@ -1,0 +1,188 @@
+//! The layers of one pipeline stage.
+
+use moe_dispatch::DispatcherKind;
+use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_pipeline::Stage;
+use moe_topology::Attention;
+
+use crate::block::Block;
+use crate::config::ModelConfig;
+use crate::cx::MoeStats;
+use crate::embedding::TokenEmbedding;
+use crate::head::{Head, HeadDeferred, HeadSaved};
+use crate::layer::Layer;
+use crate::params::ParamLayoutBuilder;
+use crate::{Cx, Error, Result};
+
+/// Layers `floor(s·L/P) .. floor((s+1)·L/P)` of stage `s` of `P`, with the embedding on the first and the head on the
+/// last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
+#[derive(Debug)]
+pub struct DecoderStage {
+    stage: usize,
+    embedding: Option<TokenEmbedding>,
+    blocks: Vec<Block>,
+    head: Option<Head>,
+}
+
+/// What backward needs of a forward pass.
+pub struct StageSaved<T: Float, D: Backend<T>> {
+    blocks: Vec<<Block as Layer<T, D>>::Saved>,
+    head: Option<HeadSaved<T, D>>,
+}
+
+/// What the weight gradients need.
+pub struct StageDeferred<T: Float, D: Backend<T>> {
+    embedding: Option<Tensor<T, D>>,
+    blocks: Vec<<Block as Layer<T, D>>::Deferred>,
+    head: Option<HeadDeferred<T, D>>,
+}
+
+impl DecoderStage {
+    /// The stage of the rank that `params` is for; adds its parameters to them.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        dispatcher: DispatcherKind,
+    
+    ) -> Result<Self> {
+        let (folding, rank) = (params.folding(), params.rank());
+        let (stage, stages) = (folding.stage(rank), folding.size(Attention::PP));
+        let layers = config.num_hidden_layers;
+        let embedding =
+            (stage == 0).then(|| TokenEmbedding::new(params, config, stage)).transpose()?;
+        let blocks = (stage * layers / stages..(stage + 1) * layers / stages)
+            .map(|layer| Block::new(params, config, dispatcher, layer, stage))
+            .collect::<Result<Vec<_>>>()?;
+        let head = (stage + 1 == stages).then(|| Head::new(params, config, stage)).transpose()?;
+        Ok(DecoderStage { stage, embedding, blocks, head })
+    }
+
+    /// Fresh statistics for a step.
+    pub fn moe_stats(&self) -> Vec<MoeStats> {
+        self.blocks.iter().map(|block| block.mlp.stats()).collect()
+    }
+
+    /// Through the embedding (or from `x`) and the blocks.
+    fn body<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Option<Tensor<T, D>>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, Vec<<Block as Layer<T, D>>::Saved>)> {
+        let mut x = match (&self.embedding, x) {
+            (Some(embedding), None) => embedding.forward(m, cx)?,
+            (None, Some(x)) => x,
+            (Some(_), Some(_)) => return Err(self.error("the first stage takes no activation")),
+            (None, None) => return Err(self.error("a later stage needs the activation of the one before")),
+        };
+        let mut saved = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (y, kept) = block.forward(m, x, cx)?;
+            x = y;
+            saved.push(kept);
+        }
+        Ok((x, saved))
+    }
+
+    /// Forward without a loss: the activation for the next stage, or on the last stage this rank's vocabulary block of
+    /// the logits, `[positions · sequences, vocab block]`.
+    pub fn infer<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Option<Tensor<T, D>>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let (x, _) = self.body(m, x, cx)?;
+        match &self.head {
+            Some(head) => head.logits(x, cx),
+            None => Ok(x),
+        }
+    }
+
+    fn error(&self, what: &'static str) -> Error {
+        Error::Stage { stage: self.stage, what }
+    }
+}
+
+/// [`DecoderStage`] for one element type and device: what a pipeline executor runs.
+#[derive(Debug)]
+pub struct TypedStage<T, D> {
+    stage: DecoderStage,
+    types: std::marker::PhantomData<fn() -> (T, D)>,
+}
+
+impl<T: Float, D: Device> TypedStage<T, D> {
+    /// Fixes the types.
+    pub fn new(stage: DecoderStage) -> Self {
+        TypedStage { stage, types: std::marker::PhantomData }
+    }
+}
+
+impl<T, D> std::ops::Deref for TypedStage<T, D> {
+    type Target = DecoderStage;
+
+    fn deref(&self) -> &DecoderStage {
+        &self.stage
+    }
+}
+
+impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
+    type Cx = Cx<T, D>;
+    type Act = Tensor<T, D>;
+    type Saved = StageSaved<T, D>;
+    type Deferred = StageDeferred<T, D>;
+    type Error = Error;
+
+    fn forward(&self, m: u32, x: Option<Self::Act>, cx: &mut Cx<T, D>) -> Result<(Option<Self::Act>, Self::Saved)> {
+        let (x, blocks) = self.stage.body(m, x, cx)?;
+        match &self.stage.head {
+            Some(head) => Ok((None, StageSaved { blocks, head: Some(head.forward(m, x, cx)?) })),
+            None => Ok((Some(x), StageSaved { blocks, head: None })),
+        }
+    }
+
+    fn backward_input(
+        &self,
+        m: u32,
+        dy: Option<Self::Act>,
+        saved: Self::Saved,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Option<Self::Act>, Self::Deferred)> {
+        let stage = &self.stage;
+        let (mut dx, head) = match (&stage.head, saved.head, dy) {
+            (Some(head), Some(saved), None) => {
+                let (dx, deferred) = head.backward_input(m, saved, cx)?;
+                (dx, Some(deferred))
+            }
+            (None, None, Some(dy)) => (dy, None),
+            _ => return Err(stage.error("the last stage takes no gradient, every other one needs it")),
+        };
+        let mut blocks = Vec::with_capacity(stage.blocks.len());
+        for (block, saved) in stage.blocks.iter().zip(saved.blocks).rev() {
+            let (next, deferred) = block.backward_input(m, dx, saved, cx)?;
+            dx = next;
+            blocks.push(deferred);
+        }
+        match stage.embedding {
+            Some(embedding) => {
+                let rows = embedding.backward_input(&dx, cx)?;
+                Ok((None, StageDeferred { embedding: Some(rows), blocks, head }))
+            }
+            None => Ok((Some(dx), StageDeferred { embedding: None, blocks, head })),
+        }
+    }
+
+    fn backward_weight(&self, m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
+        let stage = &self.stage;
+        if let (Some(head), Some(deferred)) = (&stage.head, deferred.head) {
+            head.backward_weight(deferred, cx)?;
+        }
+        for (block, deferred) in stage.blocks.iter().rev().zip(deferred.blocks) {
+            block.backward_weight(m, deferred, cx)?;
+        }
+        if let (Some(embedding), Some(rows)) = (&stage.embedding, deferred.embedding) {
+            embedding.backward_weight(m, &rows, cx)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,13 @@
+//! The distributed optimizer: ZeRO-1 over exactly the groups in which gradients are partial.
+//!
+//! Per bucket of the parameter store: gradients are reduce-scattered over the bucket's group, each rank updates its slice
+//! of master weights and moments, and the updated weights are gathered over the same group. Which group that is comes
+//! from the placements; this module knows no layer and no list of expert parameters.
+
+mod adamw;
+mod norm;
+mod shard;
+
+pub use adamw::{Hyper, Optimizer};
+pub use norm::{GradNorm, ParamNames};
+pub use shard::{Moment, Shard, gather_weights, reduce_gradients};

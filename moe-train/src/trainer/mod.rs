@@ -1,0 +1,11 @@
+//! Training steps on one rank, over any communicators and device.
+
+mod rank;
+mod report;
+mod setup;
+mod source;
+
+pub use rank::RankTrainer;
+pub use report::StepReport;
+pub use setup::{Setup, folding_for};
+pub use source::{BatchSource, Sequence};

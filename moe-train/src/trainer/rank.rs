@@ -1,0 +1,148 @@
+//! One rank of a training run.
+
+use moe_comm::{Comms, Reduction, World};
+use moe_kernels::{Backend, Device, Float};
+use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
+use moe_model::{
+    ATTENTION_GROUPS, CommTransport, Cx, DecoderStage, EXPERT_GROUPS, Objective, RopeTable, Stats, TypedStage,
+};
+use moe_pipeline::{Program, Stage, execute};
+use moe_topology::{Attention, Expert, Folding, Mapping};
+
+use super::report::Totals;
+use super::source::HostBatch;
+use super::{BatchSource, Setup, StepReport};
+use crate::Result;
+use crate::optim::{GradNorm, Optimizer, ParamNames, reduce_gradients};
+
+/// A rank's layers, parameters, optimizer state and communicators.
+pub struct RankTrainer<T: Float, D: Backend<T>> {
+    setup: Setup,
+    rank: usize,
+    cx: Cx<T, D>,
+    stage: TypedStage<T, D>,
+    transport: CommTransport<D>,
+    program: Program,
+    optimizer: Optimizer<T, D>,
+    names: ParamNames,
+}
+
+impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
+    /// Makes the communicators and the starting state. Collective over the world.
+    pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
+        let rank = world.rank();
+        let (stage, layout) = build(&setup, &setup.folding, rank)?;
+        let params = ParamStore::new(layout, setup.seed, &device)?;
+        let names = ParamNames::new(logical_names(&setup)?);
+        let optimizer = Optimizer::new(setup.optimizer, &params, setup.seed, &device)?;
+        let mut groups = Comms::builder().attention(Attention::ALL).attention(Attention::DP);
+        groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
+        groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
+        let comms = groups.build(world, &device, &setup.folding)?;
+        let rows = setup.micro_batch_size * setup.sequence_length
+            / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
+        let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
+        let rope = RopeTable::new(&device, setup.sequence_length, setup.model.head_dim(), setup.model.rope_theta)?;
+        let objective = Objective {
+            micro_batches: setup.micro_batches(),
+            tokens: setup.global_batch_size * setup.sequence_length,
+        };
+        let program = schedule(&setup)?;
+        let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
+        Ok(RankTrainer { setup, rank, cx, stage: TypedStage::new(stage), transport, program, optimizer, names })
+    }
+
+    /// What defines the computation.
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The optimizer's state.
+    pub fn optimizer(&self) -> &Optimizer<T, D> {
+        &self.optimizer
+    }
+
+    /// The rank's context.
+    pub fn cx(&self) -> &Cx<T, D> {
+        &self.cx
+    }
+
+    /// The optimizer and the context, to restore a checkpoint.
+    pub(crate) fn state_mut(&mut self) -> (&mut Optimizer<T, D>, &mut Cx<T, D>) {
+        (&mut self.optimizer, &mut self.cx)
+    }
+
+    /// One training step (from 1): forward and backward of all micro-batches, reduction, clipping, update. Collective.
+    pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
+        let total_weight = self.load(self.setup.micro_batches_per_rank(), |u| source.micro_batch(step, u))?;
+        self.cx.params.zero_grads(&self.cx.device)?;
+        execute_stage(&self.program, &self.stage, ..)
+        self.cx.batches.clear();
+
+        let grads = reduce_gradients(&mut self.cx)?;
+        let norm = GradNorm::of(&self.cx, &grads, &self.names)?;
+        let updated = norm.is_finite() && total_weight > 0.0;
+        if updated {
+            let scale = norm.clip_factor(self.setup.clip_grad);
+            self.optimizer.update(&mut self.cx, &grads, self.setup.lr.at(step), scale)?;
+        }
+        let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
+        Ok(totals.report(&self.setup, step, total_weight, norm.0, updated))
+    }
+
+    /// Mean loss over `micro_batches` micro-batches of held-out sequences (a multiple of DP; fill up with sequences of
+    /// weight 0). Changes no state. Collective.
+    pub fn evaluate(
+        &mut self,
+        micro_batches: usize,
+        micro_batch: impl Fn(usize) -> Result<Vec<super::Sequence>>,
+    ) -> Result<Option<f64>> {
+        let per_rank = micro_batches / self.setup.folding.size(Attention::DP);
+        let total_weight = self.load(per_rank, micro_batch)?;
+        let stages = self.setup.folding.size(Attention::PP) as u32;
+        let program = validate(forward_only(stages, per_rank as u32)?, None)?;
+        self.run(&program)?;
+        self.cx.batches.clear();
+        let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
+        Ok((total_weight > 0.0).then(|| totals.loss_sum() / total_weight))
+    }
+
+    /// Puts this data-parallel rank's micro-batches on the device and resets the statistics; returns the sum of loss
+    /// weights over all ranks.
+    fn load(
+        &mut self,
+        count: usize,
+        micro_batch: impl Fn(usize) -> Result<Vec<super::Sequence>>,
+    ) -> Result<f64> {
+        let folding = &self.setup.folding;
+        let (dp, d) = (folding.size(Attention::DP), folding.coordinate(self.rank, Attention::DP));
+        let host = (0..count)
+            .map(|j| Ok(HostBatch::new(&micro_batch(j * dp + d)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let own: f64 = host.iter().map(HostBatch::total_weight).sum();
+        let total = self.cx.comms.group(Attention::DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
+        self.cx.batches =
+            host.iter().map(|batch| batch.upload(&self.cx.device, total)).collect::<Result<_>>()?;
+        self.cx.stats = Stats { loss: 0.0, moe: self.stage.moe_stats() };
+        Ok(total)
+    }
+}
+
+/// The layers and parameters of one rank under a folding.
+fn build(setup: &Setup, folding: &Folding, rank: usize) -> Result<(DecoderStage, ParamLayout)> {
+    let mut params = ParamLayoutBuilder::new(folding, rank);
+    let layers = DecoderStage::new(&mut params, &setup.model, setup.dispatcher, folding, rank)?;
+    Ok((layers, params.build()))
+}
+
+/// The names of all logical tensors: those that one rank alone would hold.
+fn logical_names(setup: &Setup) -> Result<Vec<String>> {
+    let one = Folding::new(Mapping { world_size: 1, ..Mapping::default() })?;
+    let (_, layout) = build(setup, &one, 0)?;
+    Ok(layout.buckets().iter().flat_map(|bucket| bucket.parts.iter().map(|part| part.name.clone())).collect())
+}

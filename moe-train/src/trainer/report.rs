@@ -1,0 +1,111 @@
+//! What a step measured, summed over all ranks.
+
+use moe_comm::Reduction;
+use moe_kernels::{Backend, Float};
+use moe_model::Cx;
+use moe_topology::{Attention, Folding};
+
+use super::Setup;
+use crate::Result;
+
+/// Measurements of one step, the same on all ranks; meanings as in `docs/semantics.md`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepReport {
+    /// The step, from 1.
+    pub step: u64,
+    /// Mean loss per unit of loss weight, nats; none if no token counted.
+    pub loss: Option<f64>,
+    /// The objective: `loss` plus the weighted auxiliary losses.
+    pub total_loss: Option<f64>,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Mean over MoE layers of the load-balancing loss, without its coefficient.
+    pub aux_loss: f64,
+    /// Mean over MoE layers of the z-loss, without its coefficient.
+    pub z_loss: f64,
+    /// Dropped (token, expert) pairs over all layers.
+    pub dropped_tokens: u64,
+    /// Share of the choices that each expert got, per MoE layer.
+    pub expert_load: Vec<Vec<f64>>,
+    /// False if the gradient was not finite or no token counted: weights stayed as they were.
+    pub updated: bool,
+}
+
+/// Sums over the world of a step's forward passes.
+#[derive(Debug)]
+pub(super) struct Totals {
+    loss: f64,
+    counts: Vec<Vec<f64>>,
+    aux: Vec<f64>,
+    z: Vec<f64>,
+}
+
+impl Totals {
+    /// Adds up what all ranks saw. Collective over the world.
+    pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
+        let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
+        let width = experts + 2;
+        let mut sums = vec![0.0; 1 + layers * width];
+        // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
+        if counts_loss(&setup.folding, rank) {
+            sums[0] = cx.stats.loss;
+        }
+        for layer in &cx.stats.moe {
+            let row = &mut sums[1 + layer.layer * width..][..width];
+            for (sum, &count) in row.iter_mut().zip(&layer.counts) {
+                *sum = count as f64;
+            }
+            row[experts] = layer.aux;
+            row[experts + 1] = layer.z;
+        }
+        let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
+        let rows = || sums[1..].chunks_exact(width);
+        Ok(Totals {
+            loss: sums[0],
+            counts: rows().map(|row| row[..experts].to_vec()).collect(),
+            aux: rows().map(|row| row[experts]).collect(),
+            z: rows().map(|row| row[experts + 1]).collect(),
+        })
+    }
+
+    /// Σ w·ce.
+    pub fn loss_sum(&self) -> f64 {
+        self.loss
+    }
+
+    /// The report of a step.
+    pub fn report(&self, setup: &Setup, step: u64, total_weight: f64, grad_norm: f64, updated: bool) -> StepReport {
+        let layers = self.aux.len().max(1) as f64;
+        let units = setup.micro_batches() as f64;
+        let tokens = (setup.global_batch_size * setup.sequence_length) as f64;
+        let aux = self.aux.iter().sum::<f64>() / units;
+        let z = self.z.iter().sum::<f64>() / tokens;
+        let loss = (total_weight > 0.0).then(|| self.loss / total_weight);
+        let model = &setup.model;
+        StepReport {
+            step,
+            loss,
+            total_loss: loss.map(|l| l + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z),
+            grad_norm,
+            lr: setup.lr.at(step),
+            aux_loss: aux / layers,
+            z_loss: z / layers,
+            dropped_tokens: 0,
+            expert_load: self
+                .counts
+                .iter()
+                .map(|counts| {
+                    let sum: f64 = counts.iter().sum();
+                    counts.iter().map(|c| if sum > 0.0 { c / sum } else { 0.0 }).collect()
+                })
+                .collect(),
+            updated,
+        }
+    }
+}
+
+fn counts_loss(folding: &Folding, rank: usize) -> bool {
+    folding.coordinate(rank, Attention::TP) == 0
+}

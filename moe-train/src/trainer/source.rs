@@ -1,0 +1,81 @@
+//! Where micro-batches come from.
+
+use moe_kernels::{Device, Float};
+use moe_model::MicroBatch;
+
+use crate::Result;
+
+/// One training sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sequence {
+    /// `S + 1` tokens: inputs are the first `S`, targets the last `S`.
+    pub tokens: Vec<u32>,
+    /// `S` loss weights.
+    pub weights: Vec<f64>,
+}
+
+impl Sequence {
+    /// All targets count alike.
+    pub fn unweighted(tokens: Vec<u32>) -> Self {
+        let weights = vec![1.0; tokens.len().saturating_sub(1)];
+        Sequence { tokens, weights }
+    }
+}
+
+/// The global batch of a step, as micro-batches that do not depend on the mapping.
+pub trait BatchSource {
+    /// The sequences of micro-batch `u` (of `global_batch_size / micro_batch_size`) of step `step` (from 1).
+    fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>>;
+}
+
+/// Sequences in rows: sequence-major, so that the token at position `s` of sequence `b` is row `s · batch + b`.
+#[derive(Debug)]
+pub(crate) struct HostBatch {
+    batch: usize,
+    ids: Vec<i32>,
+    positions: Vec<i32>,
+    labels: Vec<i32>,
+    weights: Vec<f64>,
+}
+
+impl HostBatch {
+    /// All sequences must have the same length.
+    pub fn new(sequences: &[Sequence]) -> Self {
+        let batch = sequences.len();
+        let seq_len = sequences.first().map_or(0, |s| s.weights.len());
+        let mut rows = HostBatch {
+            batch,
+            ids: Vec::with_capacity(batch * seq_len),
+            positions: Vec::with_capacity(batch * seq_len),
+            labels: Vec::with_capacity(batch * seq_len),
+            weights: Vec::with_capacity(batch * seq_len),
+        };
+        for position in 0..seq_len {
+            for sequence in sequences {
+                rows.ids.push(sequence.tokens[position] as i32);
+                rows.positions.push(position as i32);
+                rows.labels.push(sequence.tokens[position + 1] as i32);
+                rows.weights.push(sequence.weights[position]);
+            }
+        }
+        rows
+    }
+
+    /// Sum of the loss weights.
+    pub fn total_weight(&self) -> f64 {
+        self.weights.iter().sum()
+    }
+
+    /// On the device; `total_weight` is that of the whole step.
+    pub fn upload<T: Float, D: Device>(&self, device: &D, total_weight: f64) -> Result<MicroBatch<T, D>> {
+        Ok(MicroBatch::new(
+            device,
+            self.batch,
+            &self.ids,
+            &self.positions,
+            &self.labels,
+            &self.weights,
+            total_weight,
+        )?)
+    }
+}
