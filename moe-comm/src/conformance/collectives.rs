@@ -1,7 +1,7 @@
 //! Every collective against what the host computes.
 
 use half::bf16;
-use moe_kernels::{Device, Element, Tensor};
+use moe_kernels::{Device, Tensor};
 
 use super::sample::{Sample, tensor, value, values};
 use super::{Outcome, expect, expect_tensor, typed, whole};
