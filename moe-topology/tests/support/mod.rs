@@ -1,0 +1,112 @@
+//! Random foldings, and the definition of a group to hold them to.
+#![allow(dead_code)] // each test file uses a part
+
+use moe_topology::{Attention, Axes, Expert, Folding, Mapping, Order, View};
+use proptest::prelude::*;
+
+/// The eight digits of each view: inner and outer of its four axes.
+pub const ATTENTION: [Axes<Attention>; 8] = [
+    Attention::TP_INNER,
+    Attention::TP_OUTER,
+    Attention::CP_INNER,
+    Attention::CP_OUTER,
+    Attention::DP_INNER,
+    Attention::DP_OUTER,
+    Attention::PP_INNER,
+    Attention::PP_OUTER,
+];
+pub const EXPERT: [Axes<Expert>; 8] = [
+    Expert::ETP_INNER,
+    Expert::ETP_OUTER,
+    Expert::EP_INNER,
+    Expert::EP_OUTER,
+    Expert::EDP_INNER,
+    Expert::EDP_OUTER,
+    Expert::PP_INNER,
+    Expert::PP_OUTER,
+];
+
+pub fn axes<V: View>(digits: [Axes<V>; 8], mask: u8) -> Axes<V> {
+    (0..8).filter(|digit| mask >> digit & 1 == 1).fold(Axes::NONE, |all, digit| all | digits[digit])
+}
+
+/// One of the divisors of `n`.
+fn divisor(n: usize, choice: usize) -> usize {
+    let divisors: Vec<usize> = (1..=n).filter(|d| n % d == 0).collect();
+    divisors[choice % divisors.len()]
+}
+
+/// A folding, and the sizes of the digits that were asked for, per view in the order of [`ATTENTION`], [`EXPERT`].
+#[derive(Clone, Debug)]
+pub struct Sample {
+    pub folding: Folding,
+    pub attention: [usize; 8],
+    pub expert: [usize; 8],
+}
+
+/// Any order of the axes with any sizes and any splits, up to 144 ranks.
+pub fn sample() -> impl Strategy<Value = Sample> {
+    let stage = prop::sample::select(vec![1usize, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 30, 36]);
+    let order = Just(["tp", "cp", "ep", "dp", "pp"]).prop_shuffle();
+    (stage, 1usize..=4, order, any::<bool>(), any::<[usize; 12]>()).prop_map(
+        |(stage, pp, mut order, pp_last, choice)| {
+            let tp = divisor(stage, choice[0]);
+            let cp = divisor(stage / tp, choice[1]);
+            let etp = divisor(stage, choice[2]);
+            let ep = divisor(stage / etp, choice[3]);
+            let attention = [tp, cp, stage / tp / cp, pp];
+            let expert = [etp, ep, stage / etp / ep, pp];
+            let mapping = |order: [&str; 5]| {
+                let order = order.join("-").parse().unwrap();
+                Mapping { world_size: stage * pp, tp, cp, pp, ep, etp, order, ..Mapping::default() }
+            };
+            if pp_last || Folding::new(mapping(order)).is_err() {
+                let place = order.iter().position(|name| *name == "pp").unwrap();
+                order[place..].rotate_left(1);
+            }
+
+            let mut mapping = mapping(order);
+            let (mut attention_digits, mut expert_digits) = ([1; 8], [1; 8]);
+            for axis in 0..4 {
+                let inner = divisor(attention[axis], choice[4 + axis]);
+                attention_digits[2 * axis] = inner;
+                attention_digits[2 * axis + 1] = attention[axis] / inner;
+                mapping = mapping.split(ATTENTION[2 * axis], inner);
+                let outer = divisor(expert[axis], choice[8 + axis]);
+                expert_digits[2 * axis] = expert[axis] / outer;
+                expert_digits[2 * axis + 1] = outer;
+                mapping = mapping.split(EXPERT[2 * axis + 1], outer);
+            }
+            let folding = Folding::new(mapping).unwrap();
+            Sample { folding, attention: attention_digits, expert: expert_digits }
+        },
+    )
+}
+
+/// The digits of a rank by the definition: count it up in the written order.
+pub fn digits_of(rank: usize, order: Order, names: [&str; 4], sizes: [usize; 8]) -> [usize; 8] {
+    let mut rest = rank;
+    let mut digits = [0; 8];
+    for token in order.to_string().split('-') {
+        let Some(axis) = names.iter().position(|name| *name == token || *name == format!("e{token}")) else {
+            continue;
+        };
+        for digit in [2 * axis, 2 * axis + 1] {
+            digits[digit] = rest % sizes[digit];
+            rest /= sizes[digit];
+        }
+    }
+    assert_eq!(rest, 0);
+    digits
+}
+
+/// The group of a rank by the definition: all ranks that agree with it on every other digit.
+pub fn group_of<V: View>(folding: &Folding, sizes: [usize; 8], rank: usize, mask: u8) -> Vec<usize> {
+    let digits = |rank| digits_of(rank, folding.mapping().order, V::AXES, sizes);
+    let mine = digits(rank);
+    let agrees = |other: &usize| {
+        let theirs = digits(*other);
+        (0..8).all(|digit| mask >> digit & 1 == 1 || mine[digit] == theirs[digit])
+    };
+    (0..folding.world_size()).filter(agrees).collect()
+}
