@@ -10,6 +10,9 @@ impl Router {
     ///
     /// `dweights` is the gradient by the weights of the choices, `n · K` numbers as a dispatcher returns them; those of the
     /// two losses are added here.
+    ///
+    /// # Errors
+    /// [`Error::Router`] if the scales say that the step has no tokens while this rank has; errors of the device.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
@@ -23,11 +26,18 @@ impl Router {
         let [tokens, hidden] = x.shape();
         let (num_experts, top_k) = (self.config.num_experts, self.config.top_k);
 
-        let aux = self.aux_gradient(&unit_counts, unit_tokens, scales.micro_batches);
+        if tokens == 0 {
+            return Ok(Tensor::uninit(device, 0, hidden)?);
+        }
+        let RouterScales { micro_batches, valid_tokens } = scales;
+        if micro_batches == 0 || valid_tokens == 0 {
+            let what =
+                format!("{tokens} tokens in a step of {micro_batches} micro-batches, {valid_tokens} tokens");
+            return Err(Error::Router { what });
+        }
+        let aux = self.aux_gradient(&unit_counts, unit_tokens, micro_batches);
         let aux = Tensor::<T::Acc, D>::from_f64(device, 1, num_experts, &aux)?;
-        // Without valid tokens there is no z-loss.
-        let z =
-            if scales.valid_tokens == 0 { 0.0 } else { self.config.z_loss_coef / scales.valid_tokens as f64 };
+        let z = self.config.z_loss_coef / valid_tokens as f64;
         let mut dlogits = Tensor::<T::Acc, D>::uninit(device, tokens, num_experts)?;
         device.route_backward(
             dlogits.view_mut()?,
@@ -53,9 +63,6 @@ impl Router {
 
     /// `c_aux·E·C_e/(n_u·K·T²)` for every expert, the derivative of the objective by a token's probability.
     fn aux_gradient(&self, counts: &[i64], tokens: i64, micro_batches: u64) -> Vec<f64> {
-        if tokens == 0 || micro_batches == 0 {
-            return vec![0.0; counts.len()];
-        }
         let divisor = micro_batches as f64 * self.config.top_k as f64 * (tokens as f64).powi(2);
         let factor = self.config.aux_loss_coef * self.config.num_experts as f64 / divisor;
         counts.iter().map(|&count| factor * count as f64).collect()

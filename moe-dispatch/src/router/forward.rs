@@ -48,8 +48,7 @@ impl Router {
             let what = format!("the sum of {} counts came back as {}", num_experts + 1, unit_counts.len());
             return Err(Error::Router { what });
         }
-        let unit_tokens = unit_counts[num_experts];
-        unit_counts.truncate(num_experts);
+        let unit_tokens = unit_counts.split_off(num_experts)[0];
 
         let stats = RouterStats {
             aux_loss: self.aux_loss(&column_sums::<T, D>(device, &probs)?, &unit_counts, unit_tokens),

@@ -1,0 +1,147 @@
+//! The layer on one rank: every token visits its experts in turn. Nothing of the crate under test is used.
+
+use moe_kernels::family::ScoreFunction;
+
+use super::{Outcome, Problem};
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// A token's scores.
+pub struct Scored {
+    pub probs: Vec<f64>,
+    pub lse: f64,
+    pub chosen: Vec<usize>,
+    pub weights: Vec<f64>,
+    /// By how much the last chosen logit exceeds the best that was not.
+    pub margin: f64,
+}
+
+pub fn score(logits: &[f64], top_k: usize, function: ScoreFunction) -> Scored {
+    let largest = logits.iter().copied().fold(f64::MIN, f64::max);
+    let lse = largest + logits.iter().map(|l| (l - largest).exp()).sum::<f64>().ln();
+    let probs: Vec<f64> = logits.iter().map(|l| (l - lse).exp()).collect();
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    let margin = order.get(top_k).map_or(f64::MAX, |&next| logits[order[top_k - 1]] - logits[next]);
+    let chosen = order[..top_k].to_vec();
+    let sum: f64 = chosen.iter().map(|&e| probs[e]).sum();
+    let weights = match function {
+        // A softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
+        ScoreFunction::SoftmaxPost | ScoreFunction::SoftmaxPre { normalize: true } => {
+            chosen.iter().map(|&e| probs[e] / sum).collect()
+        }
+        ScoreFunction::SoftmaxPre { normalize: false } => chosen.iter().map(|&e| probs[e]).collect(),
+        other => unimplemented!("{other:?}"),
+    };
+    Scored { probs, lse, chosen, weights, margin }
+}
+
+/// The gradient by the logits, given those by the weights and by all probabilities, and the factor of `lse²`.
+fn score_backward(s: &Scored, function: ScoreFunction, dweights: &[f64], aux: &[f64], z: f64) -> Vec<f64> {
+    let mut dprobs = aux.to_vec();
+    let sum: f64 = s.chosen.iter().map(|&e| s.probs[e]).sum();
+    let mean = dot(dweights, &s.weights);
+    for (&e, dw) in s.chosen.iter().zip(dweights) {
+        dprobs[e] += match function {
+            ScoreFunction::SoftmaxPre { normalize: false } => *dw,
+            _ => (dw - mean) / sum,
+        };
+    }
+    let mean = dot(&dprobs, &s.probs);
+    s.probs.iter().zip(&dprobs).map(|(p, dp)| p * (dp - mean) + z * 2.0 * s.lse * p).collect()
+}
+
+impl Problem {
+    pub fn scores(&self) -> Vec<Scored> {
+        let (x, router) = (self.x(), self.router());
+        let logits = |x: &[f64]| -> Vec<f64> { router.chunks(self.hidden).map(|w| dot(w, x)).collect() };
+        x.chunks(self.hidden).map(|x| score(&logits(x), self.top_k, self.score)).collect()
+    }
+
+    /// The smallest margin of any token: below the rounding of a type, its routing may differ.
+    pub fn margin(&self) -> f64 {
+        self.scores().iter().map(|s| s.margin).fold(f64::MAX, f64::min)
+    }
+
+    pub fn solve(&self) -> Outcome {
+        let &Problem { hidden, intermediate, num_experts, top_k, num_units, .. } = self;
+        let (x, dy, router, gate_up, down) =
+            (self.x(), self.dy(), self.router(), self.gate_up(), self.down());
+        let scores = self.scores();
+        let mut out = Outcome {
+            y: vec![0.0; x.len()],
+            dx: vec![0.0; x.len()],
+            drouter: vec![0.0; router.len()],
+            dgate_up: vec![0.0; gate_up.len()],
+            ddown: vec![0.0; down.len()],
+            aux_loss: 0.0,
+            z_loss: scores.iter().map(|s| s.lse * s.lse).sum::<f64>() / self.tokens().max(1) as f64,
+            expert_counts: vec![0; num_experts],
+        };
+
+        // Load-balancing loss of each micro-batch, and its derivative by a token's probabilities.
+        let mut aux = vec![vec![0.0; num_experts]; num_units];
+        for (unit, aux) in aux.iter_mut().enumerate() {
+            let of_unit: Vec<&Scored> =
+                scores.iter().zip(&self.units).filter(|&(_, &u)| u == unit).map(|(s, _)| s).collect();
+            for (e, aux) in aux.iter_mut().enumerate() {
+                let count = of_unit.iter().filter(|s| s.chosen.contains(&e)).count();
+                let prob: f64 = of_unit.iter().map(|s| s.probs[e]).sum();
+                out.expert_counts[e] += count as i64;
+                if !of_unit.is_empty() {
+                    let factor = num_experts as f64
+                        / (num_units as f64 * top_k as f64 * (of_unit.len() * of_unit.len()) as f64);
+                    out.aux_loss += factor * count as f64 * prob;
+                    *aux = self.aux_loss_coef * factor * count as f64;
+                }
+            }
+        }
+
+        for (i, s) in scores.iter().enumerate() {
+            let row = i * hidden..(i + 1) * hidden;
+            let (x, dy) = (&x[row.clone()], &dy[row.clone()]);
+            let mut dweights = vec![];
+            for (&e, &p) in s.chosen.iter().zip(&s.weights) {
+                let gate_up = &gate_up[e * 2 * intermediate * hidden..(e + 1) * 2 * intermediate * hidden];
+                let dgate_up =
+                    &mut out.dgate_up[e * 2 * intermediate * hidden..(e + 1) * 2 * intermediate * hidden];
+                let down = &down[e * hidden * intermediate..(e + 1) * hidden * intermediate];
+                let ddown = &mut out.ddown[e * hidden * intermediate..(e + 1) * hidden * intermediate];
+                let mut dp = 0.0;
+                for j in 0..intermediate {
+                    let (g_row, u_row) = (j * hidden, (intermediate + j) * hidden);
+                    let g = dot(&gate_up[g_row..g_row + hidden], x);
+                    let u = dot(&gate_up[u_row..u_row + hidden], x);
+                    let sigmoid = 1.0 / (1.0 + (-g).exp());
+                    let act = g * sigmoid * u;
+                    let mut dact = 0.0; // by act · p
+                    for h in 0..hidden {
+                        out.y[row.start + h] += down[h * intermediate + j] * act * p;
+                        dact += down[h * intermediate + j] * dy[h];
+                        ddown[h * intermediate + j] += dy[h] * act * p;
+                    }
+                    dp += dact * act;
+                    let dg = dact * p * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+                    let du = dact * p * g * sigmoid;
+                    for h in 0..hidden {
+                        out.dx[row.start + h] += dg * gate_up[g_row + h] + du * gate_up[u_row + h];
+                        dgate_up[g_row + h] += dg * x[h];
+                        dgate_up[u_row + h] += du * x[h];
+                    }
+                }
+                dweights.push(dp);
+            }
+            let z = self.z_loss_coef / self.tokens() as f64;
+            let dlogits = score_backward(s, self.score, &dweights, &aux[self.units[i]], z);
+            for (e, dl) in dlogits.iter().enumerate() {
+                for h in 0..hidden {
+                    out.dx[row.start + h] += dl * router[e * hidden + h];
+                    out.drouter[e * hidden + h] += dl * x[h];
+                }
+            }
+        }
+        out
+    }
+}
