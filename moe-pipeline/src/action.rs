@@ -145,6 +145,14 @@ impl Message {
         }
     }
 
+    /// The boundary that it crosses: `s` between stages `s` and `s + 1`. The message must cross one.
+    pub(crate) fn boundary(self) -> u32 {
+        match self.flow {
+            Flow::Forward => self.stage - 1,
+            Flow::Backward => self.stage,
+        }
+    }
+
     /// One number for the header, distinct for distinct messages of a step: for transports that match by tag.
     pub const fn tag(self) -> u64 {
         // Placements have fewer than 2^31 stages.

@@ -57,6 +57,16 @@ pub enum Error {
         /// Ranks of the placement.
         ranks: u32,
     },
+    /// Fewer actions than forward passes alone would be.
+    #[error("{actions} actions cannot take {microbatches} micro-batches through {stages} stages")]
+    TooFewActions {
+        /// Actions of all lists.
+        actions: usize,
+        /// Stages of the placement.
+        stages: u32,
+        /// Micro-batches of the schedule.
+        microbatches: u32,
+    },
     /// A stage number beyond the placement.
     #[error("{at}: the pipeline has {stages} stages")]
     UnknownStage {
@@ -195,13 +205,13 @@ pub enum Error {
         /// The text.
         text: String,
     },
-    /// A stage that the text never names, though it names a higher one.
-    #[error("stage {stage} computes nothing, though the text names {stages} stages")]
+    /// A stage that computes nowhere in the text, though a higher one does: no rank can be given to it.
+    #[error("stage {stage} computes nothing, though stage {named} does")]
     UnplacedStage {
         /// The stage.
         stage: u32,
-        /// Stages that the text implies.
-        stages: u32,
+        /// The higher stage.
+        named: u32,
     },
 
     /// A peer did not answer within the deadline.

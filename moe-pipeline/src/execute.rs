@@ -174,12 +174,14 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
                 let message = self.message(at.action);
                 let act = self.outbox.remove(&message).expect(VALID);
                 let to_rank = self.schedule.placement().ends(message).1;
-                self.collect(message, Post::Send { to_rank, message, act })
+                self.collect(message, Post::Send { to_rank, message, act });
+                Ok(())
             }
             Kind::Recv(_) => {
                 let message = self.message(at.action);
                 let from_rank = self.schedule.placement().ends(message).0;
-                self.collect(message, Post::Recv { from_rank, message })
+                self.collect(message, Post::Recv { from_rank, message });
+                Ok(())
             }
             Kind::WaitSend(_) => match self.wait(at)? {
                 None => Ok(()),
@@ -251,10 +253,9 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
         }
     }
 
-    fn collect(&mut self, message: Message, post: Post<S::Act>) -> Outcome<(), S, T> {
+    fn collect(&mut self, message: Message, post: Post<S::Act>) {
         self.batch.push(post);
         self.batch_messages.push(message);
-        Ok(())
     }
 
     /// Posts what was collected; `at` is the last of it.

@@ -78,11 +78,11 @@ impl Placement {
 
     /// The ranks that send and receive a message that is known to exist.
     pub(crate) fn ends(&self, message: Message) -> (u32, u32) {
-        let producer = match message.flow {
-            Flow::Forward => message.stage - 1,
-            Flow::Backward => message.stage + 1,
-        };
-        (self.owner(producer), self.owner(message.stage))
+        let (low, high) = (self.owner(message.boundary()), self.owner(message.boundary() + 1));
+        match message.flow {
+            Flow::Forward => (low, high),
+            Flow::Backward => (high, low),
+        }
     }
 }
 
@@ -112,13 +112,20 @@ impl Schedule {
     /// A schedule from its lists, `lists[rank]` in program order.
     ///
     /// # Errors
-    /// No micro-batch, a list too many or too few, or an action that cannot be where it stands.
+    /// No micro-batch, a list too many or too few, fewer actions than forward passes, or an action that cannot be where
+    /// it stands.
     pub fn new(placement: Placement, microbatches: u32, pass: Pass, lists: Vec<Vec<Action>>) -> Result<Self> {
         if microbatches == 0 {
             return Err(Error::Empty { what: "micro-batch" });
         }
         if lists.len() != placement.ranks() as usize {
             return Err(Error::Lists { lists: lists.len(), ranks: placement.ranks() });
+        }
+        let actions = lists.iter().map(Vec::len).sum();
+        let stages = placement.stages();
+        // So a table of all messages is never much longer than the schedule, whatever numbers a text names.
+        if (actions as u64) < u64::from(stages) * u64::from(microbatches) {
+            return Err(Error::TooFewActions { actions, stages, microbatches });
         }
         let schedule = Schedule { placement, microbatches, pass, lists };
         schedule.actions().try_for_each(|at| schedule.check(at))?;

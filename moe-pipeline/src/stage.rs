@@ -8,6 +8,10 @@
 ///
 /// The executor calls each of the three in ascending micro-batch order, so sums over micro-batches do not depend on the
 /// schedule.
+#[expect(
+    clippy::type_complexity,
+    reason = "spelled out, the signatures read more easily than behind an alias"
+)]
 pub trait Stage {
     /// The rank's context.
     type Cx;

@@ -5,7 +5,9 @@ use std::fmt;
 use std::time::Duration;
 
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
-use moe_pipeline::{Error, ExecuteError, Pass, Program, Schedule, Stage, execute};
+use moe_pipeline::{
+    Action, Error, ExecuteError, Kind, Pass, Placement, Program, Schedule, Stage, execute, validate,
+};
 
 pub const WIDTH: usize = 5;
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -181,4 +183,77 @@ pub fn equals_sequential(program: &Program) {
         assert_eq!(sums.loss.to_bits(), expected.loss.to_bits());
         assert_eq!(sums, expected);
     }
+}
+
+/// Numbers for drawing schedules (SplitMix64).
+pub struct Draws(pub u64);
+
+impl Draws {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+}
+
+/// A compute schedule drawn at random from all that can run: any placement, any interleaving of micro-batches, stages and
+/// ranks that respects the data, `B` on some stages and `I`, `W` on others.
+pub fn draw_schedule(ranks: u32, extra_stages: u32, microbatches: u32, draws: &mut Draws) -> Schedule {
+    let stages = ranks + extra_stages;
+    let mut rank_of: Vec<u32> =
+        (0..stages).map(|s| if s < ranks { s } else { draws.below(ranks as usize) as u32 }).collect();
+    for i in (1..rank_of.len()).rev() {
+        rank_of.swap(i, draws.below(i + 1));
+    }
+    let split: Vec<bool> = (0..stages).map(|_| draws.below(2) == 0).collect();
+    let mut lists = vec![Vec::new(); ranks as usize];
+    // Per stage: forward, input-gradient and weight-gradient passes done.
+    let mut done = vec![[0; 3]; stages as usize];
+    loop {
+        let mut ready = Vec::new();
+        for s in 0..stages as usize {
+            let [f, i, w] = done[s];
+            if f < microbatches && (s == 0 || done[s - 1][0] > f) {
+                ready.push((s, Kind::Forward, f));
+            }
+            if i < f && (s + 1 == stages as usize || done[s + 1][1] > i) {
+                ready.push((s, if split[s] { Kind::BackwardInput } else { Kind::Backward }, i));
+            }
+            if split[s] && w < i {
+                ready.push((s, Kind::BackwardWeight, w));
+            }
+        }
+        if ready.is_empty() {
+            return Schedule::new(
+                Placement::new(rank_of).unwrap(),
+                microbatches,
+                Pass::ForwardBackward,
+                lists,
+            )
+            .unwrap();
+        }
+        let (s, kind, m) = ready[draws.below(ready.len())];
+        match kind {
+            Kind::Forward => done[s][0] += 1,
+            Kind::BackwardInput => done[s][1] += 1,
+            Kind::BackwardWeight => done[s][2] += 1,
+            _ => {
+                done[s][1] += 1;
+                done[s][2] += 1;
+            }
+        }
+        lists[rank_of[s] as usize].push(Action::new(s as u32, kind, m));
+    }
+}
+
+/// The lists of a schedule, to be changed.
+pub fn lists(schedule: &Schedule) -> Vec<Vec<Action>> {
+    (0..schedule.placement().ranks()).map(|rank| schedule.list(rank).to_vec()).collect()
+}
+
+/// The same schedule with other lists, through all checks.
+pub fn revalidate(schedule: &Schedule, lists: Vec<Vec<Action>>) -> Result<Program, Error> {
+    let placement = schedule.placement().clone();
+    validate(Schedule::new(placement, schedule.microbatches(), schedule.pass(), lists)?, None)
 }

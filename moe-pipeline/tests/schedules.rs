@@ -1,0 +1,191 @@
+//! Orders: the generators', torch's, and what lowering makes of them.
+
+mod common;
+
+use common::{Draws, draw_schedule};
+use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::{
+    Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_send_recv, add_waits, lower, validate,
+};
+use proptest::prelude::*;
+
+#[test]
+fn one_f_one_b_is_megatrons_order() {
+    let text = one_f_one_b(3, 4).unwrap().to_string();
+    assert_eq!(
+        text,
+        "0F0,0F1,0F2,0B0,0F3,0B1,0B2,0B3\n1F0,1F1,1B0,1F2,1B1,1F3,1B2,1B3\n2F0,2B0,2F1,2B1,2F2,2B2,2F3,2B3\n"
+    );
+}
+
+#[test]
+fn fewer_micro_batches_than_stages() {
+    assert_eq!(
+        one_f_one_b(4, 2).unwrap().to_string(),
+        "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n2F0,2F1,2B0,2B1\n3F0,3B0,3F1,3B1\n"
+    );
+    assert_eq!(one_f_one_b(2, 1).unwrap().to_string(), "0F0,0B0\n1F0,1B0\n");
+}
+
+#[test]
+fn gpipe_and_forward_only() {
+    assert_eq!(gpipe(2, 3).unwrap().to_string(), "0F0,0F1,0F2,0B0,0B1,0B2\n1F0,1F1,1F2,1B0,1B1,1B2\n");
+    let evaluation = forward_only(2, 3).unwrap();
+    assert_eq!(evaluation.to_string(), "0F0,0F1,0F2\n1F0,1F1,1F2\n");
+    assert_eq!(evaluation.pass(), Pass::ForwardOnly);
+}
+
+#[test]
+fn nothing_to_do_is_an_error() {
+    for generate in [gpipe, one_f_one_b, forward_only] {
+        assert_eq!(generate(0, 4), Err(Error::Empty { what: "stage" }));
+        assert_eq!(generate(4, 0), Err(Error::Empty { what: "micro-batch" }));
+    }
+}
+
+#[test]
+fn lowered_one_f_one_b() {
+    let lowered = lower(&one_f_one_b(2, 2).unwrap()).unwrap();
+    assert_eq!(
+        lowered.to_string(),
+        "0F0,0SEND_F0,0F1,0WAIT_SEND_F0,0SEND_F1,0RECV_B0,0WAIT_RECV_B0,0B0,0RECV_B1,0WAIT_RECV_B1,0B1,0WAIT_SEND_F1\n\
+         1RECV_F0,1WAIT_RECV_F0,1F0,1RECV_F1,1B0,1SEND_B0,1WAIT_RECV_F1,1F1,1B1,1WAIT_SEND_B0,1SEND_B1,1WAIT_SEND_B1\n"
+    );
+}
+
+/// Sends and receives of interleaved, breadth-first and zero-bubble orders with several stages per rank, against torch.
+#[test]
+fn sends_and_receives_are_torchs() {
+    let mut seen = 0;
+    for entry in include_str!("fixtures/torch_2.9.1.txt").split("schedule ").skip(1) {
+        let (name, rest) = entry.split_once('\n').unwrap();
+        let (compute, expected) = rest.strip_prefix("compute\n").unwrap().split_once("comms\n").unwrap();
+        let schedule: Schedule = compute.parse().unwrap();
+        assert_eq!(schedule.to_string(), compute, "{name}");
+        let with_messages = add_send_recv(&schedule).unwrap();
+        assert_eq!(with_messages.to_string(), expected, "{name}");
+        assert_eq!(expected.parse::<Schedule>().unwrap(), with_messages, "{name}");
+
+        let program = validate(add_waits(&with_messages).unwrap(), None);
+        // Torch's breadth-first order accumulates in descending order.
+        match (name.starts_with("LoopedBFS"), program) {
+            (true, Err(Error::OutOfOrder { .. })) => {}
+            (false, Ok(program)) => common::equals_sequential(&program),
+            (_, other) => panic!("{name}: {other:?}"),
+        }
+        seen += 1;
+    }
+    assert!(seen > 40);
+}
+
+#[test]
+fn lowering_refuses_what_is_lowered_or_can_never_run() {
+    let lowered = lower(&gpipe(2, 1).unwrap()).unwrap();
+    assert!(
+        matches!(lower(&lowered), Err(Error::AlreadyLowered { at }) if at.action.to_string() == "0SEND_F0")
+    );
+    assert!(
+        matches!(add_waits(&lowered), Err(Error::AlreadyLowered { at }) if at.action.to_string() == "0WAIT_RECV_B0")
+    );
+
+    // Rank 0 wants the gradient of micro-batch 1 before it has made its activation.
+    let stuck: Schedule = "0F0,0B0,0B1,0F1\n1F0,1F1,1B0,1B1\n".parse().unwrap();
+    let Err(Error::Stuck { at, needs }) = lower(&stuck) else { panic!("{:?}", lower(&stuck)) };
+    assert_eq!((at.rank, at.index, at.action.to_string()), (0, 1, "0B0".to_owned()));
+    assert_eq!(needs, Message { flow: Flow::Backward, stage: 0, microbatch: 0 });
+}
+
+#[test]
+fn text_that_is_no_schedule() {
+    let parse = |text: &str| text.parse::<Schedule>().unwrap_err();
+    assert_eq!(parse("0F0,0B0\n1F0, x1,1B0\n"), Error::Parse { line: 2, column: 2, text: "x1".into() });
+    for text in ["F0", "0F", "0Q0", "0SEND0", "0F0F0", "-1F0", "99999999999F0", "0f0", "0 F0", "é", "0Fé"] {
+        assert_eq!(parse(text), Error::Parse { line: 1, column: 1, text: text.into() });
+        assert_eq!(text.parse::<Action>().unwrap_err(), Error::NotAnAction { text: text.into() });
+    }
+    assert_eq!(parse(""), Error::Empty { what: "stage" });
+    assert_eq!(parse("0F0,0B0\n3F0,3B0\n"), Error::UnplacedStage { stage: 1, named: 3 });
+    // Neither number may make anybody allocate.
+    assert_eq!(parse("4294967295F0"), Error::UnplacedStage { stage: 0, named: u32::MAX });
+    assert_eq!(parse("0F4294967295"), Error::TooFewActions { actions: 1, stages: 1, microbatches: u32::MAX });
+    assert_eq!(parse("0F0,0B0\n\n1F0,1B0\n"), Error::RankWithoutStage { rank: 1, ranks: 3 });
+    assert!(matches!(parse("0F0,0B0\n1F0,1B0,0F0\n"), Error::WrongRank { owner: 0, .. }));
+}
+
+#[test]
+fn empty_fields_are_torchs_idle_steps() {
+    let idle: Schedule = "0F0,0F1,,,0B0,,0B1\n,1F0,1F1,1B0,1B1,,\n".parse().unwrap();
+    assert_eq!(idle, gpipe(2, 2).unwrap());
+}
+
+#[test]
+fn placements() {
+    let v = Placement::new(vec![0, 1, 1, 0]).unwrap();
+    assert_eq!((v.ranks(), v.stages()), (2, 4));
+    assert_eq!((v.stages_of(0), v.stages_of(1), v.stages_of(2)), (&[0, 3][..], &[1, 2][..], &[][..]));
+    assert_eq!((v.rank_of(3), v.rank_of(4)), (Some(0), None));
+    assert_eq!(Placement::new(vec![0, 2]), Err(Error::RankWithoutStage { rank: 1, ranks: 3 }));
+    assert_eq!(Placement::new(vec![0, 3, 1]), Err(Error::RankWithoutStage { rank: 2, ranks: 4 }));
+    assert_eq!(Placement::new(vec![u32::MAX]), Err(Error::RankWithoutStage { rank: 0, ranks: u32::MAX }));
+}
+
+#[test]
+fn actions_stand_where_they_can() {
+    let one = |rank_of: Vec<u32>, m, pass, lists: &[&[&str]]| {
+        let lists = lists.iter().map(|list| list.iter().map(|a| a.parse().unwrap()).collect()).collect();
+        Schedule::new(Placement::new(rank_of).unwrap(), m, pass, lists).unwrap_err()
+    };
+    let both = Pass::ForwardBackward;
+    assert_eq!(one(vec![0, 1], 1, both, &[&["0F0", "0B0"]]), Error::Lists { lists: 1, ranks: 2 });
+    assert!(matches!(one(vec![0], 1, both, &[&["1F0"]]), Error::UnknownStage { stages: 1, .. }));
+    assert!(matches!(one(vec![0], 1, both, &[&["0F1"]]), Error::UnknownMicrobatch { microbatches: 1, .. }));
+    assert!(matches!(one(vec![0], 1, Pass::ForwardOnly, &[&["0F0", "0B0"]]), Error::ForwardOnly { .. }));
+    for no_boundary in
+        ["0RECV_F0", "0SEND_B0", "2SEND_F0", "2RECV_B0", "0SEND_F0", "1RECV_F0", "1WAIT_SEND_B0"]
+    {
+        // Stages 0 and 1 share rank 0; stage 2 is the last.
+        let mut lists: [Vec<&str>; 2] = [vec!["0F0", "1F0"], vec!["2F0"]];
+        lists[usize::from(no_boundary.starts_with('2'))].push(no_boundary);
+        let error = one(vec![0, 0, 1], 1, both, &[&lists[0], &lists[1]]);
+        assert!(matches!(error, Error::NoBoundary { at } if at.action.to_string() == no_boundary), "{error}");
+    }
+}
+
+#[test]
+fn tags_tell_messages_apart() {
+    let mut tags: Vec<u64> = Vec::new();
+    for flow in [Flow::Forward, Flow::Backward] {
+        for stage in [0, 1, 2, 3, (1 << 31) - 1] {
+            for microbatch in [0, 1, 2, u32::MAX] {
+                tags.push(Message { flow, stage, microbatch }.tag());
+            }
+        }
+    }
+    let all = tags.len();
+    tags.sort_unstable();
+    tags.dedup();
+    assert_eq!(tags.len(), all);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Whatever order can run is lowered to one that is valid, and its text form is the same schedule.
+    #[test]
+    fn whatever_can_run_is_lowered_to_a_valid_program(p in 1_u32..=8, extra in 0_u32..=8, m in 1_u32..=16, seed: u64) {
+        let schedule = draw_schedule(p, extra, m, &mut Draws(seed));
+        prop_assert_eq!(&schedule.to_string().parse::<Schedule>().unwrap(), &schedule);
+        let lowered = lower(&schedule).unwrap();
+        prop_assert_eq!(&lowered.to_string().parse::<Schedule>().unwrap(), &lowered);
+        let compute = |rank| lowered.list(rank).iter().filter(|a| a.kind.is_compute()).copied().collect::<Vec<_>>();
+        for rank in 0..p {
+            prop_assert_eq!(&compute(rank)[..], schedule.list(rank));
+        }
+        let sends = lowered.actions().filter(|at| matches!(at.action.kind, Kind::Send(_))).count();
+        let crossings = (1..p + extra).filter(|&s| {
+            schedule.placement().rank_of(s - 1) != schedule.placement().rank_of(s)
+        }).count();
+        prop_assert_eq!(sends, 2 * crossings * m as usize);
+        prop_assert!(validate(lowered, None).is_ok());
+    }
+}

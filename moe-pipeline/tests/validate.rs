@@ -1,0 +1,338 @@
+//! The validator against named faults, against mutants, and against an independent brute-force checker.
+
+mod common;
+
+use std::collections::HashSet;
+
+use common::{Draws, draw_schedule, equals_sequential, lists, revalidate};
+use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::{Action, Error, Flow, Kind, Pass, Schedule, lower, validate};
+use proptest::prelude::*;
+
+fn reject(text: &str) -> Error {
+    validate(text.parse().unwrap(), None).unwrap_err()
+}
+
+/// `rank:index:action` of the fault.
+fn place(error: &Error) -> String {
+    match error {
+        Error::Duplicate { at }
+        | Error::OutOfOrder { at, .. }
+        | Error::Premature { at, .. }
+        | Error::OverBudget { at, .. } => format!("{}:{}:{}", at.rank, at.index, at.action),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_fault_is_named_with_rank_index_and_action() {
+    let good = "0F0,0SEND_F0,0RECV_B0,0WAIT_RECV_B0,0B0,0WAIT_SEND_F0\n1RECV_F0,1WAIT_RECV_F0,1F0,1B0,1SEND_B0,1WAIT_SEND_B0\n";
+    assert_eq!(lower(&gpipe(2, 1).unwrap()).unwrap().to_string(), good);
+    for (from, to, fault, needs) in [
+        ("0F0,0SEND_F0", "0SEND_F0,0F0", "0:0:0SEND_F0", "0F0"),
+        ("0RECV_B0,0WAIT_RECV_B0", "0WAIT_RECV_B0,0RECV_B0", "0:2:0WAIT_RECV_B0", "0RECV_B0"),
+        ("0WAIT_RECV_B0,0B0", "0B0,0WAIT_RECV_B0", "0:3:0B0", "0WAIT_RECV_B0"),
+        ("1F0,1B0", "1B0,1F0", "1:2:1B0", "1F0"),
+        ("1SEND_B0,1WAIT_SEND_B0", "1WAIT_SEND_B0,1SEND_B0", "1:4:1WAIT_SEND_B0", "1SEND_B0"),
+        ("1B0,1SEND_B0", "1SEND_B0,1B0", "1:3:1SEND_B0", "1B0"),
+        ("1F0,1B0", "1F0,1W0,1I0", "1:3:1W0", "1I0"),
+    ] {
+        let error = reject(&good.replace(from, to));
+        assert_eq!(place(&error), fault);
+        assert!(matches!(error, Error::Premature { needs: n, .. } if n.to_string() == needs), "{error}");
+    }
+    for (twice, fault) in [
+        ("0F0", "0:1:0F0"),
+        ("0SEND_F0", "0:2:0SEND_F0"),
+        ("0RECV_B0", "0:3:0RECV_B0"),
+        ("0WAIT_RECV_B0", "0:4:0WAIT_RECV_B0"),
+        ("0B0", "0:5:0B0"),
+        ("1WAIT_SEND_B0", "1:6:1WAIT_SEND_B0"),
+    ] {
+        let error = reject(&good.replace(twice, &format!("{twice},{twice}")));
+        assert!(matches!(error, Error::Duplicate { .. }), "{error}");
+        assert_eq!(place(&error), fault);
+    }
+    for (without, rank) in
+        [(",0B0", 0), ("0SEND_F0,", 0), (",0WAIT_SEND_F0", 0), (",1SEND_B0,1WAIT_SEND_B0", 1)]
+    {
+        let error = reject(&good.replace(without, ""));
+        let action: Action = match without.trim_matches(',').split(',').next() {
+            // Its wait is found before its absence.
+            Some("0SEND_F0") => {
+                assert!(matches!(error, Error::Premature { needs, .. } if needs.to_string() == "0SEND_F0"));
+                continue;
+            }
+            first => first.unwrap().parse().unwrap(),
+        };
+        assert_eq!(error, Error::Missing { rank, action });
+    }
+    assert!(matches!(reject("0F0,0I0\n"), Error::Missing { rank: 0, action } if action.to_string() == "0W0"));
+}
+
+#[test]
+fn sums_ascend_per_stage() {
+    assert_eq!(place(&reject("0F0,0F1,0B1,0B0\n")), "0:2:0B1");
+    assert_eq!(place(&reject("0F1,0F0,0B0,0B1\n")), "0:0:0F1");
+    assert_eq!(place(&reject("0F0,0F1,0I0,0I1,0W1,0W0\n")), "0:4:0W1");
+    // B adds to the weights too, before the W of the micro-batch ahead of it.
+    assert_eq!(place(&reject("0F0,0F1,0I0,0B1,0W0\n")), "0:3:0B1");
+    assert!(validate("0F0,0F1,0I0,0W0,0B1\n".parse().unwrap(), None).is_ok());
+}
+
+#[test]
+fn neighbours_on_one_rank_need_no_message_but_an_order() {
+    assert!(validate("0F0,1F0,1B0,0B0\n".parse().unwrap(), None).is_ok());
+    assert!(
+        matches!(reject("1F0,0F0,1B0,0B0\n"), Error::Premature { needs, .. } if needs.to_string() == "0F0")
+    );
+    assert!(
+        matches!(reject("0F0,1F0,0B0,1B0\n"), Error::Premature { needs, .. } if needs.to_string() == "1B0")
+    );
+}
+
+#[test]
+fn messages_placed_rank_by_rank_deadlock_under_rendezvous() {
+    // Each receive just before its use, each send just after its origin.
+    let naive = |schedule: &Schedule| {
+        let stages = schedule.placement().stages();
+        let around = |&action: &Action| {
+            let with = |kind| Action { kind, ..action };
+            let input =
+                action.input(stages).map(|m| [with(Kind::Recv(m.flow)), with(Kind::WaitRecv(m.flow))]);
+            let output =
+                action.output(stages).map(|m| [with(Kind::Send(m.flow)), with(Kind::WaitSend(m.flow))]);
+            input
+                .into_iter()
+                .flatten()
+                .chain([action])
+                .chain(output.into_iter().flatten())
+                .collect::<Vec<_>>()
+        };
+        revalidate(
+            schedule,
+            lists(schedule).iter().map(|list| list.iter().flat_map(around).collect()).collect(),
+        )
+    };
+    assert!(naive(&gpipe(4, 4).unwrap()).is_ok());
+    let Err(Error::Deadlock { cycle }) = naive(&one_f_one_b(2, 2).unwrap()) else { panic!() };
+    let cycle: Vec<String> = cycle.iter().map(ToString::to_string).collect();
+    assert_eq!(cycle, ["0SEND_F1 (rank 0, index 4)", "1SEND_B0 (rank 1, index 4)"]);
+    for (p, m) in [(2, 3), (3, 3), (4, 8), (8, 16)] {
+        assert!(matches!(naive(&one_f_one_b(p, m).unwrap()), Err(Error::Deadlock { .. })));
+    }
+    // Three ranks in a circle: 0 waits for 1, 1 for 2, 2 for 0.
+    let circle = "0F0,3F0,0SEND_F0,0WAIT_SEND_F0\n1RECV_F0,1WAIT_RECV_F0,1F0,1SEND_F0,1WAIT_SEND_F0\n\
+                  2RECV_F0,2WAIT_RECV_F0,2F0,2SEND_F0,2WAIT_SEND_F0\n";
+    let circle = circle.replace("0F0,3F0", "0F0,3RECV_F0,3WAIT_RECV_F0,3F0");
+    let Error::Deadlock { cycle } = reject(&circle) else { panic!() };
+    assert_eq!(cycle.len(), 3);
+}
+
+#[test]
+fn peak_is_the_closed_form_and_meets_the_budget() {
+    for p in 1..=16 {
+        for m in 1..=20 {
+            let peak = |schedule: Schedule| {
+                validate(lower(&schedule).unwrap(), None).unwrap().peak_in_flight().to_vec()
+            };
+            assert_eq!(peak(gpipe(p, m).unwrap()), vec![m; p as usize]);
+            assert_eq!(peak(one_f_one_b(p, m).unwrap()), (0..p).map(|r| m.min(p - r)).collect::<Vec<_>>());
+            assert_eq!(peak(forward_only(p, m).unwrap()), vec![0; p as usize]);
+        }
+    }
+    let lowered = lower(&one_f_one_b(4, 8).unwrap()).unwrap();
+    assert!(validate(lowered.clone(), Some(4)).is_ok());
+    let error = validate(lowered, Some(3)).unwrap_err();
+    assert!(matches!(error, Error::OverBudget { in_flight: 4, budget: 3, .. }));
+    assert!(place(&error).starts_with("0:") && place(&error).ends_with("0F3"), "{error}");
+}
+
+/// The rules once more, without counters, tables or passes: sets, and blocking ranks polled until nothing moves.
+fn brute_force(schedule: &Schedule) -> bool {
+    let placement = schedule.placement();
+    let (ranks, stages, all) = (placement.ranks(), placement.stages(), schedule.microbatches());
+    let mut done = HashSet::new();
+    let mut next = vec![0; ranks as usize];
+    let forward_only = schedule.pass() == Pass::ForwardOnly;
+    let can = |done: &HashSet<Action>, a: Action| {
+        let has = |kind| done.contains(&Action { kind, ..a });
+        let any =
+            |stage, kinds: &[Kind], m| kinds.iter().any(|&kind| done.contains(&Action::new(stage, kind, m)));
+        let ascending = |kinds: &[Kind]| (0..all).all(|m| any(a.stage, kinds, m) == (m < a.microbatch));
+        let (f, i, w, b) = (Kind::Forward, Kind::BackwardInput, Kind::BackwardWeight, Kind::Backward);
+        let made = |flow| match flow {
+            Flow::Forward => (a.stage - 1, vec![f]),
+            Flow::Backward => (a.stage + 1, vec![i, b]),
+        };
+        let ready = a.input(stages).is_none_or(|input| {
+            let (stage, kinds) = made(input.flow);
+            match placement.rank_of(stage) == placement.rank_of(a.stage) {
+                true => any(stage, &kinds, a.microbatch),
+                false => has(Kind::WaitRecv(input.flow)),
+            }
+        });
+        !done.contains(&a)
+            && ready
+            && match a.kind {
+                Kind::Forward => ascending(&[f]),
+                Kind::BackwardInput => has(f) && ascending(&[i, b]),
+                Kind::BackwardWeight => has(i) && ascending(&[w, b]),
+                Kind::Backward => has(f) && ascending(&[i, b]) && ascending(&[w, b]),
+                Kind::Send(Flow::Forward) => has(f),
+                Kind::Send(Flow::Backward) => has(i) || has(b),
+                Kind::WaitSend(flow) => has(Kind::Send(flow)),
+                Kind::WaitRecv(flow) => has(Kind::Recv(flow)),
+                _ => true,
+            }
+    };
+    let mut moved = true;
+    while moved {
+        moved = false;
+        for rank in 0..ranks {
+            let Some(&action) = schedule.list(rank).get(next[rank as usize]) else { continue };
+            let mut together = vec![(rank, action)];
+            if let (Kind::Send(_) | Kind::Recv(_), Some(message)) = (action.kind, action.message(stages)) {
+                let other = |at: &(u32, Action)| {
+                    at.1.message(stages) == Some(message)
+                        && matches!(at.1.kind, Kind::Send(_) | Kind::Recv(_))
+                        && at.1.kind != action.kind
+                };
+                let heads = (0..ranks).filter_map(|r| Some((r, *schedule.list(r).get(next[r as usize])?)));
+                together.extend(heads.clone().find(other));
+                if together.len() == 1 {
+                    continue;
+                }
+            }
+            if together.iter().all(|&(_, action)| can(&done, action)) {
+                for (rank, action) in together {
+                    done.insert(action);
+                    next[rank as usize] += 1;
+                }
+                moved = true;
+            }
+        }
+    }
+    let ended = (0..ranks).all(|rank| next[rank as usize] == schedule.list(rank).len());
+    let complete = (0..stages).all(|stage| {
+        (0..all).all(|m| {
+            let has = |kind| done.contains(&Action::new(stage, kind, m));
+            let back = has(Kind::Backward) || has(Kind::BackwardWeight);
+            let sent = [Kind::Forward, Kind::Backward].into_iter().all(|kind| {
+                let Some(message) = Action::new(stage, kind, m).output(stages) else { return true };
+                let local = placement.rank_of(stage) == placement.rank_of(message.stage);
+                let skipped = forward_only && kind == Kind::Backward;
+                local || skipped || has(Kind::Send(message.flow)) && has(Kind::WaitSend(message.flow))
+            });
+            has(Kind::Forward) && (forward_only || back) && sent
+        })
+    });
+    ended && complete
+}
+
+fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
+    (0..4, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
+        let compute = match which {
+            0 => gpipe(p, m).unwrap(),
+            1 => one_f_one_b(p, m).unwrap(),
+            2 => forward_only(p, m).unwrap(),
+            _ => draw_schedule(p, extra, m, &mut Draws(seed)),
+        };
+        (lower(&compute).unwrap(), seed)
+    })
+}
+
+/// Whether `b`, later on the same rank, needs `a`: as the same micro-batch of the same stage, or the same message.
+fn depends(a: Action, b: Action) -> bool {
+    use Kind::{Backward, BackwardInput, BackwardWeight, Forward, Recv, Send, WaitRecv, WaitSend};
+    a.stage == b.stage
+        && a.microbatch == b.microbatch
+        && match (a.kind, b.kind) {
+            (Forward, Backward | BackwardInput) | (BackwardInput, BackwardWeight) => true,
+            (Forward, Send(Flow::Forward)) | (Backward | BackwardInput, Send(Flow::Backward)) => true,
+            (WaitRecv(Flow::Forward), Forward) | (WaitRecv(Flow::Backward), Backward | BackwardInput) => true,
+            (Send(x), WaitSend(y)) | (Recv(x), WaitRecv(y)) => x == y,
+            _ => false,
+        }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    /// Every action dropped, in turn.
+    #[test]
+    fn every_drop_is_rejected((lowered, _) in drawn()) {
+        for at in lowered.actions() {
+            let mut lists = lists(&lowered);
+            lists[at.rank as usize].remove(at.index);
+            prop_assert!(revalidate(&lowered, lists).is_err(), "dropped {}", at);
+        }
+    }
+
+    /// Every action duplicated, in turn, to a random place of its rank and to one of another rank.
+    #[test]
+    fn every_duplicate_is_rejected((lowered, seed) in drawn()) {
+        let mut draws = Draws(seed);
+        for at in lowered.actions() {
+            for rank in [at.rank as usize, draws.below(lowered.placement().ranks() as usize)] {
+                let mut lists = lists(&lowered);
+                let index = draws.below(lists[rank].len() + 1);
+                lists[rank].insert(index, at.action);
+                prop_assert!(revalidate(&lowered, lists).is_err(), "{} again at {}:{}", at, rank, index);
+            }
+        }
+    }
+
+    /// Every pair of one rank swapped that is of one kind and stage (an order of sums or of messages), or where one
+    /// needs the other. (Other swaps may leave a schedule as good as before.)
+    #[test]
+    fn every_swap_of_ordered_actions_is_rejected((lowered, _) in drawn()) {
+        for rank in 0..lowered.placement().ranks() {
+            let list = lowered.list(rank);
+            for (i, &a) in list.iter().enumerate() {
+                let ordered = |&&(_, &b): &&(usize, &Action)| {
+                    (a.kind, a.stage) == (b.kind, b.stage) || depends(a, b)
+                };
+                let later: Vec<_> = list.iter().enumerate().skip(i + 1).collect();
+                // The nearest of each is the hardest to notice.
+                for &(j, &b) in later.iter().filter(ordered).take(3) {
+                    let mut lists = lists(&lowered);
+                    lists[rank as usize].swap(i, j);
+                    prop_assert!(revalidate(&lowered, lists).is_err(), "swapped {} and {}", a, b);
+                }
+            }
+        }
+    }
+
+    /// Random changes of any kind: accepted exactly if the brute-force checker accepts; and what is accepted runs.
+    #[test]
+    fn the_verdict_is_that_of_brute_force((lowered, seed) in drawn(), changes in 1..3) {
+        let mut draws = Draws(seed ^ 0xABCD);
+        for _ in 0..4 {
+            let mut lists = lists(&lowered);
+            for _ in 0..changes {
+                let list = &mut lists[draws.below(lowered.placement().ranks() as usize)];
+                let (i, near) = (draws.below(list.len()), 1 + draws.below(3));
+                let later = (i + near).min(list.len() - 1);
+                match draws.below(3) {
+                    0 => list.swap(i, later),
+                    1 => {
+                        let moved = list.remove(i);
+                        list.insert(later, moved);
+                    }
+                    _ => {
+                        let moved = list.remove(i);
+                        list.insert(i.saturating_sub(near), moved);
+                    }
+                }
+            }
+            let (placement, m) = (lowered.placement().clone(), lowered.microbatches());
+            let changed = Schedule::new(placement, m, lowered.pass(), lists).unwrap();
+            let verdict = validate(changed.clone(), None);
+            prop_assert_eq!(verdict.is_ok(), brute_force(&changed), "{:?}\n{}", verdict.err(), changed);
+            if let (Ok(program), true) = (verdict, draws.below(8) == 0) {
+                equals_sequential(&program);
+            }
+        }
+    }
+}
