@@ -32,7 +32,7 @@ pub fn axes<V: View>(digits: [Axes<V>; 8], mask: u8) -> Axes<V> {
 
 /// One of the divisors of `n`.
 fn divisor(n: usize, choice: usize) -> usize {
-    let divisors: Vec<usize> = (1..=n).filter(|d| n % d == 0).collect();
+    let divisors: Vec<usize> = (1..=n).filter(|d| n.is_multiple_of(*d)).collect();
     divisors[choice % divisors.len()]
 }
 

@@ -1,0 +1,245 @@
+//! What is legal, all that is legal, and what is nearest to it.
+
+use std::collections::BTreeSet;
+
+use moe_topology::{Attention, Constraints, Error, Folding, Mapping, Order, Rule, enumerate, nearest};
+use proptest::prelude::*;
+
+fn sizes(mapping: &Mapping) -> [usize; 5] {
+    let &Mapping { tp, cp, pp, ep, etp, .. } = mapping;
+    [tp, cp, pp, ep, etp]
+}
+
+/// All mappings of a world that the two divisions and, if `pp` is not last, `tp·cp = etp·ep` allow.
+fn by_definition(world_size: usize, order: Order) -> Vec<Mapping> {
+    let mut all = Vec::new();
+    let divides = |product| world_size % product == 0;
+    for pp in 1..=world_size {
+        for tp in 1..=world_size {
+            for cp in (1..=world_size).filter(|cp| divides(tp * cp * pp)) {
+                for etp in 1..=world_size {
+                    for ep in (1..=world_size).filter(|ep| divides(etp * ep * pp)) {
+                        if order == Order::PP_LAST || pp == 1 || tp * cp == etp * ep {
+                            all.push(Mapping {
+                                world_size,
+                                tp,
+                                cp,
+                                pp,
+                                ep,
+                                etp,
+                                order,
+                                ..Mapping::default()
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn enumeration_finds_all_that_is_legal_in_order() {
+    for world_size in (1..=16).chain([24, 36]) {
+        for order in [Order::PP_LAST, Order::DP_LAST] {
+            let found: Vec<Mapping> =
+                enumerate(world_size, order, &Constraints::default()).map(|f| f.mapping().clone()).collect();
+            assert_eq!(found, by_definition(world_size, order), "{world_size} {order}");
+        }
+    }
+}
+
+#[test]
+fn large_worlds_are_enumerated() {
+    // A stage of 2^m ranks has C(m+2, 2) ways to choose two of three sizes, in each view.
+    let ways = |m: usize| (m + 2) * (m + 1) / 2;
+    let expected: usize = (0..=10).map(|m| ways(m) * ways(m)).sum();
+    assert_eq!(enumerate(1024, Order::default(), &Constraints::default()).count(), expected);
+    assert_eq!(enumerate(0, Order::default(), &Constraints::default()).count(), 0);
+    assert_eq!(enumerate(usize::MAX, Order::default(), &Constraints::default()).count(), 0);
+}
+
+/// Mixtral 8x22B on 128 ranks.
+fn mixtral() -> Constraints {
+    Constraints {
+        tp: 1..=8,
+        etp: 1..=1,
+        vpp: 7,
+        num_attention_heads: Some(48),
+        num_key_value_heads: Some(8),
+        num_experts: Some(8),
+        moe_intermediate_size: Some(16384),
+        num_hidden_layers: Some(56),
+        sequence_length: Some(4096),
+        global_batch_size: Some(256),
+        ..Constraints::default()
+    }
+}
+
+#[test]
+fn constraints_keep_exactly_what_the_model_allows() {
+    let found: BTreeSet<[usize; 5]> =
+        enumerate(128, Order::default(), &mixtral()).map(|f| sizes(f.mapping())).collect();
+    let expected: BTreeSet<[usize; 5]> = by_definition(128, Order::default())
+        .iter()
+        .map(sizes)
+        .filter(|&[tp, cp, pp, ep, etp]| {
+            let dp = 128 / (tp * cp * pp);
+            tp <= 8
+                && 8 % ep == 0
+                && etp == 1
+                && pp > 1
+                && 56 >= 7 * pp
+                && 256 % dp == 0
+                && 4096 % (2 * cp * tp) == 0
+        })
+        .collect();
+    assert_eq!(found, expected);
+    assert!(found.contains(&[2, 1, 8, 8, 1]), "the paper's mapping");
+}
+
+#[test]
+fn each_constraint_says_what_it_needs() {
+    let legal = Mapping { world_size: 128, tp: 2, pp: 8, ep: 8, ..Mapping::default() };
+    mixtral().fold(legal.clone()).unwrap();
+    let rule = |mapping: &Mapping, constraints: Constraints| match constraints.fold(mapping.clone()) {
+        Err(Error::Illegal { rule, .. }) => rule.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let long = Mapping { tp: 4, cp: 4, ..legal.clone() };
+    for (mapping, constraints, expected) in [
+        (&legal, Constraints { tp: 1..=1, ..mixtral() }, "tp must be at most 1, but is 2"),
+        (&legal, Constraints { etp: 2..=4, ..mixtral() }, "etp must be between 2 and 4, but is 1"),
+        (&legal, Constraints { cp: 2..=usize::MAX, ..mixtral() }, "cp must be at least 2, but is 1"),
+        (
+            &legal,
+            Constraints { num_attention_heads: Some(15), ..mixtral() },
+            "num_attention_heads must be a multiple of tp, but 15 % (2) = 1",
+        ),
+        (
+            &long,
+            Constraints { num_key_value_heads: Some(6), ..mixtral() },
+            "tp must divide num_key_value_heads or be a multiple of it, but tp = 4 and num_key_value_heads = 6 \
+             (6 % 4 = 2, 4 % 6 = 4)",
+        ),
+        (
+            &Mapping { etp: 2, ..legal.clone() },
+            Constraints { etp: 1..=2, moe_intermediate_size: Some(9), ..mixtral() },
+            "moe_intermediate_size must be a multiple of etp, but 9 % (2) = 1",
+        ),
+        (
+            &legal,
+            Constraints { num_hidden_layers: Some(55), ..mixtral() },
+            "num_hidden_layers must be at least pp·vpp, but 55 < 8·7 = 56",
+        ),
+        (
+            &long,
+            Constraints { sequence_length: Some(12), ..mixtral() },
+            "sequence_length must be a multiple of 2·cp, but 12 % (2·4 = 8) = 4",
+        ),
+        (
+            &long,
+            Constraints { sequence_length: Some(24), ..mixtral() },
+            "sequence_length must be a multiple of cp·tp, but 24 % (4·4 = 16) = 8",
+        ),
+        (
+            &legal,
+            Constraints { global_batch_size: Some(20), micro_batch_size: 2, ..mixtral() },
+            "global_batch_size must be a multiple of micro_batch_size·dp, but 20 % (2·8 = 16) = 4",
+        ),
+        (
+            &legal,
+            Constraints { micro_batch_size: 0, ..mixtral() },
+            "micro_batch_size must be at least 1, but is 0",
+        ),
+        (&legal, Constraints { vpp: 0, ..mixtral() }, "vpp must be at least 1, but is 0"),
+    ] {
+        assert_eq!(rule(mapping, constraints), expected);
+    }
+}
+
+#[test]
+fn the_message_has_the_equation_the_values_and_what_is_nearest() {
+    let asked = Mapping { world_size: 16, tp: 2, pp: 2, ep: 4, order: Order::DP_LAST, ..Mapping::default() };
+    assert_eq!(
+        Folding::new(asked).unwrap_err().to_string(),
+        "illegal mapping: the pipeline groups of both views must be the same, which with order tp-cp-ep-pp-dp needs \
+         tp·cp = etp·ep, but tp·cp = 2·1 = 2 and etp·ep = 1·4 = 4\n\
+         asked for: tp 2, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp\n\
+         nearest legal mappings of 16 ranks:\n  \
+         tp 2, cp 1, pp 2, ep 4, etp 1  (order tp-cp-ep-pp-dp -> tp-cp-ep-dp-pp)\n  \
+         tp 2, cp 2, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (cp 1 -> 2)\n  \
+         tp 2, cp 1, pp 1, ep 4, etp 1, order tp-cp-ep-pp-dp  (pp 2 -> 1)\n  \
+         tp 4, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (tp 2 -> 4)\n  \
+         tp 2, cp 1, pp 2, ep 2, etp 1, order tp-cp-ep-pp-dp  (ep 4 -> 2)"
+    );
+}
+
+#[test]
+fn nothing_a_caller_can_write_panics() {
+    let huge = usize::MAX;
+    for mapping in [
+        Mapping { world_size: 0, ..Mapping::default() },
+        Mapping { tp: 0, ..Mapping::default() },
+        Mapping { world_size: 8, etp: 0, ..Mapping::default() },
+        Mapping { world_size: huge, ..Mapping::default() },
+        Mapping { world_size: 8, tp: huge, cp: 2, ..Mapping::default() },
+        Mapping { world_size: 8, ep: huge, etp: huge, pp: huge, ..Mapping::default() },
+        Mapping { world_size: 8, ..Mapping::default() }.split(Attention::DP_INNER, 0),
+        Mapping { world_size: 8, ..Mapping::default() }.split(Attention::DP_INNER, 3),
+        Mapping { world_size: 8, ..Mapping::default() }.split(Attention::DP, 2),
+        Mapping { world_size: 8, ..Mapping::default() }.split(Attention::DP_INNER | Attention::CP_INNER, 2),
+    ] {
+        let error = Folding::new(mapping).unwrap_err();
+        assert!(!error.to_string().is_empty());
+    }
+    for order in ["", "-", "tp-", "tp-cp-ep-dp-pp-tp", "gtp_remat-tp-cp-ep-dp-pp", "TP-cp-ep-dp-pp", "tp_cp"]
+    {
+        let error = order.parse::<Order>().unwrap_err().to_string();
+        assert!(error.contains(&format!("\"{order}\"")), "{error}");
+    }
+}
+
+#[test]
+fn an_axis_of_size_one_may_be_left_out_of_the_order() {
+    let order: Order = "tp-ep-pp".parse().unwrap();
+    assert_eq!(order.to_string(), "tp-ep-pp");
+    let mapping = Mapping { world_size: 8, tp: 4, ep: 4, pp: 2, order, ..Mapping::default() };
+    Folding::new(mapping.clone()).unwrap();
+    let left_out = Folding::new(Mapping { ep: 2, ..mapping }).unwrap_err();
+    assert!(matches!(left_out, Error::Illegal { rule: Rule::Unordered { name: "edp", size: 2, .. }, .. }));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// No legal mapping changes fewer numbers, or as many by less, than the first that is proposed.
+    #[test]
+    fn the_nearest_is_the_nearest(
+        world_size in prop::sample::select(vec![6usize, 8, 12, 16, 24]),
+        [tp, cp, pp, ep, etp] in prop::array::uniform5(1usize..=9),
+        dp_last: bool,
+    ) {
+        let order = if dp_last { Order::DP_LAST } else { Order::PP_LAST };
+        let asked = Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() };
+        let distance = |mapping: &Mapping| {
+            let pairs = || sizes(&asked).into_iter().zip(sizes(mapping));
+            let changes = pairs().filter(|(a, b)| a != b).count() + usize::from(asked.order != mapping.order);
+            (changes, pairs().map(|(a, b)| a.abs_diff(b)).sum::<usize>())
+        };
+        let mut distances: Vec<_> = by_definition(world_size, order).iter().map(&distance).collect();
+        if dp_last {
+            distances.extend(by_definition(world_size, Order::PP_LAST).iter().map(&distance));
+        }
+        distances.sort_unstable();
+
+        let proposed = nearest(&asked, &Constraints::default());
+        let proposed: Vec<_> = proposed.iter().map(|mapping| {
+            assert!(Folding::new(mapping.clone()).is_ok());
+            distance(mapping)
+        }).collect();
+        prop_assert!(!proposed.is_empty() && proposed.len() <= 5);
+        prop_assert_eq!(&proposed[..], &distances[..proposed.len()]);
+    }
+}
