@@ -314,8 +314,8 @@ impl<F: Inspect> Call<F> {
     }
 }
 
-/// What each expert row is multiplied by, apart from its probability: the expert's scale and this rank's share of it, so
-/// that the shares of the ETP ranks sum to 1; 0 for rows of no expert.
+/// What each expert row is multiplied by, apart from its probability: the expert's scale and this rank's share of it,
+/// so that the shares of the ETP ranks sum to 1; 0 for rows of no expert.
 fn row_scales<F: Inspect, S: DispatchState<F::Index>>(
     f: &F,
     state: &S,

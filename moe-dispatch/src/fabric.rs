@@ -13,8 +13,8 @@ pub enum Over {
     EpEtp,
 }
 
-/// A movement of rows between ranks. Counts are rows, one per rank in the order of the group, and may be 0. A tensor may
-/// have more rows than are sent: what follows them (choices routed nowhere) stays at home.
+/// A movement of rows between ranks. Counts are rows, one per rank in the order of the group, and may be 0. A tensor
+/// may have more rows than are sent: what follows them (choices routed nowhere) stays at home.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transfer<'a> {
     /// Over EP: the first `send[0]` rows go to rank 0, the next `send[1]` to rank 1, …; what arrives stands in rank
@@ -50,7 +50,7 @@ pub type Arrived<F> = (<F as Fabric>::Tensor, Option<<F as Fabric>::Weights>);
 /// Tensors are matrices `[rows, hidden]`; weights and indices are flat vectors. Operations must take empty ones: a
 /// rank without tokens joins every collective. All ranks of a group make the same transfers in the same order.
 ///
-/// [`NativeFabric`](crate::NativeFabric) implements it on this workspace's tensors; `examples/plain_vec.rs` on
+/// `NativeFabric` (feature `native`) implements it on this workspace's tensors; `examples/plain_vec.rs` on
 /// `Vec<f32>` and channels.
 pub trait Fabric {
     /// Activations and their gradients, `[rows, hidden]`.

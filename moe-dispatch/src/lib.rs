@@ -1,13 +1,15 @@
-//! MoE router and token dispatcher over expert parallelism (EP) and expert tensor parallelism (ETP), forward and backward.
+//! MoE router and token dispatcher over expert parallelism (EP) and expert tensor parallelism (ETP), forward and
+//! backward.
 //!
-//! A router chooses `K` of `E` experts for each token. The experts live on other ranks: expert `e` on EP rank `e / (E/EP)`,
-//! sliced along its feed-forward dimension over ETP. A [`Dispatcher`] brings each token's row and the probability of each choice to
-//! the ranks that hold the expert, grouped by expert, and brings the results back, summed over choices and slices; and the same
-//! for gradients. Every movement is two calls, so that a schedule can work between them, and all that is kept
-//! from forward to backward is in a state that the caller owns: any number of micro-batches are in flight.
+//! A router chooses `K` of `E` experts for each token. The experts live on other ranks: expert `e` on EP rank
+//! `e / (E/EP)`, sliced along its feed-forward dimension over ETP. A [`Dispatcher`] brings each token's row and the
+//! probability of each choice to the ranks that hold the expert, grouped by expert, and brings the results back,
+//! summed over choices and slices; and the same for gradients. Every movement is two calls, so that a schedule can
+//! work between them, and all that is kept from forward to backward is in a state that the caller owns: any number of
+//! micro-batches are in flight.
 //!
 //! - [`AllToAll`], [`AllGather`]: the two dispatchers; [`TokenDispatcher`] picks by name.
-//! - [`Fabric`]: what a tensor library lends; [`conformance`] holds it to its word (feature `conformance`).
+//! - [`Fabric`]: what a tensor library lends; the module `conformance` (feature of that name) holds it to its word.
 //! - [`plan`]: the arithmetic on counts in between, pure.
 //! - `Router`, `NativeFabric`: on this workspace's tensors (feature `native`, on by default). Without it the crate
 //!   depends on `moe-topology` only.

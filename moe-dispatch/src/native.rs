@@ -33,7 +33,8 @@ impl<'a, T: Float, D: Backend<T>> NativeFabric<'a, T, D> {
     /// `Expert::EP | Expert::ETP`, unless the grid is a single rank.
     ///
     /// # Errors
-    /// [`moe_comm::Error::NoGroup`] if one of them was not made; [`Error::Grid`] if the grid is not the communicators'.
+    /// [`moe_comm::Error::NoGroup`] if one of them was not made; [`Error::Grid`] if the grid is not the
+    /// communicators'.
     pub fn new(device: &'a D, grid: Grid, comms: &'a Comms<D>) -> Result<Self, Error> {
         if grid.size() == 1 {
             return Ok(NativeFabric { device, grid, groups: None, element: PhantomData });
@@ -79,8 +80,8 @@ impl<'a, T: Float, D: Backend<T>> NativeFabric<'a, T, D> {
         Ok(y)
     }
 
-    /// Numbers experts from `local.start` on and the others −1, by looking them up in two tables: rows of a negative index
-    /// are 0, so the first table keeps 0 for choices that are routed nowhere.
+    /// Numbers experts from `local.start` on and the others −1, by looking them up in two tables: rows of a negative
+    /// index are 0, so the first table keeps 0 for choices that are routed nowhere.
     fn localize(
         &self,
         experts: &Tensor<i32, D>,

@@ -8,8 +8,8 @@ impl Router {
     /// The gradient of the objective by the router's input, `[n, H]`; that by its weight is added to
     /// `dweight: [E, H]`, a sum over this rank's tokens.
     ///
-    /// `dweights` is the gradient by the weights of the choices, `n · K` numbers as a dispatcher returns them; those of the
-    /// two losses are added here.
+    /// `dweights` is the gradient by the weights of the choices, `n · K` numbers as a dispatcher returns them; those
+    /// of the two losses are added here.
     ///
     /// # Errors
     /// [`Error::Router`] if the scales say that the step has no tokens while this rank has; errors of the device.

@@ -29,9 +29,10 @@ pub struct RouterConfig {
 /// The losses are part of the objective, and [`backward`](Router::backward) adds their exact gradients; no factor of
 /// the mapping (1/DP, CP, TP) is among them.
 ///
-/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches `u` of the step, each
-///   with `T_u` tokens, `C_ue` of which chose expert `e`, and `P_ue` the sum of their softmax over all experts; 1 when
-///   balanced. A micro-batch's tokens are spread over the ranks of its TP×CP group, hence the sum that `forward` asks for.
+/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches `u` of the step,
+///   each with `T_u` tokens, `C_ue` of which chose expert `e`, and `P_ue` the sum of their softmax over all experts;
+///   1 when balanced. A micro-batch's tokens are spread over the ranks of its TP×CP group, hence the sum that
+///   `forward` asks for.
 /// - z-loss, per layer: `(1/T_v) Σ_i logsumexp(logits_i)²` over the `T_v` tokens of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Router {
