@@ -1,6 +1,7 @@
 //! A rank's communicators.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::marker::PhantomData;
 
 use moe_kernels::Device;
 use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, View};
@@ -17,12 +18,13 @@ pub struct Comms<D: Device> {
 }
 
 /// Which communicators to make; see [`Comms::builder`].
-#[derive(Debug, Clone, Default)]
-pub struct CommsBuilder {
+#[derive(Debug, Clone)]
+pub struct CommsBuilder<D> {
     keys: BTreeSet<GroupKey>,
+    device: PhantomData<fn() -> D>,
 }
 
-impl CommsBuilder {
+impl<D: Device> CommsBuilder<D> {
     /// The group over these attention axes.
     #[must_use]
     pub fn attention(self, axes: Axes<Attention>) -> Self {
@@ -46,7 +48,7 @@ impl CommsBuilder {
     ///
     /// # Errors
     /// [`Error::WorldSize`] if the folding is not one of this world; what the world returns.
-    pub fn build<D: Device>(self, world: &dyn World<D>, device: &D, folding: &Folding) -> Result<Comms<D>> {
+    pub fn build(self, world: &dyn World<D>, device: &D, folding: &Folding) -> Result<Comms<D>> {
         if folding.world_size() != world.size() {
             return Err(Error::WorldSize { folding: folding.world_size(), world: world.size() });
         }
@@ -83,8 +85,8 @@ fn ranks(folding: &Folding, rank: usize, key: GroupKey) -> Vec<usize> {
 impl<D: Device> Comms<D> {
     /// Says which communicators to make:
     /// `Comms::builder().attention(Attention::TP).expert(Expert::EP).build(&world, &device, &folding)`.
-    pub fn builder() -> CommsBuilder {
-        CommsBuilder::default()
+    pub fn builder() -> CommsBuilder<D> {
+        CommsBuilder { keys: BTreeSet::new(), device: PhantomData }
     }
 
     /// The communicator of the group over these axes.
