@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+mod check;
 pub mod device;
 pub mod element;
 pub mod error;

@@ -50,7 +50,7 @@ impl Cpu {
         self.threads.count
     }
 
-    /// The pool; none with one thread.
+    /// The threads beside the calling one; none with one thread.
     pub(super) fn pool(&self) -> Result<Option<&rayon::ThreadPool>> {
         let threads = self.threads.count;
         if threads == 1 {
@@ -58,7 +58,7 @@ impl Cpu {
         }
         let start = || {
             rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
+                .num_threads(threads - 1)
                 .thread_name(|i| format!("cpu-kernel-{i}"))
                 .build()
                 .map_err(|e| Error::Threads { threads, reason: e.to_string() })

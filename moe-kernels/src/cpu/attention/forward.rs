@@ -1,0 +1,53 @@
+//! One head forward.
+
+use faer::Accum;
+
+use super::softmax::{normalise, softmax_step};
+use super::{TILE, pack, visible};
+use crate::cpu::float::CpuFloat;
+use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
+use crate::family::AttentionMask;
+
+/// Attention of one head of one sequence.
+pub(super) fn forward_head<T: CpuFloat>(
+    mut o: Head<'_, T>,
+    mut lse: Head<'_, T>,
+    q: Mat<'_, T>,
+    k: Mat<'_, T>,
+    v: Mat<'_, T>,
+    scale: T,
+    mask: AttentionMask,
+) {
+    let dim = q.cols();
+    let (k_packed, v_packed) = (pack(k), pack(v));
+    let (k, v) = (Mat::new(&k_packed, k.rows(), dim), Mat::new(&v_packed, v.rows(), dim));
+    let (mut scores, mut acc) = (vec![T::ZERO; TILE * TILE], vec![T::ZERO; TILE * dim]);
+    for queries in blocks(q.rows(), TILE) {
+        let n = queries.len();
+        let q = pack(q.row_range(queries.clone()));
+        let q = Mat::new(&q, n, dim);
+        let (mut max, mut sum) = ([T::NEG_INFINITY; TILE], [T::ZERO; TILE]);
+        acc.fill(T::ZERO);
+        for keys in blocks(k.rows(), TILE).filter(|keys| visible(mask, queries.end - 1, keys) > 0) {
+            let scores = &mut scores[..n * keys.len()];
+            let (k, v) = (k.row_range(keys.clone()), v.row_range(keys.clone()));
+            let cols = keys.len();
+            T::matmul(
+                MatMut::new(scores, n, cols).faer(),
+                Accum::Replace,
+                q.faer(),
+                k.faer().transpose(),
+                scale,
+            );
+            let tile = MatMut::new(scores, n, cols);
+            softmax_step(tile, &mut max, &mut sum, MatMut::new(&mut acc, n, dim), mask, queries.start, keys);
+            let p = Mat::new(scores, n, cols).faer();
+            T::matmul(MatMut::new(&mut acc, n, dim).faer(), Accum::Add, p, v.faer(), T::ONE);
+        }
+        normalise(MatMut::new(&mut acc, n, dim), &sum[..n]);
+        for (i, query) in queries.enumerate() {
+            o.row(query).copy_from_slice(&acc[i * dim..][..dim]);
+            lse.row(query)[0] = if sum[i] == T::ZERO { T::NEG_INFINITY } else { max[i] + sum[i].ln() };
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Attention in tiles: scores exist for one tile of queries and keys at a time.
+
+mod backward;
+mod forward;
+mod softmax;
+
+use std::ops::Range;
+
+use self::backward::HeadGradient;
+use self::forward::forward_head;
+use super::Cpu;
+use super::float::CpuFloat;
+use super::matrix::{Mat, MatMut, blocks};
+use super::parallel::rows_per_piece;
+use crate::check;
+use crate::family::{Attention, AttentionMask, AttentionShape};
+use crate::{Result, View, ViewMut};
+
+/// Queries and keys of one tile.
+const TILE: usize = 64;
+
+/// Number of leading keys of `keys` that `query` sees.
+#[inline(always)]
+fn visible(mask: AttentionMask, query: usize, keys: &Range<usize>) -> usize {
+    match mask {
+        AttentionMask::Full => keys.len(),
+        AttentionMask::Causal => (query + 1).saturating_sub(keys.start).min(keys.len()),
+    }
+}
+
+/// The rows of one head of one sequence in a matrix of sequence-major rows.
+fn head<'a, T>(m: Mat<'a, T>, batch: usize, sequence: usize, head: usize, dim: usize) -> Mat<'a, T> {
+    let len = m.rows() / batch;
+    m.col_range(head * dim..(head + 1) * dim).every(sequence, batch, len)
+}
+
+/// Copies rows into contiguous memory: heads are far apart in their matrix, and every tile is read several times.
+fn pack<T: CpuFloat>(m: Mat<'_, T>) -> Vec<T> {
+    let mut packed = Vec::with_capacity(m.rows() * m.cols());
+    m.iter().for_each(|row| packed.extend_from_slice(row));
+    packed
+}
+
+/// Shapes of the operands; names the kernel in errors.
+fn check_shapes(
+    kernel: &'static str,
+    s: &AttentionShape,
+    queries: &[(&'static str, [usize; 2])],
+    keys: &[(&'static str, [usize; 2])],
+    lse: [usize; 2],
+) -> Result<()> {
+    check::argument(kernel, s.batch > 0 && s.head_dim > 0 && s.kv_heads > 0, || {
+        format!("batch {}, head_dim {} and kv_heads {} must be positive", s.batch, s.head_dim, s.kv_heads)
+    })?;
+    check::argument(kernel, s.heads.is_multiple_of(s.kv_heads), || {
+        format!("kv_heads {} does not divide heads {}", s.kv_heads, s.heads)
+    })?;
+    for &(what, got) in queries {
+        check::shape(kernel, what, [s.q_len * s.batch, s.heads * s.head_dim], got)?;
+    }
+    for &(what, got) in keys {
+        check::shape(kernel, what, [s.kv_len * s.batch, s.kv_heads * s.head_dim], got)?;
+    }
+    check::shape(kernel, "lse", [s.q_len * s.batch, s.heads], lse)
+}
+
+impl<T: CpuFloat> Attention<T> for Cpu {
+    fn attention(
+        &self,
+        mut o: ViewMut<'_, T, Self>,
+        mut lse: ViewMut<'_, T, Self>,
+        q: View<'_, T, Self>,
+        k: View<'_, T, Self>,
+        v: View<'_, T, Self>,
+        shape: &AttentionShape,
+    ) -> Result<()> {
+        let s = *shape;
+        let keys = [("k", k.shape()), ("v", v.shape())];
+        check_shapes("attention", &s, &[("o", o.shape()), ("q", q.shape())], &keys, lse.shape())?;
+        let (q, k, v) = (Mat::from(q), Mat::from(k), Mat::from(v));
+        let o = MatMut::from(&mut o).heads(s.batch, s.head_dim);
+        let lse = MatMut::from(&mut lse).heads(s.batch, 1);
+        let tasks = o.into_iter().zip(lse).enumerate().collect();
+        self.for_each(tasks, |(task, (o, lse))| {
+            let (b, h) = (task / s.heads, task % s.heads);
+            let kv = h / (s.heads / s.kv_heads);
+            let q = head(q, s.batch, b, h, s.head_dim);
+            let (k, v) = (head(k, s.batch, b, kv, s.head_dim), head(v, s.batch, b, kv, s.head_dim));
+            forward_head(o, lse, q, k, v, T::from_f64(s.scale), s.mask);
+        })
+    }
+
+    fn attention_merge(
+        &self,
+        mut o: ViewMut<'_, T, Self>,
+        mut lse: ViewMut<'_, T, Self>,
+        o_part: View<'_, T, Self>,
+        lse_part: View<'_, T, Self>,
+        head_dim: usize,
+    ) -> Result<()> {
+        const KERNEL: &str = "attention_merge";
+        let [n, heads] = lse.shape();
+        check::argument(KERNEL, head_dim > 0, || "head_dim is 0".to_owned())?;
+        check::shape(KERNEL, "o", [n, heads * head_dim], o.shape())?;
+        check::shape(KERNEL, "o_part", [n, heads * head_dim], o_part.shape())?;
+        check::shape(KERNEL, "lse_part", [n, heads], lse_part.shape())?;
+        let (o_part, lse_part) = (Mat::from(o_part), Mat::from(lse_part));
+        let (mut o, mut lse) = (MatMut::from(&mut o), MatMut::from(&mut lse));
+        let tasks = blocks(n, rows_per_piece(heads * head_dim))
+            .map(|r| {
+                let outputs = (o.take_rows(r.len()), lse.take_rows(r.len()));
+                (outputs, o_part.row_range(r.clone()), lse_part.row_range(r))
+            })
+            .collect();
+        self.for_each(tasks, |((o, lse), o_part, lse_part)| {
+            softmax::merge(o, lse, o_part, lse_part, head_dim)
+        })
+    }
+
+    fn attention_backward(
+        &self,
+        mut dq: ViewMut<'_, T, Self>,
+        mut dk: ViewMut<'_, T, Self>,
+        mut dv: ViewMut<'_, T, Self>,
+        d_o: View<'_, T, Self>,
+        q: View<'_, T, Self>,
+        k: View<'_, T, Self>,
+        v: View<'_, T, Self>,
+        o: View<'_, T, Self>,
+        lse: View<'_, T, Self>,
+        shape: &AttentionShape,
+    ) -> Result<()> {
+        let s = *shape;
+        let queries = [("dq", dq.shape()), ("d_o", d_o.shape()), ("q", q.shape()), ("o", o.shape())];
+        let keys = [("dk", dk.shape()), ("dv", dv.shape()), ("k", k.shape()), ("v", v.shape())];
+        check_shapes("attention_backward", &s, &queries, &keys, lse.shape())?;
+        let group = s.heads / s.kv_heads;
+        let (d_o, q, k, v) = (Mat::from(d_o), Mat::from(q), Mat::from(k), Mat::from(v));
+        let (o, lse) = (Mat::from(o), Mat::from(lse));
+        // A task owns one head of keys and values and the query heads that read it.
+        let dq = MatMut::from(&mut dq).heads(s.batch, group * s.head_dim);
+        let dk = MatMut::from(&mut dk).heads(s.batch, s.head_dim);
+        let dv = MatMut::from(&mut dv).heads(s.batch, s.head_dim);
+        let tasks = dq.into_iter().zip(dk).zip(dv).enumerate().collect();
+        self.for_each(tasks, |(task, ((mut dq, dk), dv))| {
+            let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
+            let of = |m, h| head(m, s.batch, b, h, s.head_dim);
+            let mut grad = HeadGradient::new(of(k, kv), of(v, kv), T::from_f64(s.scale), s.mask);
+            for g in 0..group {
+                let h = kv * group + g;
+                let lse = head(lse, s.batch, b, h, 1);
+                grad.add(&mut dq, g * s.head_dim, of(d_o, h), of(q, h), of(o, h), lse);
+            }
+            grad.finish(dk, dv);
+        })
+    }
+}

@@ -1,0 +1,98 @@
+//! Arithmetic on whole matrices.
+
+use super::Cpu;
+use super::float::CpuFloat;
+use super::matrix::{Mat, MatMut, blocks};
+use super::parallel::rows_per_piece;
+use super::simd::simd;
+use crate::check;
+use crate::family::{Elementwise, Rows};
+use crate::{Result, View, ViewMut};
+
+simd! {
+    fn add<T>(y: MatMut<'_, T>, a: Mat<'_, T>, b: Mat<'_, T>) {
+        for i in 0..y.rows() {
+            for ((y, &a), &b) in y.row(i).iter_mut().zip(a.row(i)).zip(b.row(i)) {
+                *y = a + b;
+            }
+        }
+    }
+
+    fn add_assign<T>(y: MatMut<'_, T>, x: Mat<'_, T>) {
+        for i in 0..y.rows() {
+            for (y, &x) in y.row(i).iter_mut().zip(x.row(i)) {
+                *y += x;
+            }
+        }
+    }
+
+    fn gather_sum<T>(y: MatMut<'_, T>, x: Mat<'_, T>, index: Mat<'_, i32>) {
+        for i in 0..y.rows() {
+            let y = y.row(i);
+            let mut sources = index.row(i).iter().filter(|&&s| s >= 0).map(|&s| x.row(s as usize));
+            match (sources.next(), sources.next()) {
+                (None, _) => y.fill(T::ZERO),
+                (Some(a), None) => y.copy_from_slice(a),
+                (Some(a), Some(b)) => {
+                    for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                        *y = a + b;
+                    }
+                }
+            }
+            for x in sources {
+                for (y, &x) in y.iter_mut().zip(x) {
+                    *y += x;
+                }
+            }
+        }
+    }
+}
+
+impl<T: CpuFloat> Elementwise<T> for Cpu {
+    fn add(&self, mut y: ViewMut<'_, T, Self>, a: View<'_, T, Self>, b: View<'_, T, Self>) -> Result<()> {
+        check::shape("add", "a", y.shape(), a.shape())?;
+        check::shape("add", "b", y.shape(), b.shape())?;
+        let (a, b) = (Mat::from(a), Mat::from(b));
+        let mut y = MatMut::from(&mut y);
+        let tasks = blocks(a.rows(), rows_per_piece(a.cols()))
+            .map(|r| (y.take_rows(r.len()), a.row_range(r.clone()), b.row_range(r)))
+            .collect();
+        self.for_each(tasks, |(y, a, b)| add(y, a, b))
+    }
+
+    fn add_assign(&self, mut y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {
+        check::shape("add_assign", "x", y.shape(), x.shape())?;
+        let x = Mat::from(x);
+        let mut y = MatMut::from(&mut y);
+        let tasks = blocks(x.rows(), rows_per_piece(x.cols()))
+            .map(|r| (y.take_rows(r.len()), x.row_range(r)))
+            .collect();
+        self.for_each(tasks, |(y, x)| add_assign(y, x))
+    }
+
+    fn widen(&self, y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {
+        self.copy_rows(y, x)
+    }
+
+    fn narrow(&self, y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {
+        self.copy_rows(y, x)
+    }
+
+    fn gather_sum(
+        &self,
+        mut y: ViewMut<'_, T, Self>,
+        x: View<'_, T, Self>,
+        index: View<'_, i32, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "gather_sum";
+        let [n, cols] = y.shape();
+        let (x, index) = (Mat::from(x), Mat::from(index));
+        check::shape(KERNEL, "x", [x.rows(), cols], [x.rows(), x.cols()])?;
+        check::shape(KERNEL, "index", [n, index.cols()], [index.rows(), index.cols()])?;
+        check::indices(KERNEL, "index", index.iter().flatten(), x.rows())?;
+        let mut y = MatMut::from(&mut y);
+        let tasks =
+            blocks(n, rows_per_piece(cols)).map(|r| (y.take_rows(r.len()), index.row_range(r))).collect();
+        self.for_each(tasks, |(y, index)| gather_sum(y, x, index))
+    }
+}
