@@ -243,8 +243,23 @@ impl<V: View> BitOr for Axes<V> {
 }
 
 impl<V: View> Display for Axes<V> {
+    /// `tp-cp`, with `tp.inner` and `tp.outer` for single digits; `none` for no axis.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_axes(f, self.bits, V::AXES)
+        if self.is_empty() {
+            return f.write_str("none");
+        }
+        let mut separator = "";
+        for (axis, name) in V::AXES.into_iter().enumerate() {
+            let digits = match (self.has_digit(2 * axis), self.has_digit(2 * axis + 1)) {
+                (true, true) => "",
+                (true, false) => ".inner",
+                (false, true) => ".outer",
+                (false, false) => continue,
+            };
+            write!(f, "{separator}{name}{digits}")?;
+            separator = "-";
+        }
+        Ok(())
     }
 }
 
@@ -252,24 +267,6 @@ impl<V: View> Debug for Axes<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Axes({self})")
     }
-}
-
-fn write_axes(f: &mut fmt::Formatter<'_>, bits: u8, names: [&str; 4]) -> fmt::Result {
-    if bits == 0 {
-        return f.write_str("none");
-    }
-    let mut separator = "";
-    for (axis, name) in names.into_iter().enumerate() {
-        let part = match bits >> (2 * axis) & 0b11 {
-            0b01 => ".inner",
-            0b10 => ".outer",
-            0b11 => "",
-            _ => continue,
-        };
-        write!(f, "{separator}{name}{part}")?;
-        separator = "-";
-    }
-    Ok(())
 }
 
 /// Axes whose view is a value: what a communicator is called, in registries and in messages.
@@ -283,39 +280,40 @@ fn write_axes(f: &mut fmt::Formatter<'_>, bits: u8, names: [&str; 4]) -> fmt::Re
 /// assert_eq!(key.axes::<Expert>(), None);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GroupKey {
-    view: ViewKind,
-    bits: u8,
+pub enum GroupKey {
+    /// Axes of the attention view.
+    Attention(Axes<Attention>),
+    /// Axes of the expert view.
+    Expert(Axes<Expert>),
 }
 
 impl GroupKey {
-    /// The view that the axes belong to.
-    #[must_use]
-    pub const fn view(self) -> ViewKind {
-        self.view
-    }
-
     /// The axes, if they belong to view `V`.
     #[must_use]
     pub fn axes<V: View>(self) -> Option<Axes<V>> {
-        (self.view == V::KIND).then_some(Axes::from_bits(self.bits))
+        match (self, V::KIND) {
+            (Self::Attention(Axes { bits, .. }), ViewKind::Attention)
+            | (Self::Expert(Axes { bits, .. }), ViewKind::Expert) => Some(Axes::from_bits(bits)),
+            _ => None,
+        }
     }
 }
 
 impl<V: View> From<Axes<V>> for GroupKey {
     fn from(axes: Axes<V>) -> Self {
-        Self { view: V::KIND, bits: axes.bits }
+        match V::KIND {
+            ViewKind::Attention => Self::Attention(Axes::from_bits(axes.bits)),
+            ViewKind::Expert => Self::Expert(Axes::from_bits(axes.bits)),
+        }
     }
 }
 
 impl Display for GroupKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (view, names) = match self.view {
-            ViewKind::Attention => (Attention::NAME, Attention::AXES),
-            ViewKind::Expert => (Expert::NAME, Expert::AXES),
-        };
-        write!(f, "{view} ")?;
-        write_axes(f, self.bits, names)
+        match self {
+            Self::Attention(axes) => write!(f, "{} {axes}", Attention::NAME),
+            Self::Expert(axes) => write!(f, "{} {axes}", Expert::NAME),
+        }
     }
 }
 

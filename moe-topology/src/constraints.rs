@@ -21,7 +21,7 @@ use crate::{Attention, Error, Folding, Mapping, Nearest};
 /// };
 /// let mapping = Mapping { world_size: 128, tp: 2, pp: 8, ep: 16, ..Mapping::default() };
 /// let error = mixtral.fold(mapping).unwrap_err();
-/// assert!(error.to_string().contains("num_experts must be a multiple of ep, but 8 % (16) = 8"));
+/// assert!(error.to_string().contains("num_experts must be a multiple of ep, but 8 % 16 = 8"));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Constraints {

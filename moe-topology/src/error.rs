@@ -176,7 +176,8 @@ impl fmt::Display for Rule {
             Self::Multiple { name, value, of } => {
                 // A product that overflows leaves all of the value.
                 let rest = of.value().map_or(*value, |product| value % product);
-                write!(f, "{name} must be a multiple of {}, but {value} % ({of}) = {rest}", of.names())
+                let by = if of.0.len() == 1 { of.values() } else { format!("({of})") };
+                write!(f, "{name} must be a multiple of {}, but {value} % {by} = {rest}", of.names())
             }
             Self::Unordered { name, size, order } => {
                 write!(f, "order {order} leaves out {name}, which then must be 1, but is {size}")

@@ -1,7 +1,9 @@
 //! Two layouts over the same ranks with the same pipeline groups.
 
 use crate::error::{Product, Rule};
-use crate::{Attention, Axes, Constraints, Error, Expert, Group, Layout, Mapping, Order, View};
+use crate::{
+    Attention, Axes, Constraints, Error, Expert, Group, GroupKey, Layout, Mapping, Order, Ranks, View,
+};
 
 /// Index of `pp` among the axes of either view.
 const PP: usize = 3;
@@ -102,12 +104,6 @@ impl Folding {
         self.mapping.world_size
     }
 
-    /// The numbering of view `V`.
-    #[must_use]
-    pub fn layout<V: View>(&self) -> &Layout<V> {
-        V::layout(self)
-    }
-
     /// Number of ranks in a group over `axes`: the product of their sizes.
     #[must_use]
     pub fn size<V: View>(&self, axes: Axes<V>) -> usize {
@@ -147,6 +143,18 @@ impl Folding {
         V::layout(self).group(rank, axes)
     }
 
+    /// The group of `rank` over axes whose view is a value, as a registry of communicators has them.
+    ///
+    /// # Panics
+    /// If `rank >= self.world_size()`, as indexing a slice does.
+    #[must_use]
+    pub fn ranks(&self, rank: usize, key: GroupKey) -> Ranks {
+        match key {
+            GroupKey::Attention(axes) => self.group(rank, axes).ranks(),
+            GroupKey::Expert(axes) => self.group(rank, axes).ranks(),
+        }
+    }
+
     /// All groups over `axes`, ascending by their first ranks: a partition of the world.
     #[must_use]
     pub fn groups<V: View>(&self, axes: Axes<V>) -> impl ExactSizeIterator<Item = Group<V>> {
@@ -177,10 +185,10 @@ impl Folding {
 
 /// `world_size` over the product of three axes.
 fn replicas(world_size: usize, axes: [(&'static str, usize); 3]) -> Result<usize, Rule> {
-    let of = Product::new(&axes);
-    match of.value() {
+    let product = axes.iter().try_fold(1usize, |product, (_, size)| product.checked_mul(*size));
+    match product {
         Some(product) if world_size.is_multiple_of(product) => Ok(world_size / product),
-        _ => Err(Rule::Multiple { name: "world_size", value: world_size, of }),
+        _ => Err(Rule::Multiple { name: "world_size", value: world_size, of: Product::new(&axes) }),
     }
 }
 

@@ -7,8 +7,8 @@ use crate::{Axes, Group, View};
 
 /// An ordered list of digits, the first with stride 1, whose sizes multiply to the number of ranks.
 ///
-/// Four axes of two digits each. A [`Folding`](crate::Folding) holds one layout per view over the same ranks; its
-/// methods are the usual way in.
+/// Four axes of two digits each. A [`Folding`](crate::Folding) holds one layout per view over the same ranks, and asks
+/// it for all of its rank arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout<V> {
     /// At `2·axis` the inner digit, at `2·axis + 1` the outer.
@@ -46,6 +46,7 @@ impl<V: View> Layout<V> {
             .map(|digit| self.digits[digit])
     }
 
+    /// Ranks come from the caller: one that does not exist panics, as an index into a slice would.
     fn checked(&self, rank: usize) -> u32 {
         assert!(rank < self.world_size as usize, "rank {rank} in a world of {} ranks", self.world_size);
         rank as u32
@@ -57,17 +58,12 @@ impl<V: View> Layout<V> {
     }
 
     /// Number of ranks in a group over `axes`: the product of their sizes.
-    #[must_use]
-    pub fn size(&self, axes: Axes<V>) -> usize {
+    pub(crate) fn size(&self, axes: Axes<V>) -> usize {
         self.select(axes).map(|digit| digit.size as usize).product()
     }
 
     /// The position of `rank` in its group over `axes`: its digits along them as one mixed-radix number.
-    ///
-    /// # Panics
-    /// If there is no such rank.
-    #[must_use]
-    pub fn coordinate(&self, rank: usize, axes: Axes<V>) -> usize {
+    pub(crate) fn coordinate(&self, rank: usize, axes: Axes<V>) -> usize {
         let rank = self.checked(rank);
         let (mut coordinate, mut weight) = (0, 1);
         for Digit { stride, size } in self.select(axes) {
@@ -78,11 +74,7 @@ impl<V: View> Layout<V> {
     }
 
     /// The ranks that agree with `rank` on all axes but `axes`.
-    ///
-    /// # Panics
-    /// If there is no such rank.
-    #[must_use]
-    pub fn group(&self, rank: usize, axes: Axes<V>) -> Group<V> {
+    pub(crate) fn group(&self, rank: usize, axes: Axes<V>) -> Group<V> {
         let rank = self.checked(rank);
         let mut offset = 0;
         let mut ranks = Ranks::one(0);
@@ -107,17 +99,12 @@ impl<V: View> Layout<V> {
     }
 
     /// The four coordinates of `rank`, in the order of [`View::AXES`].
-    ///
-    /// # Panics
-    /// If there is no such rank.
-    #[must_use]
-    pub fn coordinates(&self, rank: usize) -> [usize; 4] {
+    pub(crate) fn coordinates(&self, rank: usize) -> [usize; 4] {
         std::array::from_fn(|axis| self.coordinate(rank, Axes::axis(axis)))
     }
 
     /// The rank with these coordinates, in the order of [`View::AXES`]; `None` if one is out of range.
-    #[must_use]
-    pub fn rank_at(&self, coordinates: [usize; 4]) -> Option<usize> {
+    pub(crate) fn rank_at(&self, coordinates: [usize; 4]) -> Option<usize> {
         let mut rank = 0;
         for (axis, coordinate) in coordinates.into_iter().enumerate() {
             if coordinate >= self.size(Axes::axis(axis)) {

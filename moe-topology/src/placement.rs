@@ -20,7 +20,8 @@ pub enum Owner {
 /// is neither sharded nor partial (`pp` aside) hold identical copies with identical gradients. Everything else follows:
 /// what a rank stores ([`local_dims`](Self::local_dims), [`slice`](Self::slice), [`runs`](Self::runs)), over whom its
 /// gradient is summed ([`partial_group`](Self::partial_group)), how a sharded optimizer cuts it
-/// ([`zero_cut`](Self::zero_cut)) and which rank counts it in a norm or writes it ([`counts`](Self::counts)).
+/// ([`zero_cut`](Self::zero_cut)) and which rank counts it in a norm or writes it ([`counts`](Self::counts)). Methods that
+/// take a rank panic, as those of [`Folding`], if there is no such rank.
 ///
 /// ```
 /// use moe_topology::{Attention, Expert, Folding, Mapping, Owner, Placement};

@@ -102,8 +102,8 @@ fn what_the_reference_refuses_is_refused_for_the_same_reason() {
             }
             "axis_missing_from_order" => "order tp-ep-dp-pp leaves out cp, which then must be 1, but is 2",
             "vpp_without_pp" => "vpp > 1 (interleaved stages) needs pp > 1, but vpp = 2 and pp = 1",
-            "distopt_instances_edp" => "edp must be a multiple of its outer digit, but 1 % (2) = 1",
-            "experts_not_div_ep" => "num_experts must be a multiple of ep, but 12 % (8) = 4",
+            "distopt_instances_edp" => "edp must be a multiple of its outer digit, but 1 % 2 = 1",
+            "experts_not_div_ep" => "num_experts must be a multiple of ep, but 12 % 8 = 4",
             _ => panic!("no expectation for {name}"),
         };
         assert_eq!(rule, expected, "{name}: {text}");

@@ -27,6 +27,7 @@ fn check_groups<V: View>(folding: &Folding, digits: [Axes<V>; 8], sizes: [usize;
         assert_eq!(group.iter().collect::<Vec<_>>(), expected);
         assert_eq!((group.len(), group.iter().len()), (size, size));
         assert_eq!((group.axes(), group.key()), (axes, GroupKey::from(axes)));
+        assert_eq!(folding.ranks(rank, group.key()), group.ranks());
         assert!(group.iter().rev().eq(expected.iter().rev().copied()));
         assert_eq!(group.iter().nth(size / 2), expected.get(size / 2).copied());
         assert_eq!((group.ranks().first(), group.ranks().last()), (expected[0], expected[size - 1]));

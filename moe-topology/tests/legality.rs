@@ -13,7 +13,7 @@ fn sizes(mapping: &Mapping) -> [usize; 5] {
 /// All mappings of a world that the two divisions and, if `pp` is not last, `tp·cp = etp·ep` allow.
 fn by_definition(world_size: usize, order: Order) -> Vec<Mapping> {
     let mut all = Vec::new();
-    let divides = |product| world_size % product == 0;
+    let divides = |product| world_size.is_multiple_of(product);
     for pp in 1..=world_size {
         for tp in 1..=world_size {
             for cp in (1..=world_size).filter(|cp| divides(tp * cp * pp)) {
@@ -115,7 +115,7 @@ fn each_constraint_says_what_it_needs() {
         (
             &legal,
             Constraints { num_attention_heads: Some(15), ..mixtral() },
-            "num_attention_heads must be a multiple of tp, but 15 % (2) = 1",
+            "num_attention_heads must be a multiple of tp, but 15 % 2 = 1",
         ),
         (
             &long,
@@ -126,7 +126,7 @@ fn each_constraint_says_what_it_needs() {
         (
             &Mapping { etp: 2, ..legal.clone() },
             Constraints { etp: 1..=2, moe_intermediate_size: Some(9), ..mixtral() },
-            "moe_intermediate_size must be a multiple of etp, but 9 % (2) = 1",
+            "moe_intermediate_size must be a multiple of etp, but 9 % 2 = 1",
         ),
         (
             &legal,
