@@ -1,4 +1,59 @@
-//! moe-pipeline
+//! Pipeline-parallel schedules as data: generate, lower, validate, simulate, execute.
+//!
+//! A pipeline cuts a model into stages on different ranks and sends micro-batches through them. In which order each rank
+//! does its forward and backward passes decides how long it idles, how many activations it keeps, and whether the ranks
+//! end up waiting for each other for ever. Here that order is a value:
+//!
+//! 1. [`generate`] makes a [`Schedule`] (GPipe, 1F1B, forward-only); or read one from text in torch's form (`0F0,0B0`).
+//! 2. [`lower`](lower()) adds sends, receives and waits, from one global order.
+//! 3. [`validate`](validate()) proves that it runs: every micro-batch once, all sums in ascending micro-batch order,
+//!    each message matched, no deadlock even where sends block, activations within a budget. Only it makes a
+//!    [`Program`], and its errors name the rank, the index and the action.
+//! 4. [`simulate`](simulate()) says when everything happens at given costs, and why ranks idle.
+//! 5. [`execute`](execute()) runs a rank's part over your [`Stage`]s and your [`Transport`].
+//!
+//! ```
+//! use moe_pipeline::{Costs, Link, StageCost, generate, lower, simulate, validate};
+//!
+//! let schedule = generate::one_f_one_b(3, 4)?;
+//! assert_eq!(schedule.to_string().lines().next(), Some("0F0,0F1,0F2,0B0,0F3,0B1,0B2,0B3"));
+//!
+//! let program = validate(lower(&schedule)?, Some(3))?;
+//! assert_eq!(program.peak_in_flight(), [3, 2, 1]);
+//!
+//! let cost = StageCost { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
+//! let timeline = simulate(&program, &Costs::uniform(3, cost, Link::FREE))?;
+//! assert_eq!(timeline.idle[0].total(), 2.0 * (1.0 + 2.0)); // (p−1)(f+b)
+//! assert_eq!(
+//!     timeline.draw(54),
+//!     concat!(
+//!         "rank 0 0--1--2--............0=====3--1=====...2=====...3=====\n",
+//!         "rank 1 ...0--1--......0=====2--1=====3--2=====...3=====......\n",
+//!         "rank 2 ......0--0=====1--1=====2--2=====3--3=====............\n",
+//!     )
+//! );
+//! # Ok::<(), moe_pipeline::Error>(())
+//! ```
+//!
+//! `examples/threads.rs` trains a small network on plain `Vec<f32>` over channels between threads.
+//!
+//! # When not to use it
+//!
+//! - Your stages run in one process on one device: call them one after the other.
+//! - You want the order decided at run time by what happens to be ready: here it is fixed before the first action, the
+//!   same on every rank, so that a run can be repeated bit for bit.
+//! - You need interleaved or zero-bubble *generators*. The representation, the validator, the simulator and the executor
+//!   take several stages per rank and split backward passes, and such orders can be read from text; generated are only
+//!   those in [`generate`].
+//!
+//! # What is guaranteed
+//!
+//! - **The schedule never changes the sums.** Per stage, forward, input-gradient and weight-gradient passes each ascend
+//!   in the micro-batch, so sums over micro-batches are those of sequential execution, bit for bit.
+//! - **No deadlock.** A program runs over a transport whose sends and receives block until they meet, hence over any.
+//! - **Nothing waits for ever.** When a rank fails, [`execute`](execute()) aborts its transport, and the others' errors
+//!   name the failure; a dead or silent peer is an error within the transport's deadline.
+//! - Generating, lowering, validating and simulating are linear in the number of actions.
 #![forbid(unsafe_code)]
 
 mod action;

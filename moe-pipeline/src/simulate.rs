@@ -122,8 +122,9 @@ impl Timeline {
     }
 }
 
-/// Runs a program on paper: one compute lane per rank, one lane per direction of each link. Sends and receives start
-/// when both sides have posted them and the link is free, and cost the lanes nothing until they are waited for.
+/// Runs a program on paper: one compute lane per rank, one lane per direction between two ranks. A message leaves when
+/// its send is posted and its lane is free, as on streams or over buffered channels, and costs the compute lanes nothing
+/// until it is waited for. (Where a send blocks until the receive is posted, a step may take longer.)
 ///
 /// Linear in the number of actions.
 ///
@@ -137,7 +138,7 @@ pub fn simulate(program: &Program, costs: &Costs) -> Result<Timeline> {
     let mut now = vec![0.0_f64; ranks];
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); ranks];
     let mut idle = vec![Idle::default(); ranks];
-    let mut trips: Vec<Option<Trip>> = vec![None; schedule.slots()];
+    let mut trips = vec![Trip::default(); schedule.slots()];
     let mut link_free = HashMap::new();
     for at in program.global_order() {
         let rank = at.rank as usize;
@@ -149,21 +150,20 @@ pub fn simulate(program: &Program, costs: &Costs) -> Result<Timeline> {
         };
         let (from, to) = placement.ends(message);
         let trip = &mut trips[schedule.slot(message)];
-        match (at.action.kind, &trip) {
-            // The two ends are neighbours in the global order: the second finds the time of neither lane changed.
-            (Kind::Send(_) | Kind::Recv(_), None) => {
+        match at.action.kind {
+            Kind::Send(_) => {
                 let link = &costs.links[message.boundary() as usize];
-                let made = now[from as usize];
                 let free = link_free.entry((from, to)).or_insert(0.0_f64);
-                let sent = made.max(now[to as usize]).max(*free) + link.transfer;
+                let made = now[rank];
+                let sent = made.max(*free) + link.transfer;
                 *free = sent;
-                *trip = Some(Trip { made, sent, arrived: sent + link.latency });
+                *trip = Trip { made, sent, arrived: sent + link.latency };
             }
-            (Kind::WaitSend(_), Some(trip)) => {
+            Kind::WaitSend(_) => {
                 idle[rank].send += (trip.sent - now[rank]).max(0.0);
                 now[rank] = now[rank].max(trip.sent);
             }
-            (Kind::WaitRecv(flow), Some(trip)) => {
+            Kind::WaitRecv(flow) => {
                 let wait = (trip.arrived - now[rank]).max(0.0);
                 let exposed = wait.min(trip.arrived - trip.made);
                 idle[rank].link += exposed;
@@ -183,8 +183,8 @@ pub fn simulate(program: &Program, costs: &Costs) -> Result<Timeline> {
     Ok(Timeline { makespan, spans, idle })
 }
 
-/// A message on its way.
-#[derive(Clone, Copy)]
+/// When a message was posted, had left its sender, and arrived.
+#[derive(Clone, Copy, Default)]
 struct Trip {
     made: f64,
     sent: f64,

@@ -27,8 +27,8 @@ impl Program {
         &self.peak
     }
 
-    /// The actions of all ranks in one order in which they can run, each rank's in program order and each send directly
-    /// before or after its receive.
+    /// The actions of all ranks in one order in which they can run: each rank's in program order, and each send and
+    /// receive before the waits for them.
     pub(crate) fn global_order(&self) -> impl Iterator<Item = At> {
         let mut next = vec![0; self.peak.len()];
         self.order.iter().map(move |&rank| {

@@ -31,6 +31,19 @@ pub struct Toy {
     pub weights: Vec<f64>,
     pub fail_at: Option<u32>,
     pub panic_at: Option<u32>,
+    /// Sleeps so long before the forward pass of the micro-batch.
+    pub stall_at: Option<(u32, Duration)>,
+    /// Sleeps up to 100 µs before each pass, by this seed.
+    pub jitter: Option<u64>,
+}
+
+impl Toy {
+    fn dawdle(&self, m: u32) {
+        if let Some(seed) = self.jitter {
+            let draw = Draws(seed ^ u64::from(m) << 32 ^ self.index as u64).below(100);
+            std::thread::sleep(Duration::from_micros(draw as u64));
+        }
+    }
 }
 
 /// One rank's data and sums; gradients by stage, empty for stages of other ranks.
@@ -52,6 +65,8 @@ pub fn toys(stages: u32) -> Vec<Toy> {
         weights: (0..WIDTH).map(|i| 0.3 + 0.17 * f64::from(index) - 0.11 * i as f64).collect(),
         fail_at: None,
         panic_at: None,
+        stall_at: None,
+        jitter: None,
     };
     (0..stages).map(toy).collect()
 }
@@ -76,6 +91,10 @@ impl Stage for Toy {
             return Err(Boom(m));
         }
         assert_ne!(self.panic_at, Some(m), "planted panic");
+        if let Some((_, long)) = self.stall_at.filter(|(at, _)| *at == m) {
+            std::thread::sleep(long);
+        }
+        self.dawdle(m);
         assert_eq!(x.is_none(), self.index == 0, "only the first stage reads its own data");
         let x = x.unwrap_or_else(|| (0..WIDTH).map(|i| data(m, i)).collect());
         let y: Vec<f64> =
@@ -94,6 +113,7 @@ impl Stage for Toy {
         s: Kept,
         _: &mut Sums,
     ) -> Result<(Option<Vec<f64>>, Self::Deferred), Boom> {
+        self.dawdle(m);
         assert_eq!(dy.is_none(), self.index + 1 == self.stages, "only the last stage starts from its loss");
         let dy = dy.unwrap_or_else(|| s.y.iter().enumerate().map(|(i, y)| y - target(m, i)).collect());
         let dz: Vec<f64> = dy.iter().zip(&s.y).map(|(dy, y)| dy * (1.0 - y * y)).collect();
@@ -175,11 +195,17 @@ pub fn gather(program: &Program, outcomes: Vec<Option<Outcome>>) -> Sums {
 
 /// Executes over both transports and compares with the sequential sums, bit for bit.
 pub fn equals_sequential(program: &Program) {
+    equals_sequential_with(program, None);
+}
+
+/// The same, with stages that take their time.
+pub fn equals_sequential_with(program: &Program, jitter: Option<u64>) {
     let schedule: &Schedule = program.schedule();
     let (ranks, stages) = (schedule.placement().ranks(), schedule.placement().stages());
     let expected = sequential(stages, schedule.microbatches(), schedule.pass());
     for channels in [rendezvous(ranks, DEADLINE), buffered(ranks, DEADLINE)] {
-        let sums = gather(program, run(program, &toys(stages), channels));
+        let toys: Vec<Toy> = toys(stages).into_iter().map(|toy| Toy { jitter, ..toy }).collect();
+        let sums = gather(program, run(program, &toys, channels));
         assert_eq!(sums.loss.to_bits(), expected.loss.to_bits());
         assert_eq!(sums, expected);
     }

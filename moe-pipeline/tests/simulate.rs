@@ -1,0 +1,185 @@
+//! The simulator against closed forms, examples done by hand, and an independent recurrence.
+
+mod common;
+
+use std::collections::HashMap;
+
+use common::{Draws, draw_schedule};
+use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::{
+    Costs, Error, Idle, Kind, Link, Program, Schedule, StageCost, Timeline, lower, simulate, validate,
+};
+use proptest::prelude::*;
+
+fn program(schedule: &Schedule) -> Program {
+    validate(lower(schedule).unwrap(), None).unwrap()
+}
+
+fn cost(forward: f64, backward_input: f64, backward_weight: f64) -> StageCost {
+    StageCost { forward, backward_input, backward_weight }
+}
+
+/// Costs that binary floating point adds exactly.
+fn exact(draws: &mut Draws) -> f64 {
+    draws.below(64) as f64 / 8.0
+}
+
+#[test]
+fn idle_of_gpipe_and_one_f_one_b_is_the_closed_form() {
+    for p in 1..=8 {
+        for m in 1..=16 {
+            for (f, i, w) in [(1.0, 1.0, 1.0), (1.0, 1.25, 0.75), (2.0, 0.5, 0.25), (0.5, 3.0, 4.0)] {
+                for generate in [gpipe, one_f_one_b] {
+                    let timeline = simulate(
+                        &program(&generate(p, m).unwrap()),
+                        &Costs::uniform(p, cost(f, i, w), Link::FREE),
+                    )
+                    .unwrap();
+                    let idle = f64::from(p - 1) * (f + i + w);
+                    for rank in &timeline.idle {
+                        assert_eq!(rank.total(), idle, "p={p} m={m}");
+                        assert_eq!((rank.link, rank.send), (0.0, 0.0));
+                    }
+                    let work = f64::from(m) * (f + i + w);
+                    assert_eq!(timeline.makespan, work + idle);
+                    assert!((timeline.bubble_fraction() - idle / (work + idle)).abs() < 1e-15);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn causes_of_idling_by_hand() {
+    let costs = Costs::uniform(2, cost(1.0, 1.25, 0.75), Link { transfer: 0.5, latency: 0.25 });
+    let timeline = simulate(&program(&gpipe(2, 1).unwrap()), &costs).unwrap();
+    // 1F0 starts at 1 + 0.75, 1B0 ends at 4.75, 0B0 runs from 5.5 to 7.5.
+    assert_eq!(timeline.makespan, 7.5);
+    assert_eq!(timeline.idle[0], Idle { gradient: 3.75, link: 0.75, ..Idle::default() });
+    assert_eq!(
+        timeline.idle[1],
+        Idle { activation: 1.0, link: 0.75, send: 0.5, drain: 2.25, ..Idle::default() }
+    );
+    let spans: Vec<_> = timeline.spans[1].iter().map(|s| (s.action.to_string(), s.start, s.end)).collect();
+    assert_eq!(spans, [("1F0".to_owned(), 1.75, 2.75), ("1B0".to_owned(), 2.75, 4.75)]);
+}
+
+#[test]
+fn messages_queue_for_a_slow_link() {
+    let costs = Costs::uniform(2, cost(1.0, 1.0, 1.0), Link { transfer: 3.0, latency: 0.0 });
+    let timeline = simulate(&program(&forward_only(2, 3).unwrap()), &costs).unwrap();
+    // The link is busy from 1 to 10, and the last forward pass follows.
+    assert_eq!(timeline.makespan, 11.0);
+    assert_eq!(timeline.idle[1].total(), 8.0);
+    // The third send waits for the second: from 5 to 7, after the second waited for the first: from 2 to 4.
+    assert_eq!(timeline.idle[0].send, 2.0 + 2.0 + 3.0);
+}
+
+#[test]
+fn drawing() {
+    let timeline =
+        simulate(&program(&one_f_one_b(3, 4).unwrap()), &Costs::uniform(3, cost(1.0, 1.0, 1.0), Link::FREE))
+            .unwrap();
+    assert_eq!(
+        timeline.draw(54),
+        concat!(
+            "rank 0 0--1--2--............0=====3--1=====...2=====...3=====\n",
+            "rank 1 ...0--1--......0=====2--1=====3--2=====...3=====......\n",
+            "rank 2 ......0--0=====1--1=====2--2=====3--3=====............\n",
+        )
+    );
+    let nothing =
+        simulate(&program(&gpipe(2, 1).unwrap()), &Costs::uniform(2, cost(0.0, 0.0, 0.0), Link::FREE))
+            .unwrap();
+    assert_eq!((nothing.draw(3), nothing.bubble_fraction()), ("rank 0 ...\nrank 1 ...\n".to_owned(), 0.0));
+}
+
+#[test]
+fn costs_are_checked() {
+    let program = program(&gpipe(2, 1).unwrap());
+    let good = Costs::uniform(2, cost(1.0, 1.0, 1.0), Link::FREE);
+    let simulate = |change: fn(&mut Costs)| {
+        let mut costs = good.clone();
+        change(&mut costs);
+        simulate(&program, &costs)
+    };
+    assert_eq!(
+        simulate(|c| c.stages.truncate(1)),
+        Err(Error::CostCount { what: "stages", expected: 2, got: 1 })
+    );
+    assert_eq!(simulate(|c| c.links.clear()), Err(Error::CostCount { what: "links", expected: 1, got: 0 }));
+    assert_eq!(
+        simulate(|c| c.stages[1].backward_weight = -1.0),
+        Err(Error::Cost { what: "stage", index: 1, value: -1.0 })
+    );
+    assert!(matches!(
+        simulate(|c| c.links[0].latency = f64::NAN),
+        Err(Error::Cost { what: "link", index: 0, .. })
+    ));
+    assert!(matches!(simulate(|c| c.stages[0].forward = f64::INFINITY), Err(Error::Cost { .. })));
+}
+
+/// Without links: an action starts when the rank's last one and the action it depends on have ended.
+fn recurrence(schedule: &Schedule, costs: &Costs) -> f64 {
+    let stages = schedule.placement().stages();
+    let ranks = schedule.placement().ranks();
+    let mut now = vec![0.0_f64; ranks as usize];
+    let mut next = vec![0; ranks as usize];
+    let mut made = HashMap::new();
+    let mut moved = true;
+    while moved {
+        moved = false;
+        for rank in 0..ranks {
+            let r = rank as usize;
+            let Some(&action) = schedule.list(rank).get(next[r]) else { continue };
+            let ready = match action.input(stages).map(|input| made.get(&input).copied()) {
+                None => 0.0,
+                Some(Some(time)) => time,
+                Some(None) => continue,
+            };
+            let cost = &costs.stages[action.stage as usize];
+            let took = match action.kind {
+                Kind::Forward => cost.forward,
+                Kind::BackwardInput => cost.backward_input,
+                Kind::BackwardWeight => cost.backward_weight,
+                _ => cost.backward_input + cost.backward_weight,
+            };
+            now[r] = now[r].max(ready) + took;
+            made.extend(action.output(stages).map(|output| (output, now[r])));
+            next[r] += 1;
+            moved = true;
+        }
+    }
+    now.into_iter().fold(0.0, f64::max)
+}
+
+fn conserved(timeline: &Timeline) {
+    for (spans, idle) in timeline.spans.iter().zip(&timeline.idle) {
+        let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
+        assert_eq!(busy + idle.total(), timeline.makespan);
+        assert!([idle.activation, idle.gradient, idle.link, idle.send, idle.drain].iter().all(|&t| t >= 0.0));
+        assert!(spans.windows(2).all(|pair| pair[0].end <= pair[1].start));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Any schedule over any links: time is conserved, and no link makes it faster than without.
+    #[test]
+    fn time_is_conserved(p in 1_u32..=8, extra in 0_u32..=4, m in 1_u32..=8, seed: u64) {
+        let mut draws = Draws(seed);
+        let schedule = draw_schedule(p, extra, m, &mut draws);
+        let stages: Vec<StageCost> =
+            (0..p + extra).map(|_| cost(exact(&mut draws), exact(&mut draws), exact(&mut draws))).collect();
+        let links: Vec<Link> =
+            (1..p + extra).map(|_| Link { transfer: exact(&mut draws), latency: exact(&mut draws) }).collect();
+        let costs = Costs { stages, links };
+        let timeline = simulate(&program(&schedule), &costs).unwrap();
+        conserved(&timeline);
+        let without_links = recurrence(&schedule, &costs);
+        prop_assert!(timeline.makespan >= without_links);
+        let free = Costs { links: vec![Link::FREE; costs.links.len()], ..costs };
+        prop_assert_eq!(simulate(&program(&schedule), &free).unwrap().makespan, without_links);
+    }
+}
