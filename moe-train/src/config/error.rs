@@ -1,0 +1,72 @@
+//! Why a configuration was refused.
+
+use moe_model::config::ConfigError as ModelError;
+
+use crate::durable::IoError;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// The text is not TOML.
+    #[error("{origin} is not valid TOML: {message}")]
+    Syntax {
+        /// The file, or what the text is.
+        origin: String,
+        /// Line, column and reason.
+        message: String,
+    },
+    /// A key that no setting has.
+    #[error("unknown key \"{key}\" in {place}{}", hint.as_ref().map(|h| format!("; {h}")).unwrap_or_default())]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// The table it stands in.
+        place: String,
+        /// Where it belongs, or the nearest name.
+        hint: Option<String>,
+    },
+    /// A value of the wrong type, or a missing key.
+    #[error("[{table}]{}: {message}", key.as_ref().map(|k| format!(" {k}")).unwrap_or_default())]
+    Value {
+        /// The table.
+        table: &'static str,
+        /// The key, if the reason does not name it.
+        key: Option<String>,
+        /// The reason.
+        message: String,
+    },
+    /// An override that is not of the form `table.key=value`.
+    #[error("--set {text}: write it as table.key=value, as in --set train.steps=100")]
+    Override {
+        /// What was given.
+        text: String,
+    },
+    /// A value that is outside its range.
+    #[error("{setting} = {value}, but it must be {allowed}")]
+    Range {
+        /// Table and key.
+        setting: &'static str,
+        /// The value.
+        value: String,
+        /// The range, in words that follow "must be".
+        allowed: String,
+    },
+    /// A setting that is known but not built.
+    #[error("{setting} is not supported in training yet: {fix}")]
+    Unsupported {
+        /// Table, key and value.
+        setting: String,
+        /// What to do instead.
+        fix: &'static str,
+    },
+    /// The model's fields do not fit together.
+    #[error("[model] {0}")]
+    Model(#[from] ModelError),
+    /// The mapping is illegal for this world, model or batch.
+    #[error("[parallel] {0}")]
+    Mapping(#[from] moe_topology::Error),
+}

@@ -1,0 +1,263 @@
+//! The configuration of a run: one strict TOML file, with overrides.
+//!
+//! ```
+//! use moe_train::config::RunConfig;
+//!
+//! let text = r#"
+//!     [model]
+//!     vocab_size = 256
+//!     hidden_size = 64
+//!     intermediate_size = 96
+//!     num_hidden_layers = 2
+//!     num_attention_heads = 4
+//!     num_key_value_heads = 2
+//!     num_local_experts = 8
+//!     num_experts_per_tok = 2
+//!
+//!     [parallel]
+//!     world_size = 4
+//!     tp = 2
+//!     ep = 4
+//!
+//!     [train]
+//!     steps = 100
+//!     global_batch_size = 8
+//!     sequence_length = 64
+//!     output = "runs/small"
+//!
+//!     [data]
+//!     files = ["docs/**/*.md"]
+//! "#;
+//! let config = RunConfig::parse(text, "example", &["train.steps=200"])?;
+//! assert_eq!(config.train.steps, 200);
+//!
+//! let error = RunConfig::parse(text, "example", &["train.step=200"]).unwrap_err();
+//! assert_eq!(error.to_string(), "unknown key \"step\" in [train]; did you mean \"steps\"?");
+//! # Ok::<(), moe_train::config::ConfigError>(())
+//! ```
+
+mod error;
+mod overrides;
+mod sections;
+mod strict;
+
+use std::path::Path;
+
+use moe_model::config::ModelConfig;
+use moe_topology::{Attention, Constraints, Folding, Mapping};
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+pub use error::ConfigError;
+pub use sections::{
+    DataConfig, DeviceKind, Dispatcher, OptimizerConfig, ParallelConfig, SampleConfig, TokenizerKind,
+    TrainConfig, TrainDType,
+};
+
+use crate::durable::Context;
+use crate::schedule::LrSchedule;
+use strict::{field_names, take, unknown};
+
+/// Everything that defines a run; each field is a table of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// The model, with the keys of a Hugging Face `config.json`.
+    pub model: ModelConfig,
+    /// How ranks are folded.
+    pub parallel: ParallelConfig,
+    /// What is computed and where it is written.
+    pub train: TrainConfig,
+    /// AdamW and its learning rate.
+    pub optimizer: OptimizerConfig,
+    /// The text.
+    pub data: DataConfig,
+    /// What is printed when the run ends.
+    pub sample: SampleConfig,
+}
+
+impl RunConfig {
+    /// Reads and checks a file; `overrides` are of the form `table.key=value`, the later ones winning.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), or the file cannot be read.
+    pub fn load(path: &Path, overrides: &[impl AsRef<str>]) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).context("read", path)?;
+        Self::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// As [`load`](Self::load), from text; `origin` is its name in messages.
+    ///
+    /// # Errors
+    /// The text is not TOML, a key is unknown or missing, a value has the wrong type or is out of range, the fields do
+    /// not fit together, or the mapping is illegal for this model and batch.
+    pub fn parse(text: &str, origin: &str, overrides: &[impl AsRef<str>]) -> Result<Self, ConfigError> {
+        let mut root: Table = text.parse().map_err(|error: toml::de::Error| ConfigError::Syntax {
+            origin: origin.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        for text in overrides {
+            overrides::apply(&mut root, text.as_ref())?;
+        }
+        let sections = [
+            ("model", field_names::<ModelConfig>()),
+            ("parallel", field_names::<ParallelConfig>()),
+            ("train", field_names::<TrainConfig>()),
+            ("optimizer", field_names::<OptimizerConfig>()),
+            ("data", field_names::<DataConfig>()),
+            ("sample", field_names::<SampleConfig>()),
+        ];
+        let known = field_names::<RunConfig>();
+        if let Some(key) = root.keys().find(|key| !known.contains(&key.as_str())) {
+            return Err(unknown(key, origin, known, &sections));
+        }
+        let mut config = RunConfig {
+            model: take(&mut root, "model", &sections)?,
+            parallel: take(&mut root, "parallel", &sections)?,
+            train: take(&mut root, "train", &sections)?,
+            optimizer: take(&mut root, "optimizer", &sections)?,
+            data: take(&mut root, "data", &sections)?,
+            sample: take(&mut root, "sample", &sections)?,
+        };
+        config.optimizer.decay_steps.get_or_insert(config.train.steps);
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The whole configuration with every default filled in, as a file that [`load`](Self::load) reads back to the same.
+    ///
+    /// # Errors
+    /// A path is not Unicode.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        toml::to_string(self).map_err(|error| ConfigError::Syntax {
+            origin: "the resolved configuration".to_owned(),
+            message: error.to_string(),
+        })
+    }
+
+    /// The learning rate by step.
+    pub fn lr_schedule(&self) -> LrSchedule {
+        let OptimizerConfig { lr, min_lr, warmup_steps, decay_steps, .. } = self.optimizer;
+        LrSchedule {
+            max: lr,
+            min: min_lr,
+            warmup_steps,
+            decay_steps: decay_steps.unwrap_or(self.train.steps),
+        }
+    }
+
+    /// The sizes of the axes, as written.
+    ///
+    /// # Errors
+    /// `order` does not name axes.
+    pub fn mapping(&self) -> Result<Mapping, ConfigError> {
+        let &ParallelConfig { world_size, tp, cp, pp, ep, etp, .. } = &self.parallel;
+        let order = self.parallel.order.parse()?;
+        Ok(Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() })
+    }
+
+    /// What the model and the batch ask of the mapping.
+    pub fn constraints(&self) -> Constraints {
+        Constraints {
+            vpp: self.parallel.vpp,
+            sequence_length: Some(self.train.sequence_length),
+            global_batch_size: Some(self.train.global_batch_size),
+            micro_batch_size: self.train.micro_batch_size,
+            ..self.model.constraints()
+        }
+    }
+
+    /// The folding, legal for this model and batch. Its TP is two digits: the outer one tells key-value heads apart, the
+    /// inner one the ranks that share one, where TP exceeds them.
+    ///
+    /// # Errors
+    /// The equation that is broken, the values and the nearest legal mappings.
+    pub fn folding(&self) -> Result<Folding, ConfigError> {
+        let mapping = self.mapping()?;
+        self.constraints().fold(mapping.clone())?;
+        let distinct = mapping.tp.min(self.model.num_key_value_heads);
+        Ok(Folding::new(mapping.split(Attention::TP_OUTER, distinct))?)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        self.model.check()?;
+        self.check_train()?;
+        self.check_optimizer()?;
+        self.check_data()?;
+        for (name, size) in [("cp", self.parallel.cp), ("vpp", self.parallel.vpp)] {
+            if size > 1 {
+                let setting = format!("parallel.{name} = {size}");
+                return Err(ConfigError::Unsupported { setting, fix: "set it to 1" });
+            }
+        }
+        self.folding()?;
+        Ok(())
+    }
+
+    fn check_train(&self) -> Result<(), ConfigError> {
+        let train = &self.train;
+        for (setting, value) in [
+            ("train.steps", train.steps),
+            ("train.global_batch_size", train.global_batch_size as u64),
+            ("train.micro_batch_size", train.micro_batch_size as u64),
+            ("train.sequence_length", train.sequence_length as u64),
+            ("train.eval_batches", train.eval_batches as u64),
+            ("train.keep_checkpoints", train.keep_checkpoints as u64),
+            ("train.log_interval", train.log_interval),
+        ] {
+            require(setting, value, (1..=i64::MAX as u64).contains(&value), "at least 1")?;
+        }
+        let deadline = train.deadline_seconds;
+        require(
+            "train.deadline_seconds",
+            deadline,
+            deadline > 0.0 && deadline <= 1e6,
+            "above 0 and at most 1e6",
+        )
+    }
+
+    fn check_optimizer(&self) -> Result<(), ConfigError> {
+        let o = &self.optimizer;
+        let finite = |value: f64| (0.0..=f64::MAX).contains(&value);
+        require("optimizer.lr", o.lr, finite(o.lr), "finite and at least 0")?;
+        let allowed = format!("from 0 to optimizer.lr = {}", o.lr);
+        require("optimizer.min_lr", o.min_lr, (0.0..=o.lr).contains(&o.min_lr), &allowed)?;
+        let decay = o.decay_steps.unwrap_or(self.train.steps);
+        let allowed = format!("at most optimizer.decay_steps = {decay}");
+        require("optimizer.warmup_steps", o.warmup_steps, o.warmup_steps <= decay, &allowed)?;
+        for (setting, beta) in [("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)] {
+            require(setting, beta, (0.0..1.0).contains(&beta), "at least 0 and below 1")?;
+        }
+        // Below this a gradient that is pure rounding would move weights.
+        require("optimizer.eps", o.eps, o.eps >= 1e-8 && finite(o.eps), "finite and at least 1e-8")?;
+        require("optimizer.weight_decay", o.weight_decay, finite(o.weight_decay), "finite and at least 0")?;
+        require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")
+    }
+
+    fn check_data(&self) -> Result<(), ConfigError> {
+        let held_out = self.data.held_out;
+        require("data.files", "[]", !self.data.files.is_empty(), "a list of at least one pattern")?;
+        require("data.held_out", held_out, held_out > 0.0 && held_out < 1.0, "above 0 and below 1")?;
+        let vocab_size = self.model.vocab_size;
+        let allowed = "at least 256 for data.tokenizer = \"byte\"";
+        require("model.vocab_size", vocab_size, vocab_size >= 256, allowed)?;
+        require("sample.prompt", "\"\"", !self.sample.prompt.is_empty(), "at least one character")?;
+        let temperature = self.sample.temperature;
+        let finite = (0.0..=f64::MAX).contains(&temperature);
+        require("sample.temperature", temperature, finite, "finite and at least 0")
+    }
+}
+
+fn require(
+    setting: &'static str,
+    value: impl ToString,
+    holds: bool,
+    allowed: &str,
+) -> Result<(), ConfigError> {
+    match holds {
+        true => Ok(()),
+        false => Err(ConfigError::Range { setting, value: value.to_string(), allowed: allowed.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,219 @@
+//! The tables of a run's configuration.
+
+use std::path::PathBuf;
+
+use moe_topology::Mapping;
+use serde::{Deserialize, Serialize};
+
+/// `[parallel]`: how ranks are folded. Sizes are 1 unless given; `dp` and `edp` follow.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParallelConfig {
+    /// Ranks.
+    pub world_size: usize,
+    /// Tensor parallelism of everything outside of the experts, with sequence parallelism.
+    pub tp: usize,
+    /// Context parallelism.
+    pub cp: usize,
+    /// Pipeline stages.
+    pub pp: usize,
+    /// Expert parallelism.
+    pub ep: usize,
+    /// Tensor parallelism inside an expert.
+    pub etp: usize,
+    /// Virtual stages per rank.
+    pub vpp: usize,
+    /// The axes, the one with stride 1 first.
+    pub order: String,
+    /// How tokens reach their experts.
+    pub dispatcher: Dispatcher,
+}
+
+impl Default for ParallelConfig {
+    fn default() -> Self {
+        let Mapping { world_size, tp, cp, pp, ep, etp, order, .. } = Mapping::default();
+        let (order, dispatcher) = (order.to_string(), Dispatcher::default());
+        Self { world_size, tp, cp, pp, ep, etp, vpp: 1, order, dispatcher }
+    }
+}
+
+/// How tokens reach their experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dispatcher {
+    /// Each token goes to the ranks of its experts.
+    #[default]
+    AllToAll,
+    /// All ranks see all tokens.
+    AllGather,
+}
+
+/// `[train]`: what is computed and where it is written.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Where ranks compute.
+    #[serde(default)]
+    pub device: DeviceKind,
+    /// Type of weights and activations.
+    #[serde(default)]
+    pub dtype: TrainDType,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Seed of initial weights, order of samples and choice of held-out documents.
+    #[serde(default)]
+    pub seed: u64,
+    /// Sequences of a step over all ranks, G.
+    pub global_batch_size: usize,
+    /// Sequences that go through the model together, b.
+    #[serde(default = "one")]
+    pub micro_batch_size: usize,
+    /// Tokens of a sequence, S.
+    pub sequence_length: usize,
+    /// Folder of the run.
+    pub output: PathBuf,
+    /// Steps between evaluations; 0 evaluates after the last step only.
+    #[serde(default)]
+    pub eval_interval: u64,
+    /// Held-out batches of `global_batch_size` sequences per evaluation, at most.
+    #[serde(default = "default_eval_batches")]
+    pub eval_batches: usize,
+    /// Steps between checkpoints; 0 saves after the last step only.
+    #[serde(default)]
+    pub save_interval: u64,
+    /// Checkpoints to keep; older ones are removed after a save.
+    #[serde(default = "default_keep_checkpoints")]
+    pub keep_checkpoints: usize,
+    /// Steps between lines of the log where it is no terminal.
+    #[serde(default = "default_log_interval")]
+    pub log_interval: u64,
+    /// Seconds after which a rank that waits for others gives up.
+    #[serde(default = "default_deadline_seconds")]
+    pub deadline_seconds: f64,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn default_eval_batches() -> usize {
+    8
+}
+
+fn default_keep_checkpoints() -> usize {
+    2
+}
+
+fn default_log_interval() -> u64 {
+    10
+}
+
+fn default_deadline_seconds() -> f64 {
+    60.0
+}
+
+/// Where ranks compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// Ranks are threads of this process.
+    #[default]
+    Cpu,
+}
+
+/// Type of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainDType {
+    /// Single precision.
+    #[default]
+    F32,
+    /// Double precision.
+    F64,
+}
+
+/// `[optimizer]`: AdamW (arXiv 1711.05101) and its learning rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// The largest learning rate, reached after the warm-up.
+    pub lr: f64,
+    /// The learning rate at the end of the decay.
+    pub min_lr: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// The step at which the cosine ends; `train.steps` unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_steps: Option<u64>,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of matrices.
+    pub weight_decay: f64,
+    /// Largest gradient norm; 0 does not clip.
+    pub clip_grad: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            min_lr: 1e-4,
+            warmup_steps: 0,
+            decay_steps: None,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip_grad: 1.0,
+        }
+    }
+}
+
+/// `[data]`: the text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Patterns of files, relative to the current folder: `*`, `?`, `[…]` and `**`.
+    pub files: Vec<String>,
+    /// How text becomes tokens.
+    #[serde(default)]
+    pub tokenizer: TokenizerKind,
+    /// Share of the documents that is kept for evaluation.
+    #[serde(default = "default_held_out")]
+    pub held_out: f64,
+}
+
+fn default_held_out() -> f64 {
+    0.05
+}
+
+/// How text becomes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenizerKind {
+    /// Each byte is a token.
+    #[default]
+    Byte,
+}
+
+/// `[sample]`: the text that a run prints when it ends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SampleConfig {
+    /// What is continued.
+    pub prompt: String,
+    /// Tokens to add.
+    pub tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+}
+
+impl Default for SampleConfig {
+    fn default() -> Self {
+        Self { prompt: "The ".to_owned(), tokens: 200, temperature: 0.8 }
+    }
+}

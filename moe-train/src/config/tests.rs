@@ -1,0 +1,157 @@
+use super::*;
+
+const SMALL: &str = r#"
+[model]
+vocab_size = 256
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+num_local_experts = 8
+num_experts_per_tok = 2
+
+[parallel]
+world_size = 8
+tp = 2
+pp = 2
+ep = 4
+
+[train]
+steps = 100
+global_batch_size = 8
+micro_batch_size = 2
+sequence_length = 64
+output = "runs/small"
+
+[data]
+files = ["src/**/*.rs"]
+"#;
+
+fn with(overrides: &[&str]) -> Result<RunConfig, ConfigError> {
+    RunConfig::parse(SMALL, "small.toml", overrides)
+}
+
+fn refusal(overrides: &[&str]) -> String {
+    with(overrides).unwrap_err().to_string()
+}
+
+#[test]
+fn defaults_are_filled_in_and_the_resolved_file_reads_back() {
+    let config = with(&["train.seed=7", "sample.prompt=a \"quoted\"\nprompt", "optimizer.lr=0.1"]).unwrap();
+    assert_eq!(config.parallel.order, "tp-cp-ep-dp-pp");
+    assert_eq!(config.parallel.etp, 1);
+    assert_eq!(config.optimizer.decay_steps, Some(100));
+    assert_eq!(config.lr_schedule().at(100), config.optimizer.min_lr);
+    let text = config.to_toml().unwrap();
+    assert!(text.contains("beta2 = 0.95") && text.contains("dispatcher = \"all-to-all\""), "{text}");
+    assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+}
+
+#[test]
+fn unknown_keys_get_the_nearest_name_or_their_table() {
+    assert_eq!(
+        refusal(&["model.num_expert_per_tok=2"]),
+        "unknown key \"num_expert_per_tok\" in [model]; did you mean \"num_experts_per_tok\"?"
+    );
+    assert_eq!(
+        refusal(&["train.warmup_steps=2"]),
+        "unknown key \"warmup_steps\" in [train]; it belongs in [optimizer]"
+    );
+    assert_eq!(
+        refusal(&["optimiser.lr=2"]),
+        "unknown key \"optimiser\" in small.toml; did you mean \"optimizer\"?"
+    );
+    assert_eq!(refusal(&["train.zzz=2"]), "unknown key \"zzz\" in [train]");
+    let top = RunConfig::parse(&format!("steps = 3\n{SMALL}"), "small.toml", &[] as &[&str]).unwrap_err();
+    assert_eq!(top.to_string(), "unknown key \"steps\" in small.toml; it belongs in [train]");
+}
+
+#[test]
+fn wrong_types_and_missing_keys_name_table_and_key() {
+    assert_eq!(refusal(&["train.steps=many"]), "[train] steps: invalid type: string \"many\", expected u64");
+    assert_eq!(
+        refusal(&["train.dtype=f16"]),
+        "[train] dtype: unknown variant `f16`, expected `f32` or `f64`"
+    );
+    assert_eq!(
+        refusal(&["data.files=a.txt"]),
+        "[data] files: invalid type: string \"a.txt\", expected a sequence"
+    );
+    assert!(refusal(&["train.steps=-1"]).starts_with("[train] steps: invalid value: integer `-1`"));
+    let missing =
+        RunConfig::parse(&SMALL.replace("steps = 100\n", ""), "small.toml", &[] as &[&str]).unwrap_err();
+    assert_eq!(missing.to_string(), "[train]: missing field `steps`");
+    let scalar = RunConfig::parse("model = 3", "small.toml", &[] as &[&str]).unwrap_err();
+    assert_eq!(scalar.to_string(), "[model]: a table was expected, not the integer 3");
+}
+
+#[test]
+fn what_is_no_toml_is_refused_with_its_line() {
+    let error = RunConfig::parse("[train]\nsteps 3\n", "bad.toml", &[] as &[&str]).unwrap_err().to_string();
+    assert!(error.starts_with("bad.toml is not valid TOML: TOML parse error at line 2"), "{error}");
+}
+
+#[test]
+fn ranges() {
+    for (text, start) in [
+        ("train.steps=0", "train.steps = 0, but it must be at least 1"),
+        ("train.micro_batch_size=0", "train.micro_batch_size = 0"),
+        ("train.deadline_seconds=0", "train.deadline_seconds = 0"),
+        ("optimizer.lr=nan", "optimizer.lr = NaN"),
+        ("optimizer.min_lr=1.0", "optimizer.min_lr = 1, but it must be from 0 to optimizer.lr = 0.001"),
+        (
+            "optimizer.warmup_steps=101",
+            "optimizer.warmup_steps = 101, but it must be at most optimizer.decay_steps = 100",
+        ),
+        ("optimizer.beta2=1.0", "optimizer.beta2 = 1, "),
+        ("optimizer.eps=1e-9", "optimizer.eps = 0.000000001, "),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay = -1"),
+        ("optimizer.clip_grad=inf", "optimizer.clip_grad = inf"),
+        ("data.files=[]", "data.files = [], "),
+        ("data.held_out=1", "data.held_out = 1, "),
+        ("model.vocab_size=255", "model.vocab_size = 255, but it must be at least 256 for data.tokenizer"),
+        ("sample.prompt=", "sample.prompt = \"\""),
+        ("sample.temperature=-0.1", "sample.temperature = -0.1"),
+        ("model.rms_norm_eps=0", "[model] rms_norm_eps = 0"),
+    ] {
+        let error = refusal(&[text]);
+        assert!(error.starts_with(start), "{text}: {error}");
+    }
+}
+
+#[test]
+fn later_milestones_are_refused_by_name() {
+    assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
+    assert!(refusal(&["parallel.vpp=2"]).starts_with("parallel.vpp = 2 is not supported"));
+    assert!(refusal(&["model.tie_word_embeddings=true"]).starts_with("[model] tie_word_embeddings = true"));
+}
+
+#[test]
+fn illegal_mappings_are_refused_with_the_equation() {
+    for (text, equation) in [
+        ("parallel.ep=3", "world_size"),
+        ("parallel.tp=4", ""),
+        ("parallel.etp=5", "world_size"),
+        ("model.num_local_experts=6", "num_experts must be a multiple of ep, but 6 % (4) = 2"),
+        ("train.global_batch_size=6", "global_batch_size must be a multiple of"),
+        ("train.sequence_length=63", "sequence_length"),
+        ("model.num_hidden_layers=1", "num_hidden_layers"),
+        ("parallel.order=tp-xx", "unknown axis \"xx\""),
+    ] {
+        match with(&[text]) {
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.starts_with("[parallel] ") && error.contains(equation), "{text}: {error}");
+            }
+            // TP 4 with 2 key-value heads: each has two replicas.
+            Ok(_) => assert_eq!(equation, "", "{text}"),
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_missing_is_named() {
+    let error = RunConfig::load(Path::new("no/such.toml"), &[] as &[&str]).unwrap_err().to_string();
+    assert!(error.starts_with("cannot read no/such.toml: "), "{error}");
+}
