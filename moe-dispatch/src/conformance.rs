@@ -87,8 +87,17 @@ fn rows(tokens: impl IntoIterator<Item = usize>) -> Vec<f64> {
 /// The first result that is wrong, or the fabric's error.
 pub fn fabric<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
     local_operations(f, tolerance)?;
+    if f.grid().size() == 1 {
+        return Ok(());
+    }
     counts(f)?;
-    transfers(f, tolerance)
+    if f.grid().ep_size() > 1 {
+        all_to_all(f)?;
+    }
+    if f.grid().etp_size() > 1 {
+        gather_and_scatter(f, Over::Etp, tolerance)?;
+    }
+    gather_and_scatter(f, Over::EpEtp, tolerance)
 }
 
 fn local_operations<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
@@ -152,71 +161,76 @@ fn sent(from: usize, to: usize) -> usize {
     (2 * from + to) % 3
 }
 
-fn transfers<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
-    let grid = f.grid();
-    let ep = (grid.ep_rank(), grid.ep_size());
-    let etp = (grid.etp_rank(), grid.etp_size());
-    let both = (grid.position(ep.0, etp.0), grid.size());
+/// Two weights beside each row of a transfer: its token and minus that.
+fn beside(tokens: &[usize]) -> Vec<f64> {
+    tokens.iter().flat_map(|&g| [g as f64, -(g as f64)]).collect()
+}
 
-    // Tokens of a rank are 8·rank …, two weights beside each row: its token and minus that.
-    let beside =
-        |tokens: &[usize]| -> Vec<f64> { tokens.iter().flat_map(|&g| [g as f64, -(g as f64)]).collect() };
-    let arrived = |check: &str, pending, expected: &[usize]| -> Checked<F::Error> {
-        let (x, weights) = f.wait(pending)?;
-        close(check, &f.read_tensor(&x)?, &rows(expected.iter().copied()), 0.0)?;
-        let weights = weights.map(|w| f.read_weights(&w)).transpose()?;
-        close(&format!("{check}, weights"), &weights.unwrap_or_default(), &beside(expected), 0.0)
-    };
-    let start = |tokens: &[usize], transfer: Transfer<'_>| {
-        let x = f.tensor(tokens.len(), &rows(tokens.iter().copied()))?;
-        f.start(&x, Some(&f.weights(&beside(tokens))?), 2, transfer)
-    };
+/// Starts to send the rows of these tokens.
+fn start<F: Inspect>(f: &F, tokens: &[usize], transfer: Transfer<'_>) -> Result<F::Pending, F::Error> {
+    let x = f.tensor(tokens.len(), &rows(tokens.iter().copied()))?;
+    f.start(&x, Some(&f.weights(&beside(tokens))?), 2, transfer)
+}
 
-    let (rank, size) = ep;
+/// Waits for the rows of these tokens.
+fn arrived<F: Inspect>(f: &F, check: &str, pending: F::Pending, tokens: &[usize]) -> Checked<F::Error> {
+    let (x, weights) = f.wait(pending)?;
+    close(check, &f.read_tensor(&x)?, &rows(tokens.iter().copied()), 0.0)?;
+    let weights = weights.map(|w| f.read_weights(&w)).transpose()?.unwrap_or_default();
+    close(&format!("{check}, weights"), &weights, &beside(tokens), 0.0)
+}
+
+fn all_to_all<F: Inspect>(f: &F) -> Checked<F::Error> {
+    let (rank, size) = (f.grid().ep_rank(), f.grid().ep_size());
+    // The tokens of a rank are 8·rank …
     let block = |from: usize, to: usize| {
         let first: usize = 8 * from + (0..to).map(|to| sent(from, to)).sum::<usize>();
         first..first + sent(from, to)
     };
     let send: Vec<usize> = (0..size).map(|to| sent(rank, to)).collect();
     let recv: Vec<usize> = (0..size).map(|from| sent(from, rank)).collect();
+    let transfer = Transfer::AllToAll { send: &send, recv: &recv };
     let own: Vec<usize> = (0..size).flat_map(|to| block(rank, to)).collect();
     let expected: Vec<usize> = (0..size).flat_map(|from| block(from, rank)).collect();
-    let first = start(&own, Transfer::AllToAll { send: &send, recv: &recv })?;
     // A row that is in no block stays at home.
     let longer: Vec<usize> = own.iter().copied().chain([7]).collect();
-    let second = start(&longer, Transfer::AllToAll { send: &send, recv: &recv })?;
-    arrived("a later all-to-all, awaited first", second, &expected)?;
-    arrived("all-to-all", first, &expected)?;
+    let first = start(f, &own, transfer)?;
+    let second = start(f, &longer, transfer)?;
+    arrived(f, "a later all-to-all, awaited first", second, &expected)?;
+    arrived(f, "all-to-all", first, &expected)
+}
 
-    for (over, (rank, size)) in [(Over::Etp, etp), (Over::EpEtp, both)] {
-        let counts: Vec<usize> = (0..size).map(|rank| sent(rank, 2)).collect();
-        let of = |rank: usize| 8 * rank..8 * rank + counts[rank];
-        let own: Vec<usize> = of(rank).collect();
-        let expected: Vec<usize> = (0..size).flat_map(of).collect();
-        let longer: Vec<usize> = own.iter().copied().chain([7]).collect();
-        let gathering = start(&longer, Transfer::AllGather { over, rows: &counts })?;
-        arrived(&format!("all-gather over {over:?}"), gathering, &expected)?;
+fn gather_and_scatter<F: Inspect>(f: &F, over: Over, tolerance: f64) -> Checked<F::Error> {
+    let grid = f.grid();
+    let (rank, size) = match over {
+        Over::Etp => (grid.etp_rank(), grid.etp_size()),
+        Over::EpEtp => (grid.position(grid.ep_rank(), grid.etp_rank()), grid.size()),
+    };
+    let counts: Vec<usize> = (0..size).map(|rank| sent(rank, 2)).collect();
+    let gather = Transfer::AllGather { over, rows: &counts };
+    let of = |rank: usize| 8 * rank..8 * rank + counts[rank];
+    let own: Vec<usize> = of(rank).collect();
+    let all: Vec<usize> = (0..size).flat_map(of).collect();
+    let longer: Vec<usize> = own.iter().copied().chain([7]).collect();
+    let check = format!("all-gather over {over:?}");
+    arrived(f, &check, start(f, &longer, gather)?, &all)?;
 
-        // Rank r contributes (r + 1) times the tokens of each block.
-        let check = format!("reduce-scatter over {over:?}");
-        let scaled =
-            |values: Vec<f64>, by: usize| -> Vec<f64> { values.iter().map(|v| v * by as f64).collect() };
-        let x = f.tensor(expected.len(), &scaled(rows(expected.iter().copied()), rank + 1))?;
-        let weights = f.weights(&scaled(beside(&expected), rank + 1))?;
-        let pending = f.start(&x, Some(&weights), 2, Transfer::ReduceScatter { over, rows: &counts })?;
-        let (x, weights) = f.wait(pending)?;
-        let times = size * (size + 1) / 2;
-        close(&check, &f.read_tensor(&x)?, &scaled(rows(own.iter().copied()), times), tolerance)?;
-        let weights = weights.map(|w| f.read_weights(&w)).transpose()?.unwrap_or_default();
-        close(&format!("{check}, weights"), &weights, &scaled(beside(&own), times), tolerance)?;
+    let x = f.tensor(own.len(), &rows(own.iter().copied()))?;
+    let (x, weights) = f.wait(f.start(&x, None, 0, gather)?)?;
+    close(&format!("{check} of rows alone"), &f.read_tensor(&x)?, &rows(all.iter().copied()), 0.0)?;
+    equal("weights that were not sent", weights.is_none(), true)?;
 
-        // Rows alone.
-        let x = f.tensor(own.len(), &rows(own.iter().copied()))?;
-        let (x, weights) = f.wait(f.start(&x, None, 0, Transfer::AllGather { over, rows: &counts })?)?;
-        close(&check, &f.read_tensor(&x)?, &rows(expected), 0.0)?;
-        equal("weights that were not sent", weights.is_none(), true)?;
-    }
-    Ok(())
+    // Rank r contributes r + 1 times the tokens of each block.
+    let check = format!("reduce-scatter over {over:?}");
+    let scaled = |values: Vec<f64>, by: usize| -> Vec<f64> { values.iter().map(|v| v * by as f64).collect() };
+    let x = f.tensor(all.len(), &scaled(rows(all.iter().copied()), rank + 1))?;
+    let weights = f.weights(&scaled(beside(&all), rank + 1))?;
+    let pending = f.start(&x, Some(&weights), 2, Transfer::ReduceScatter { over, rows: &counts })?;
+    let (x, weights) = f.wait(pending)?;
+    let times = size * (size + 1) / 2;
+    close(&check, &f.read_tensor(&x)?, &scaled(rows(own.iter().copied()), times), tolerance)?;
+    let weights = weights.map(|w| f.read_weights(&w)).transpose()?.unwrap_or_default();
+    close(&format!("{check}, weights"), &weights, &scaled(beside(&own), times), tolerance)
 }
 
 /// How tokens choose experts in the checks of a dispatcher.

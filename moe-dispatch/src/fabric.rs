@@ -48,7 +48,8 @@ pub type Arrived<F> = (<F as Fabric>::Tensor, Option<<F as Fabric>::Weights>);
 /// A tensor library with its communicators, as far as a dispatcher needs it.
 ///
 /// Tensors are matrices `[rows, hidden]`; weights and indices are flat vectors. Operations must take empty ones: a
-/// rank without tokens joins every collective. All ranks of a group make the same transfers in the same order.
+/// rank without tokens joins every collective. All ranks of a group make the same transfers in the same order, and may
+/// await them in another one. Nothing is exchanged, gathered or started over a group of one rank.
 ///
 /// `NativeFabric` (feature `native`) implements it on this workspace's tensors; `examples/plain_vec.rs` on
 /// `Vec<f32>` and channels.
@@ -100,7 +101,7 @@ pub trait Fabric {
     /// Exchanges counts over EP×ETP and brings them to the host: the entries of every rank's `offsets`, followed by
     /// its `tokens`, in the order of [`Grid::position`]. `offsets` has the same length on all ranks.
     ///
-    /// Called once per layer and micro-batch, and not at all if the group is one rank.
+    /// Called once per layer and micro-batch.
     fn exchange_counts(&self, offsets: &Self::Index, tokens: usize) -> Result<Vec<i32>, Self::Error>;
 
     /// The entries of every rank's index over EP×ETP, in the order of [`Grid::position`]; rank `i` gives

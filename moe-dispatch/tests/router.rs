@@ -44,7 +44,7 @@ fn objective(router: &Router, x: &[f64], weight: &[f64], dweights: &[f64]) -> f6
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
     #[test]
     fn gradients_are_those_of_the_objective(
         x in proptest::collection::vec(-1.0..1.0f64, 3 * HIDDEN),
