@@ -1,0 +1,88 @@
+//! A token file as samples.
+
+use super::{DataError, TokenFile};
+
+/// Sample `i` is the tokens `iS ..= iS + S` of a file: inputs the first `S`, targets the last `S`. There are
+/// `n = ⌊(tokens − 1)/S⌋`; a tail is unused.
+#[derive(Debug)]
+pub struct Dataset {
+    file: TokenFile,
+    sequence_length: usize,
+    len: u64,
+}
+
+impl Dataset {
+    /// Samples of `sequence_length` tokens, S, at least 1.
+    ///
+    /// # Errors
+    /// The file has no sample.
+    pub fn new(file: TokenFile, sequence_length: usize) -> Result<Self, DataError> {
+        let len = file.len().saturating_sub(1).checked_div(sequence_length as u64).unwrap_or(0);
+        if len == 0 {
+            let (path, tokens) = (file.path().to_owned(), file.len());
+            return Err(DataError::TooShort { path, tokens, sequence_length });
+        }
+        Ok(Dataset { file, sequence_length, len })
+    }
+
+    /// The number of samples, n.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The file behind it.
+    pub fn file(&self) -> &TokenFile {
+        &self.file
+    }
+
+    /// The `S + 1` tokens of sample `i`, below [`len`](Self::len).
+    ///
+    /// # Errors
+    /// `i` is too large.
+    pub fn sample(&self, i: u64) -> Result<Vec<u32>, DataError> {
+        let s = self.sequence_length as u64;
+        let start = i.saturating_mul(s);
+        self.file.tokens(start..start.saturating_add(s + 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::TokenFileWriter;
+    use super::*;
+
+    fn file_of(tokens: u32) -> (tempfile::TempDir, TokenFile) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let mut writer = TokenFileWriter::create(&path, 300).unwrap();
+        writer.document(&(0..tokens).collect::<Vec<_>>()).unwrap();
+        writer.finish().unwrap();
+        let file = TokenFile::open(&path).unwrap();
+        (folder, file)
+    }
+
+    #[test]
+    fn samples_overlap_by_one_token_and_a_tail_is_unused() {
+        // (tokens − 1)/S exactly whole, one short of it, and more.
+        for (tokens, len) in [(9, 2), (10, 2), (12, 2), (13, 3), (5, 1)] {
+            let (_folder, file) = file_of(tokens);
+            let dataset = Dataset::new(file, 4).unwrap();
+            assert_eq!(dataset.len(), len, "{tokens}");
+            assert_eq!(
+                dataset.sample(len - 1).unwrap(),
+                ((len as u32 - 1) * 4..=len as u32 * 4).collect::<Vec<_>>()
+            );
+            // Only where the tail is as long as a sample would a further one exist.
+            assert!(dataset.sample(len).is_err());
+            assert!(dataset.sample(u64::MAX).is_err());
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_sample_is_refused_by_name() {
+        let (_folder, file) = file_of(4);
+        let error = Dataset::new(file, 4).unwrap_err().to_string();
+        assert!(error.contains("tokens has 4 tokens, but one sequence needs 5"), "{error}");
+    }
+}

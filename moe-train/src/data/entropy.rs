@@ -1,0 +1,44 @@
+//! What a model without context could reach.
+
+use super::{DataError, TokenFile};
+
+/// Entropy of a file's token frequencies, −Σ p ln p, in nats per token (of byte tokens: per byte). The loss of the best
+/// model that ignores context.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn unigram_entropy(file: &TokenFile) -> Result<f64, DataError> {
+    let mut counts = vec![0_u64; file.vocab_size() as usize];
+    file.for_each_chunk(|tokens| {
+        for &token in tokens {
+            // A valid file has no token beyond its vocabulary; a damaged one is found by `verify`.
+            if let Some(count) = counts.get_mut(token as usize) {
+                *count += 1;
+            }
+        }
+    })?;
+    let total = counts.iter().sum::<u64>() as f64;
+    Ok(counts.iter().filter(|&&c| c > 0).map(|&c| c as f64 / total).map(|p| -p * p.ln()).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::TokenFileWriter;
+    use super::*;
+
+    #[test]
+    fn known_distributions() {
+        let folder = tempfile::tempdir().unwrap();
+        let entropy = |tokens: &[u32]| {
+            let path = folder.path().join(format!("{tokens:?}"));
+            let mut writer = TokenFileWriter::create(&path, 256).unwrap();
+            writer.document(tokens).unwrap();
+            writer.finish().unwrap();
+            unigram_entropy(&TokenFile::open(&path).unwrap()).unwrap()
+        };
+        assert_eq!(entropy(&[7, 7, 7]), 0.0);
+        assert!((entropy(&[1, 2, 3, 255]) - 4_f64.ln()).abs() < 1e-15);
+        // 1/2, 1/4, 1/4: 1.5 bits.
+        assert!((entropy(&[9, 9, 0, 4]) - 1.5 * 2_f64.ln()).abs() < 1e-15);
+    }
+}

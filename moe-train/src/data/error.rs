@@ -1,0 +1,80 @@
+//! Why data was refused.
+
+use std::path::PathBuf;
+
+use super::token_file::Fault;
+use crate::durable::IoError;
+
+/// Why data was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The operating system refused.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// A pattern of `data.files` is malformed.
+    #[error("pattern \"{pattern}\" in data.files: {message}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A pattern of `data.files` finds nothing.
+    #[error("pattern \"{pattern}\" in data.files matches no file (the current folder is {})", folder.display())]
+    NoMatch {
+        /// The pattern.
+        pattern: String,
+        /// Where it was looked for.
+        folder: PathBuf,
+    },
+    /// A text file has no bytes.
+    #[error("{} is empty: remove it or exclude it from data.files", path.display())]
+    EmptyText {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A text file changed while it was read.
+    #[error("{} changed while it was read: run again", path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// There is nothing left to train on when a document is held out.
+    #[error(
+        "data.files has only one document ({} bytes), and whole documents are held out: give more files, or one \
+         of more than {} bytes",
+        bytes,
+        super::MAX_DOCUMENT_BYTES
+    )]
+    OneDocument {
+        /// Its size.
+        bytes: u64,
+    },
+    /// A token file is damaged or foreign.
+    #[error("token file {}: {fault}", path.display())]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        fault: Fault,
+    },
+    /// A token is not in the vocabulary of the file.
+    #[error("token {token} is not below the vocabulary of {vocab_size}")]
+    TokenTooLarge {
+        /// The token.
+        token: u32,
+        /// Tokens of the vocabulary.
+        vocab_size: u64,
+    },
+    /// Not even one sequence fits.
+    #[error("{} has {tokens} tokens, but one sequence needs {} (sequence_length + 1)", path.display(), sequence_length + 1)]
+    TooShort {
+        /// The file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: u64,
+        /// Tokens of a sequence, S.
+        sequence_length: usize,
+    },
+}

@@ -1,0 +1,23 @@
+//! From text files to the sequences of a step.
+//!
+//! Text is found by patterns, cut into documents, tokenised, and written to two [token files](token_file): one to train
+//! on, one of held-out documents. A [`Dataset`] reads a token file as samples of `S + 1` tokens; a [`Sampler`] says which
+//! samples make up which micro-batch of which step. Both know nothing of the mapping.
+
+mod dataset;
+mod entropy;
+mod error;
+mod permutation;
+mod prepare;
+mod sampler;
+pub mod token_file;
+mod tokenizer;
+
+pub use dataset::Dataset;
+pub use entropy::unigram_entropy;
+pub use error::DataError;
+pub use permutation::Permutation;
+pub use prepare::{MAX_DOCUMENT_BYTES, Prepared, find_files, prepare};
+pub use sampler::Sampler;
+pub use token_file::{TokenFile, TokenFileWriter};
+pub use tokenizer::ByteTokenizer;

@@ -1,0 +1,16 @@
+//! The crate's only `unsafe`: mapping a file into memory.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+
+use memmap2::Mmap;
+
+/// Maps a file for reading.
+pub(super) fn map(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the bytes behind the slice must not change while it lives. Token files are written under another name and
+    // renamed when they are complete; nothing in this crate opens one for writing again, and replacing one by a rename
+    // leaves the mapped file as it is. The bytes are plain `u8`, for which every value is valid. A foreign process that
+    // shortens the file gets this process a bus error rather than wrong tokens; that is documented on `TokenFile`.
+    unsafe { Mmap::map(file) }
+}
