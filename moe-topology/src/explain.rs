@@ -121,9 +121,9 @@ impl fmt::Display for Nearest {
         let Self { asked, legal } = self;
         write!(f, "\nasked for: {asked}")?;
         if legal.is_empty() {
-            return write!(f, "\nno mapping of {} ranks is legal here", asked.world_size);
+            return write!(f, "\nno mapping of world_size {} is legal here", asked.world_size);
         }
-        write!(f, "\nnearest legal mappings of {} ranks:", asked.world_size)?;
+        write!(f, "\nnearest legal mappings of world_size {}:", asked.world_size)?;
         for mapping in legal {
             write!(f, "\n  {mapping}  (")?;
             let mut separator = "";

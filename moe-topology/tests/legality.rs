@@ -167,7 +167,7 @@ fn the_message_has_the_equation_the_values_and_what_is_nearest() {
         "illegal mapping: the pipeline groups of both views must be the same, which with order tp-cp-ep-pp-dp needs \
          tp·cp = etp·ep, but tp·cp = 2·1 = 2 and etp·ep = 1·4 = 4\n\
          asked for: tp 2, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp\n\
-         nearest legal mappings of 16 ranks:\n  \
+         nearest legal mappings of world_size 16:\n  \
          tp 2, cp 1, pp 2, ep 4, etp 1  (order tp-cp-ep-pp-dp -> tp-cp-ep-dp-pp)\n  \
          tp 2, cp 2, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (cp 1 -> 2)\n  \
          tp 2, cp 1, pp 1, ep 4, etp 1, order tp-cp-ep-pp-dp  (pp 2 -> 1)\n  \

@@ -6,6 +6,8 @@ use crate::{Attention, Axes, Expert, Folding, View};
 const MARGIN: usize = 28;
 const CELL: [usize; 2] = [58, 40];
 const GAP: usize = 10;
+/// Room for the text over a panel.
+const PANEL: usize = 240;
 /// Around the ranks of a stage.
 const PADDING: usize = 10;
 const BETWEEN_STAGES: usize = 12;
@@ -56,11 +58,15 @@ pub fn svg(folding: &Folding) -> String {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" \
          font-family=\"Helvetica, Arial, sans-serif\" fill=\"#1b1f24\">\n\
-         <title>{world_size} ranks folded for attention and MoE</title>\n\
+         <title>MoE parallel folding, world_size {world_size}</title>\n\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#ffffff\"/>\n"
     );
-    svg +=
-        &text(MARGIN, 38, "font-size=\"19\" font-weight=\"bold\"", &format!("{world_size} ranks, {order}"));
+    svg += &text(
+        MARGIN,
+        38,
+        "font-size=\"19\" font-weight=\"bold\"",
+        &format!("world_size {world_size}, order {order}"),
+    );
     for (stage, y) in grid.stages() {
         let middle = y + grid.stage_height() / 2;
         svg += &text(MARGIN, middle + 4, "font-size=\"13\" fill=\"#57606a\"", &format!("stage {stage}"));
@@ -88,12 +94,13 @@ impl Grid {
         // Rows of equal length, unless that makes them narrow.
         let even = (1..=COLUMNS).rev().find(|&columns| in_stage.is_multiple_of(columns)).unwrap_or(1);
         let columns = if 2 * even > COLUMNS || even == in_stage { even } else { COLUMNS.min(in_stage) };
-        let rows = in_stage.div_ceil(columns).min(ROWS);
+        // Of a pipeline at least two stages.
+        let rows = in_stage.div_ceil(columns).min(ROWS / stages.min(2));
         Self { columns, rows, stages: stages.min(ROWS / rows) }
     }
 
     fn panel_width(&self) -> usize {
-        2 * PADDING + self.columns * (CELL[0] + GAP) - GAP
+        (2 * PADDING + self.columns * (CELL[0] + GAP) - GAP).max(PANEL)
     }
 
     fn stage_height(&self) -> usize {

@@ -7,7 +7,7 @@ const STAGES: usize = 4;
 const ROWS: usize = 8;
 const LISTED: usize = 8;
 /// Characters for the ranks of a row.
-const WIDTH: usize = 56;
+const WIDTH: usize = 64;
 
 /// The ranks of each stage twice: a row per `dp` with `cp` to the right and each `tp` group in brackets, beside a row
 /// per `edp` with `ep` to the right and each `etp` group in brackets. What does not fit is left out and counted.
@@ -18,7 +18,7 @@ const WIDTH: usize = 56;
 /// let mapping = Mapping { world_size: 16, tp: 2, cp: 2, pp: 2, ep: 4, ..Mapping::default() };
 /// let picture = draw::text(&Folding::new(mapping)?);
 /// assert_eq!(picture, "\
-/// 16 ranks, order tp-cp-ep-dp-pp
+/// world_size 16, order tp-cp-ep-dp-pp
 ///           attention: tp 2 · cp 2 · dp 2 · pp 2   moe: etp 1 · ep 4 · edp 2 · pp 2
 /// stage 0   dp 0   [ 0  1] [ 2  3]                 edp 0   [ 0] [ 1] [ 2] [ 3]
 ///           dp 1   [ 4  5] [ 6  7]                 edp 1   [ 4] [ 5] [ 6] [ 7]
@@ -37,7 +37,7 @@ pub fn text(folding: &Folding) -> String {
     let stages = folding.size(Attention::PP);
     for stage in shown(stages, STAGES) {
         let Some(stage) = stage else {
-            rows.push([format!("⋮ {} more stages", stages - STAGES + 1), String::new(), String::new()]);
+            rows.push(["⋮".to_owned(), format!("{} more stages", stages - STAGES + 1), String::new()]);
             continue;
         };
         let (left, right) = (stage_rows::<Attention>(folding, stage), stage_rows::<Expert>(folding, stage));
@@ -47,7 +47,7 @@ pub fn text(folding: &Folding) -> String {
             rows.push([label, cell(&left), cell(&right)]);
         }
     }
-    format!("{} ranks, order {}\n{}", folding.world_size(), folding.mapping().order, columns(&rows))
+    format!("world_size {}, order {}\n{}", folding.world_size(), folding.mapping().order, columns(&rows))
 }
 
 /// The groups of [`View::GROUPS`]: size, number, the first one, and the most nodes that one spans on `cluster`.
@@ -105,7 +105,7 @@ fn stage_rows<V: View>(folding: &Folding, stage: usize) -> Vec<String> {
     let [tensor, across, replicas, _] = [0, 1, 2, 3].map(|axis| folding.size(Axes::<V>::axis(axis)));
     let digits = (folding.world_size() - 1).to_string().len();
     let in_bracket = if tensor <= 8 { tensor } else { 4 };
-    let brackets = (WIDTH / (digits * in_bracket + 2)).max(2);
+    let brackets = (WIDTH / (in_bracket * (digits + 1) + 2)).max(2);
 
     let row = |replica: Option<usize>| {
         let Some(replica) = replica else { return format!("⋮ {} more", replicas + 1 - ROWS) };
