@@ -12,6 +12,8 @@
 
 pub mod backend;
 mod check;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod device;
 pub mod element;
 pub mod error;

@@ -1,0 +1,272 @@
+//! Attention.
+
+use super::GRADIENT;
+use super::host::{Matrix, Placed, Random, assert_close, assert_refused, gradient, output, place};
+use crate::Float;
+use crate::family::{Attention, AttentionMask, AttentionShape};
+
+/// What a query of one head sees: `exp(score − lse)` per key, and the log-sum-exp.
+fn softmax(q: &Matrix, k: &Matrix, s: &AttentionShape, b: usize, h: usize, i: usize) -> (Vec<f64>, f64) {
+    let keys = match s.mask {
+        AttentionMask::Full => s.kv_len,
+        AttentionMask::Causal => s.kv_len.min(i + 1),
+    };
+    let kv = h / (s.heads / s.kv_heads);
+    let score = |j: usize| {
+        let dot = |d| q.at(i * s.batch + b, h * s.head_dim + d) * k.at(j * s.batch + b, kv * s.head_dim + d);
+        s.scale * (0..s.head_dim).map(dot).sum::<f64>()
+    };
+    let scores: Vec<f64> = (0..keys).map(score).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let lse = if keys == 0 { max } else { max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln() };
+    (scores.iter().map(|s| (s - lse).exp()).collect(), lse)
+}
+
+fn forward(q: &Matrix, k: &Matrix, v: &Matrix, s: &AttentionShape) -> (Matrix, Matrix) {
+    let mut o = Matrix::from_fn(s.q_len * s.batch, s.heads * s.head_dim, |_, _| 0.0);
+    let mut lse = Matrix::from_fn(s.q_len * s.batch, s.heads, |_, _| 0.0);
+    for (b, h, i) in
+        (0..s.batch).flat_map(|b| (0..s.heads).flat_map(move |h| (0..s.q_len).map(move |i| (b, h, i))))
+    {
+        let (p, l) = softmax(q, k, s, b, h, i);
+        let row = i * s.batch + b;
+        lse.data[row * s.heads + h] = l;
+        let kv = h / (s.heads / s.kv_heads);
+        for d in 0..s.head_dim {
+            let value = |(j, p): (usize, &f64)| p * v.at(j * s.batch + b, kv * s.head_dim + d);
+            o.data[row * o.cols + h * s.head_dim + d] = p.iter().enumerate().map(value).sum();
+        }
+    }
+    (o, lse)
+}
+
+struct Operands<T: Float, D: Attention<T>> {
+    q: Placed<T, D>,
+    k: Placed<T, D>,
+    v: Placed<T, D>,
+}
+
+fn run<T: Float, D: Attention<T>>(
+    device: &D,
+    x: &Operands<T, D>,
+    s: &AttentionShape,
+) -> (Placed<T, D>, Placed<T::Acc, D>) {
+    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
+    let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
+    device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), s).expect("attention");
+    (o, lse)
+}
+
+/// [`Attention`]: masks, grouped queries, several sequences, lengths around tiles, no keys; blocks that merge to the
+/// whole, forward and backward.
+pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(16);
+    // (batch, q_len, kv_len, heads, kv_heads, head_dim, whether differences are affordable)
+    let cases = [
+        (1, 1, 1, 1, 1, 1, true),
+        (2, 5, 5, 3, 3, 4, true),
+        (3, 4, 4, 4, 2, 3, true),
+        (1, 3, 7, 2, 1, 5, true),
+        (1, 7, 3, 2, 1, 5, true),
+        (2, 3, 0, 2, 1, 2, true),
+        (2, 0, 3, 2, 1, 2, true),
+        (2, 67, 67, 1, 1, 3, false),
+        (1, 131, 131, 4, 2, 16, false),
+        (2, 64, 129, 2, 2, 9, false),
+        (1, 200, 65, 6, 2, 8, false),
+    ];
+    for (batch, q_len, kv_len, heads, kv_heads, head_dim, affordable) in cases {
+        for mask in [AttentionMask::Full, AttentionMask::Causal] {
+            let scale = 1.5 / (head_dim as f64).sqrt();
+            let s = AttentionShape { batch, q_len, kv_len, heads, kv_heads, head_dim, scale, mask };
+            let [n, m] = [q_len * batch, kv_len * batch];
+            let q = random.matrix::<T>(n, heads * head_dim);
+            let (k, v) =
+                (random.matrix::<T>(m, kv_heads * head_dim), random.matrix::<T>(m, kv_heads * head_dim));
+            let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
+            let (want_o, want_lse) = forward(&q, &k, &v, &s);
+            let (o, lse) = run(device, &x, &s);
+            assert_close(&format!("o, {s:?}"), &o.read(), &want_o, tolerance);
+            assert_close(&format!("lse, {s:?}"), &lse.read(), &want_lse, tolerance);
+
+            let d_o = random.matrix::<T>(n, heads * head_dim);
+            let [dq, dk, dv] = backward(device, &x, &place(device, &d_o), &o, &lse, &s);
+            let want = if affordable {
+                [
+                    gradient(&q, |q| forward(q, &k, &v, &s).0.dot(&d_o)),
+                    gradient(&k, |k| forward(&q, k, &v, &s).0.dot(&d_o)),
+                    gradient(&v, |v| forward(&q, &k, v, &s).0.dot(&d_o)),
+                ]
+            } else {
+                formula(&q, &k, &v, &d_o, &s)
+            };
+            let tolerance = if affordable { tolerance.max(GRADIENT) } else { tolerance };
+            for (what, got, want) in [("dq", dq, &want[0]), ("dk", dk, &want[1]), ("dv", dv, &want[2])] {
+                assert_close(&format!("{what}, {s:?}"), &got, want, 4.0 * tolerance);
+            }
+            refusals(device, &x, &s);
+        }
+    }
+    large_scores::<T, D>(device, tolerance);
+    ring::<T, D>(device, tolerance);
+}
+
+fn backward<T: Float, D: Attention<T>>(
+    device: &D,
+    x: &Operands<T, D>,
+    d_o: &Placed<T, D>,
+    o: &Placed<T, D>,
+    lse: &Placed<T::Acc, D>,
+    s: &AttentionShape,
+) -> [Matrix; 3] {
+    let mut dq = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
+    let mut dk = output::<T, D>(device, s.kv_len * s.batch, s.kv_heads * s.head_dim);
+    let mut dv = output::<T, D>(device, s.kv_len * s.batch, s.kv_heads * s.head_dim);
+    device
+        .attention_backward(
+            dq.view_mut(),
+            dk.view_mut(),
+            dv.view_mut(),
+            d_o.view(),
+            x.q.view(),
+            x.k.view(),
+            x.v.view(),
+            o.view(),
+            lse.view(),
+            s,
+        )
+        .expect("attention_backward");
+    [dq.read(), dk.read(), dv.read()]
+}
+
+/// The gradients by their formula, for shapes where differences would take too long: `dv = Pᵀ do`,
+/// `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o)) · scale`, `dq = dS k`, `dk = dSᵀ q`. The small shapes hold it to differences.
+fn formula(q: &Matrix, k: &Matrix, v: &Matrix, d_o: &Matrix, s: &AttentionShape) -> [Matrix; 3] {
+    let zero = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |_, _| 0.0);
+    let (mut dq, mut dk, mut dv) = (zero(q), zero(k), zero(v));
+    for (b, h, i) in
+        (0..s.batch).flat_map(|b| (0..s.heads).flat_map(move |h| (0..s.q_len).map(move |i| (b, h, i))))
+    {
+        let (p, _) = softmax(q, k, s, b, h, i);
+        let (row, kv) = (i * s.batch + b, h / (s.heads / s.kv_heads));
+        let (at, kv_at) = (h * s.head_dim, kv * s.head_dim);
+        let dp = |j: usize| -> f64 {
+            (0..s.head_dim).map(|d| d_o.at(row, at + d) * v.at(j * s.batch + b, kv_at + d)).sum()
+        };
+        let mean: f64 = p.iter().enumerate().map(|(j, p)| p * dp(j)).sum();
+        for (j, p) in p.iter().enumerate() {
+            let ds = p * (dp(j) - mean) * s.scale;
+            let key = j * s.batch + b;
+            for d in 0..s.head_dim {
+                dq.data[row * q.cols + at + d] += ds * k.at(key, kv_at + d);
+                dk.data[key * k.cols + kv_at + d] += ds * q.at(row, at + d);
+                dv.data[key * v.cols + kv_at + d] += p * d_o.at(row, at + d);
+            }
+        }
+    }
+    [dq, dk, dv]
+}
+
+fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &AttentionShape) {
+    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
+    let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
+    let mut attempt = |what: &str, s: AttentionShape| {
+        let result = device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), &s);
+        assert_refused(what, result);
+    };
+    attempt("q_len", AttentionShape { q_len: s.q_len + 1, ..*s });
+    attempt("kv_len", AttentionShape { kv_len: s.kv_len + 1, ..*s });
+    attempt("batch 0", AttentionShape { batch: 0, ..*s });
+    attempt("head_dim 0", AttentionShape { head_dim: 0, ..*s });
+    attempt("kv_heads 0", AttentionShape { kv_heads: 0, ..*s });
+    attempt("kv_heads that do not divide", AttentionShape { kv_heads: s.heads + 1, ..*s });
+}
+
+/// Scores far beyond where `exp` overflows, their maximum in the last block of keys.
+fn large_scores<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
+    let (len, dim) = (130, 2);
+    let s = AttentionShape {
+        batch: 1,
+        q_len: len,
+        kv_len: len,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: dim,
+        scale: 8.0,
+        mask: AttentionMask::Causal,
+    };
+    let q = Matrix::from_fn(len, dim, |_, _| 4.0);
+    let k = Matrix::from_fn(len, dim, |j, _| j as f64 / 4.0);
+    let v = Random::new(17).matrix::<T>(len, dim);
+    let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
+    let (o, lse) = run(device, &x, &s);
+    let (want_o, want_lse) = forward(&q, &k, &v, &s);
+    assert_close("o of large scores", &o.read(), &want_o, 10.0 * tolerance);
+    assert_close("lse of large scores", &lse.read(), &want_lse, tolerance);
+}
+
+/// Two blocks of keys, one of them seen by nobody at first, as ring attention has them.
+fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(18);
+    let (batch, len, heads, kv_heads, head_dim) = (2, 35, 4, 2, 3);
+    let whole = AttentionShape {
+        batch,
+        q_len: len,
+        kv_len: 2 * len,
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.7,
+        mask: AttentionMask::Full,
+    };
+    let n = len * batch;
+    let q = random.matrix::<T>(n, heads * head_dim);
+    let (k, v) =
+        (random.matrix::<T>(2 * n, kv_heads * head_dim), random.matrix::<T>(2 * n, kv_heads * head_dim));
+    let half = |m: &Matrix, part: usize| Matrix::from_fn(n, m.cols, |i, c| m.at(part * n + i, c));
+    let (want_o, want_lse) = forward(&q, &k, &v, &whole);
+
+    // Nothing seen yet: any o, −∞.
+    let mut o = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads * head_dim, |_, _| 0.0));
+    let mut lse = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads, |_, _| f64::NEG_INFINITY));
+    let block = AttentionShape { kv_len: len, ..whole };
+    let blocks = [0, 1].map(|part| Operands {
+        q: place(device, &q),
+        k: place(device, &half(&k, part)),
+        v: place(device, &half(&v, part)),
+    });
+    let empty = Matrix { rows: 0, cols: kv_heads * head_dim, data: Vec::new() };
+    let nothing = Operands { q: place(device, &q), k: place(device, &empty), v: place(device, &empty) };
+    let merge =
+        |o: &mut Placed<T::Acc, D>, lse: &mut Placed<T::Acc, D>, x: &Operands<T, D>, s: &AttentionShape| {
+            let (part, part_lse) = run(device, x, s);
+            device
+                .attention_merge(o.view_mut(), lse.view_mut(), part.view(), part_lse.view(), head_dim)
+                .expect("attention_merge");
+        };
+    merge(&mut o, &mut lse, &nothing, &AttentionShape { kv_len: 0, ..whole });
+    assert_eq!(o.read().data, vec![0.0; n * heads * head_dim], "no keys, no output");
+    for x in &blocks {
+        merge(&mut o, &mut lse, x, &block);
+        merge(&mut o, &mut lse, &nothing, &AttentionShape { kv_len: 0, ..whole });
+    }
+    assert_close("merged o", &o.read(), &want_o, 2.0 * tolerance);
+    assert_close("merged lse", &lse.read(), &want_lse, 2.0 * tolerance);
+
+    let d_o = random.matrix::<T>(n, heads * head_dim);
+    let want = formula(&q, &k, &v, &d_o, &whole);
+    let (pd, po) = (place::<T, D>(device, &d_o), place::<T, D>(device, &want_o));
+    let plse = place::<T::Acc, D>(device, &want_lse);
+    let [first, second] = [0, 1].map(|part: usize| backward(device, &blocks[part], &pd, &po, &plse, &block));
+    assert_close("dq of two blocks", &first[0].plus(&second[0]), &want[0], 4.0 * tolerance);
+    for (part, got) in [first, second].iter().enumerate() {
+        assert_close("dk of a block", &got[1], &half(&want[1], part), 4.0 * tolerance);
+        assert_close("dv of a block", &got[2], &half(&want[2], part), 4.0 * tolerance);
+    }
+
+    let mut wrong = output::<T::Acc, D>(device, n, heads * head_dim + 1);
+    let (part, part_lse) = run(device, &blocks[0], &block);
+    let refused =
+        device.attention_merge(wrong.view_mut(), lse.view_mut(), part.view(), part_lse.view(), head_dim);
+    assert_refused("o", refused);
+}

@@ -1,0 +1,59 @@
+//! Arithmetic on whole matrices.
+
+use super::host::{Matrix, Random, assert_close, assert_refused, output, place, place_ints};
+use crate::Float;
+use crate::family::Elementwise;
+
+/// [`Elementwise`], also for more elements than one piece of work.
+pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(3);
+    for (rows, cols) in [(0, 5), (1, 1), (7, 13), (300, 131)] {
+        let (a, b) = (random.matrix::<T>(rows, cols), random.matrix::<T>(rows, cols));
+        let (pa, pb) = (place::<T, D>(device, &a), place::<T, D>(device, &b));
+
+        let mut y = output::<T, D>(device, rows, cols);
+        device.add(y.view_mut(), pa.view(), pb.view()).expect("add");
+        assert_close("add", &y.read(), &a.plus(&b), tolerance);
+
+        let mut y = place::<T, D>(device, &a);
+        device.add_assign(y.view_mut(), pb.view()).expect("add_assign");
+        assert_close("add_assign", &y.read(), &a.plus(&b), tolerance);
+
+        let mut wide = output::<T::Acc, D>(device, rows, cols);
+        device.widen(wide.view_mut(), pa.view()).expect("widen");
+        assert_close("widen", &wide.read(), &a, 0.0);
+        let mut narrow = output::<T, D>(device, rows, cols);
+        device.narrow(narrow.view_mut(), wide.view()).expect("narrow");
+        assert_close("narrow", &narrow.read(), &a, 0.0);
+
+        let mut other = output::<T, D>(device, rows + 1, cols);
+        assert_refused("add", device.add(other.view_mut(), pa.view(), pb.view()));
+        assert_refused("add_assign", device.add_assign(other.view_mut(), pa.view()));
+        assert_refused("narrow", device.narrow(other.view_mut(), wide.view()));
+    }
+
+    for (n, from, cols, k) in [(9, 5, 7, 1), (9, 5, 7, 2), (301, 40, 67, 3), (3, 0, 2, 2), (4, 3, 2, 0)] {
+        let x = random.matrix::<T>(from, cols);
+        let mut index = random.ints(n * k, from.max(1));
+        // Rows with one, and with no source.
+        for (i, at) in index.iter_mut().enumerate() {
+            if from == 0 || i % 5 == 1 || i / k.max(1) == 2 {
+                *at = -1;
+            }
+        }
+        let want = Matrix::from_fn(n, cols, |i, c| {
+            index[i * k..(i + 1) * k].iter().filter(|&&s| s >= 0).map(|&s| x.at(s as usize, c)).sum()
+        });
+        let (px, pi) = (place::<T, D>(device, &x), place_ints(device, n, k, &index));
+        let mut y = output::<T, D>(device, n, cols);
+        device.gather_sum(y.view_mut(), px.view(), pi.view()).expect("gather_sum");
+        assert_close("gather_sum", &y.read(), &want, tolerance);
+        if k > 0 {
+            let outside = place_ints(device, n, k, &vec![from as i32; n * k]);
+            assert_refused(
+                "an index past the end",
+                device.gather_sum(y.view_mut(), px.view(), outside.view()),
+            );
+        }
+    }
+}

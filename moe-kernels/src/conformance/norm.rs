@@ -1,0 +1,91 @@
+//! Root-mean-square normalisation.
+
+use super::GRADIENT;
+use super::host::{Matrix, Random, assert_close, assert_refused, gradient, output, place};
+use crate::Float;
+use crate::family::Norm;
+
+const EPS: f64 = 1e-3;
+
+fn rstd(x: &Matrix) -> Matrix {
+    let mean = |i: usize| (0..x.cols).map(|c| x.at(i, c).powi(2)).sum::<f64>() / x.cols as f64;
+    Matrix::from_fn(1, x.rows, |_, i| 1.0 / (mean(i) + EPS).sqrt())
+}
+
+fn forward(x: &Matrix, w: &Matrix) -> Matrix {
+    let r = rstd(x);
+    Matrix::from_fn(x.rows, x.cols, |i, c| x.at(i, c) * r.at(0, i) * w.at(0, c))
+}
+
+/// [`Norm`]; the weight gradient adds to what is there.
+pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(6);
+    for (n, h) in [(0, 4), (1, 1), (5, 7), (3, 64), (23, 19), (131, 257)] {
+        let what = format!("{n}×{h}");
+        let (mut x, w) = (random.matrix::<T>(n, h), random.matrix::<T>(1, h));
+        if n > 2 {
+            x.data[..h].fill(0.0);
+        }
+        let (px, pw) = (place::<T, D>(device, &x), place::<T, D>(device, &w));
+        let (mut y, mut r) = (output::<T, D>(device, n, h), output::<T::Acc, D>(device, 1, n));
+        device.rms_norm(y.view_mut(), r.view_mut(), px.view(), pw.view(), EPS).expect("rms_norm");
+        assert_close(&format!("rms_norm {what}"), &y.read(), &forward(&x, &w), tolerance);
+        assert_close(&format!("rstd {what}"), &r.read(), &rstd(&x), tolerance);
+        let mut wrong = output::<T::Acc, D>(device, 1, n + 1);
+        assert_refused("rstd", device.rms_norm(y.view_mut(), wrong.view_mut(), px.view(), pw.view(), EPS));
+
+        if n * h > 1000 {
+            continue;
+        }
+        let (dy, dw) = (random.matrix::<T>(n, h), random.matrix::<T::Acc>(1, h));
+        let pdy = place::<T, D>(device, &dy);
+        let (mut dx, mut pdw) = (output::<T, D>(device, n, h), place::<T::Acc, D>(device, &dw));
+        device
+            .rms_norm_backward(dx.view_mut(), pdw.view_mut(), pdy.view(), px.view(), pw.view(), r.view())
+            .expect("rms_norm_backward");
+        let tolerance = tolerance.max(GRADIENT);
+        let want = gradient(&x, |x| forward(x, &w).dot(&dy));
+        // The row of zeros has a steep gradient: compare it alone.
+        let split = |m: &Matrix, rows: std::ops::Range<usize>| {
+            Matrix::from_fn(rows.len(), h, |i, c| m.at(rows.start + i, c))
+        };
+        let zeros = usize::from(n > 2);
+        let got = dx.read();
+        let steep = split(&want, 0..zeros);
+        // Fourth order differences across the scale of √eps.
+        assert_close(&format!("dx of zeros {what}"), &split(&got, 0..zeros), &steep, tolerance.max(1e-2));
+        assert_close(
+            &format!("dx {what}"),
+            &split(&got, zeros..n),
+            &split(&want, zeros..n),
+            tolerance * 10.0,
+        );
+        let want = dw.plus(&gradient(&w, |w| forward(&x, w).dot(&dy)));
+        assert_close(&format!("dw {what}"), &pdw.read(), &want, tolerance);
+        let mut wrong = output::<T, D>(device, n + 1, h);
+        let refused = device.rms_norm_backward(
+            wrong.view_mut(),
+            pdw.view_mut(),
+            pdy.view(),
+            px.view(),
+            pw.view(),
+            r.view(),
+        );
+        assert_refused("dx", refused);
+    }
+    // Sums over more rows than one piece of work: dw is exact where dy, x and rstd are powers of two.
+    let (n, h) = (700, 33);
+    let x = Matrix::from_fn(n, h, |i, _| if i % 2 == 0 { 1.0 } else { -1.0 });
+    let dy = Matrix::from_fn(n, h, |i, c| if (i + c) % 3 == 0 { 1.0 } else { 0.0 });
+    let ones = Matrix::from_fn(1, h, |_, _| 1.0);
+    let r = Matrix::from_fn(1, n, |_, _| 0.5);
+    let (px, pdy) = (place::<T, D>(device, &x), place::<T, D>(device, &dy));
+    let (pw, pr) = (place::<T, D>(device, &ones), place::<T::Acc, D>(device, &r));
+    let (mut dx, mut dw) = (output::<T, D>(device, n, h), place::<T::Acc, D>(device, &ones));
+    device
+        .rms_norm_backward(dx.view_mut(), dw.view_mut(), pdy.view(), px.view(), pw.view(), pr.view())
+        .expect("rms_norm_backward");
+    let want =
+        Matrix::from_fn(1, h, |_, c| 1.0 + (0..n).map(|i| 0.5 * dy.at(i, c) * x.at(i, c)).sum::<f64>());
+    assert_close("dw of many rows", &dw.read(), &want, 0.0);
+}

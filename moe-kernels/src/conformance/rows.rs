@@ -1,0 +1,50 @@
+//! Moving rows.
+
+use super::host::{Random, assert_refused, place_elements, place_ints};
+use crate::Element;
+use crate::family::Rows;
+
+/// Distinct elements of any type, exact in all of them.
+fn numbered<E: Element>(n: usize, from: u8) -> Vec<E> {
+    (0..n)
+        .map(|i| {
+            let mut element = E::zeroed();
+            // The low bytes of an integer, or of a float's fraction.
+            let bytes = bytemuck::bytes_of_mut(&mut element);
+            bytes[0] = from.wrapping_add(i as u8);
+            element
+        })
+        .collect()
+}
+
+/// [`Rows`] for elements of type `E`.
+pub fn rows<E: Element, D: Rows<E>>(device: &D) {
+    let (n, from, cols) = (11, 7, 5);
+    let data = numbered::<E>(from * cols, 1);
+    let x = place_elements(device, from, cols, &data, numbered::<E>(1, 99)[0]);
+    let blank =
+        |n: usize| place_elements(device, n, cols, &numbered::<E>(n * cols, 200), numbered::<E>(1, 98)[0]);
+
+    let mut y = blank(from);
+    device.copy_rows(y.view_mut(), x.view()).expect("copy_rows");
+    assert_eq!(y.elements(), data);
+    assert_refused("copy_rows of another shape", device.copy_rows(blank(from + 1).view_mut(), x.view()));
+
+    let mut index = Random::new(2).ints(n, from);
+    (index[0], index[4], index[10]) = (6, -1, -7);
+    let mut y = blank(n);
+    let placed = place_ints(device, 1, n, &index);
+    device.gather_rows(y.view_mut(), x.view(), placed.view()).expect("gather_rows");
+    let row =
+        |i: &i32| usize::try_from(*i).map_or(vec![E::zeroed(); cols], |i| data[i * cols..][..cols].to_vec());
+    let want: Vec<E> = index.iter().flat_map(row).collect();
+    assert_eq!(y.elements(), want, "gather_rows of {}", E::DTYPE);
+
+    let outside = place_ints(device, 1, n, &vec![from as i32; n]);
+    assert_refused("an index past the end", device.gather_rows(y.view_mut(), x.view(), outside.view()));
+    let short = place_ints(device, 1, n - 1, &index[1..]);
+    assert_refused("too few indices", device.gather_rows(y.view_mut(), x.view(), short.view()));
+
+    let (mut none, empty) = (blank(0), place_ints(device, 1, 0, &[]));
+    device.gather_rows(none.view_mut(), x.view(), empty.view()).expect("no rows");
+}
