@@ -253,7 +253,9 @@ impl Skew {
         match self {
             Skew::Spread => [a, b],
             Skew::ToTwo => [num_experts as i32 - 1, 0],
-            Skew::Dropped => [if g % 3 == 0 { -1 } else { a }, if g % 2 == 0 { -1 } else { b }],
+            Skew::Dropped => {
+                [if g.is_multiple_of(3) { -1 } else { a }, if g.is_multiple_of(2) { -1 } else { b }]
+            }
         }
     }
 }

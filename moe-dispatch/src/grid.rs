@@ -112,7 +112,7 @@ impl Grid {
     /// [`Error::Experts`] unless `num_experts` is a positive multiple of the EP size.
     pub fn local_experts(&self, num_experts: usize) -> Result<Range<usize>, Error> {
         let (rank, size) = self.ep;
-        if num_experts == 0 || num_experts % size != 0 {
+        if num_experts == 0 || !num_experts.is_multiple_of(size) {
             return Err(Error::Experts { num_experts, ep: size });
         }
         let per_rank = num_experts / size;

@@ -78,7 +78,7 @@ fn problem(num_experts: usize, top_k: usize, skew: Skew, seed: u64) -> Problem {
 }
 
 fn divisors(n: usize) -> impl Iterator<Item = usize> {
-    (1..=n).filter(move |d| n % d == 0)
+    (1..=n).filter(move |d| n.is_multiple_of(*d))
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use moe_kernels::family::{Gemm, Op, Reduce};
 use moe_kernels::{Backend, Float, Tensor, View};
 
-use super::{Router, RouterSaved, RouterStats, RoutingOn};
+use super::{Routed, Router, RouterSaved, RouterStats};
 use crate::{Error, Routing};
 
 impl Router {
@@ -19,7 +19,7 @@ impl Router {
         x: &Tensor<T, D>,
         weight: View<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
-    ) -> Result<(RoutingOn<T, D>, RouterSaved<T, D>, RouterStats), Error> {
+    ) -> Result<Routed<T, D>, Error> {
         let [tokens, _] = x.shape();
         let (num_experts, top_k) = (self.config.num_experts, self.config.top_k);
 

@@ -51,6 +51,9 @@ pub struct RouterScales {
 /// A routing on a device: `experts: [tokens, top_k]`, `weights: [tokens, top_k]`.
 pub type RoutingOn<T, D> = Routing<Tensor<i32, D>, Tensor<<T as Float>::Acc, D>>;
 
+/// What [`Router::forward`] returns: for the dispatcher, for the backward pass, for the metrics.
+pub type Routed<T, D> = (RoutingOn<T, D>, RouterSaved<T, D>, RouterStats);
+
 /// What the router keeps for its backward pass.
 #[derive(Debug, Clone)]
 pub struct RouterSaved<T: Float, D: Device> {
