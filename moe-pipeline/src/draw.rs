@@ -5,7 +5,8 @@ use crate::{Kind, Timeline};
 impl Timeline {
     /// One line per rank, time from left to right over `columns` characters. A block begins with its micro-batch and
     /// goes on with `-` for `F`, `=` for `B` and `I`, `~` for `W`; dots are idle.
-    pub fn draw(&self, columns: usize) -> String {
+    pub fn draw(&self, columns: u16) -> String {
+        let columns = usize::from(columns);
         let scale = if self.makespan > 0.0 { columns as f64 / self.makespan } else { 0.0 };
         let column = |time: f64| ((time * scale).round() as usize).min(columns);
         let digits = self.spans.len().saturating_sub(1).to_string().len();

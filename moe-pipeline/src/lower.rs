@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::{Action, Error, Kind, Result, Schedule};
+use crate::{Action, At, Error, Kind, Result, Schedule};
 
 /// Adds sends, receives and waits: [`add_send_recv`], then [`add_waits`].
 ///
@@ -61,25 +61,19 @@ pub fn add_send_recv(schedule: &Schedule) -> Result<Schedule> {
             lists[to as usize].push(Action::new(output.stage, Kind::Recv(output.flow), output.microbatch));
             if lacks[to as usize] == Some(output) {
                 lacks[to as usize] = None;
-                if to > rank {
-                    turns.insert(to)
-                } else {
-                    next_round.insert(to)
-                };
+                // Ranks above this one are still to come in this round.
+                let round = if to > rank { &mut turns } else { &mut next_round };
+                round.insert(to);
             }
         }
         std::mem::swap(&mut turns, &mut next_round);
     }
-    match schedule
-        .actions()
-        .find(|at| lacks[at.rank as usize].is_some() && at.index == next[at.rank as usize])
-    {
-        Some(at) => match at.action.input(stages) {
-            Some(needs) => Err(Error::Stuck { at, needs }),
-            None => unreachable!("only an action with an input is passed over"),
-        },
-        None => Ok(schedule.with_lists(lists)),
+    let stuck = (0..ranks).zip(lacks).find_map(|(rank, lacks)| Some((rank, lacks?)));
+    if let Some((rank, needs)) = stuck {
+        let index = next[rank as usize];
+        return Err(Error::Stuck { at: At { rank, index, action: schedule.list(rank)[index] }, needs });
     }
+    Ok(schedule.with_lists(lists))
 }
 
 /// Adds the waits: for a receive just before the action that uses it, for a send just before the stage's next send in

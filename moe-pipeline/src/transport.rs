@@ -256,3 +256,20 @@ impl<A> Drop for Channels<A> {
         self.tell_all(|| Packet::Gone);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Flow;
+
+    #[test]
+    fn a_reason_is_passed_on_unchanged() {
+        // Rank 2's abort has reached rank 1, but not yet rank 0.
+        let mut channels: Vec<Channels<()>> = buffered(3, Duration::from_secs(20));
+        channels[1].file(2, Packet::Abort(2, "out of memory".into()));
+        channels[1].abort("rank 2 aborted: out of memory");
+        let message = Message { flow: Flow::Backward, stage: 0, microbatch: 0 };
+        let ticket = channels[0].post(vec![Post::Recv { from_rank: 1, message }]).unwrap().remove(0);
+        assert_eq!(channels[0].wait(ticket), Err(Error::Aborted { peer: 2, why: "out of memory".into() }));
+    }
+}

@@ -73,7 +73,6 @@ enum Incoming {
     Nothing,
     Posted,
     Ready,
-    Used,
 }
 
 /// What has happened so far.
@@ -150,10 +149,10 @@ impl<'a> Ledger<'a> {
         Ok(())
     }
 
-    fn take_input(&mut self, at: At) -> Result<()> {
+    /// What arrived is used once, because the action that uses it occurs once.
+    fn take_input(&self, at: At) -> Result<()> {
         let Some(input) = at.action.input(self.schedule.placement().stages()) else { return Ok(()) };
-        let state = &mut self.incoming[self.schedule.slot(input)];
-        if *state != Incoming::Ready {
+        if self.incoming[self.schedule.slot(input)] != Incoming::Ready {
             let (from, to) = self.schedule.placement().ends(input);
             let needs = match from == to {
                 true => maker(input),
@@ -161,7 +160,6 @@ impl<'a> Ledger<'a> {
             };
             return Err(Error::Premature { at, needs });
         }
-        *state = Incoming::Used;
         Ok(())
     }
 
@@ -196,12 +194,12 @@ impl<'a> Ledger<'a> {
             },
             Kind::Recv(_) => match *incoming {
                 Incoming::Nothing => *incoming = Incoming::Posted,
-                Incoming::Posted | Incoming::Ready | Incoming::Used => return Err(Error::Duplicate { at }),
+                Incoming::Posted | Incoming::Ready => return Err(Error::Duplicate { at }),
             },
             Kind::WaitRecv(flow) => match *incoming {
                 Incoming::Nothing => return premature(Action { kind: Kind::Recv(flow), ..at.action }),
                 Incoming::Posted => *incoming = Incoming::Ready,
-                Incoming::Ready | Incoming::Used => return Err(Error::Duplicate { at }),
+                Incoming::Ready => return Err(Error::Duplicate { at }),
             },
             Kind::Forward | Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward => {
                 unreachable!("compute actions carry no message")

@@ -76,6 +76,17 @@ fn messages_queue_for_a_slow_link() {
 }
 
 #[test]
+fn stages_of_one_rank_share_its_links() {
+    let costs = Costs::uniform(4, cost(1.0, 1.0, 1.0), Link { transfer: 3.0, latency: 0.0 });
+    let schedule: Schedule = "0F0,2F0,0F1,2F1\n1F0,3F0,1F1,3F1\n".parse().unwrap();
+    let timeline = simulate(&program(&schedule), &costs).unwrap();
+    let starts = |rank: usize| timeline.spans[rank].iter().map(|span| span.start).collect::<Vec<_>>();
+    // The output of 2F0 leaves from 9 to 12, so that of 0F1, which is made at 10, leaves from 12 to 15.
+    assert_eq!(starts(0), [0.0, 8.0, 9.0, 19.0]);
+    assert_eq!(starts(1), [4.0, 12.0, 15.0, 23.0]);
+}
+
+#[test]
 fn drawing() {
     let timeline =
         simulate(&program(&one_f_one_b(3, 4).unwrap()), &Costs::uniform(3, cost(1.0, 1.0, 1.0), Link::FREE))
