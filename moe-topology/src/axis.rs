@@ -188,6 +188,11 @@ impl<V: View> Axes<V> {
         Self::from_bits(0b11 << (2 * axis))
     }
 
+    /// Every axis of which a digit is in the set.
+    pub(crate) const fn whole_axes(self) -> Self {
+        Self::from_bits(self.bits | self.bits << 1 & 0xaa | self.bits >> 1 & 0x55)
+    }
+
     /// Whether digit `digit` (`2·axis`, or `2·axis + 1` for the outer one) is in the set.
     pub(crate) const fn has_digit(self, digit: usize) -> bool {
         self.bits >> digit & 1 == 1

@@ -151,10 +151,10 @@ impl Constraints {
 }
 
 fn inside(name: &'static str, size: usize, allowed: &RangeInclusive<usize>) -> Result<(), Rule> {
-    match allowed.contains(&size) {
-        true => Ok(()),
-        false => Err(Rule::Outside { name, size, allowed: allowed.clone() }),
+    if allowed.contains(&size) {
+        return Ok(());
     }
+    Err(Rule::Outside { name, size, allowed: allowed.clone() })
 }
 
 /// `value` is a multiple of the product of `factors`, none of which is 0.

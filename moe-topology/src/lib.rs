@@ -77,3 +77,8 @@ pub use locality::{Cluster, Span};
 pub use mapping::{Mapping, Order, Splits};
 pub use placement::{Owner, Placement};
 pub use shard::Run;
+
+/// The README's example runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -63,14 +63,9 @@ impl Mapping {
     /// over `TP_INNER`. The last split of an axis counts.
     #[must_use]
     pub fn split<V: View>(mut self, digit: Axes<V>, size: usize) -> Self {
-        let same_axis = |key: GroupKey| {
-            let axes = key.axes::<V>().unwrap_or(Axes::NONE);
-            (0..4).any(|axis| {
-                let axis = Axes::axis(axis);
-                !axis.is_disjoint(axes) && !axis.is_disjoint(digit)
-            })
-        };
-        self.splits.0.retain(|(key, _)| !same_axis(*key));
+        let other_axis =
+            |key: GroupKey| key.axes::<V>().is_none_or(|axes| axes.whole_axes().is_disjoint(digit));
+        self.splits.0.retain(|(key, _)| other_axis(*key));
         self.splits.0.push((digit.into(), size));
         self
     }

@@ -36,12 +36,7 @@ const TABLE: [Named; 20] = [
     ("tp_dp", |f| all(f, Attention::TP | Attention::DP)),
     ("tp_dp_cp", |f| all(f, Attention::TP | DP_CP)),
     ("mp", |f| all(f, Attention::TP | Attention::PP)),
-    ("embd", |f| {
-        of_pipelines(
-            f,
-            |pp| if pp.len() == 1 { vec![pp.get(0)] } else { vec![pp.get(0), pp.get(pp.len() - 1)] },
-        )
-    }),
+    ("embd", |f| of_pipelines(f, |pp| pp.iter().step_by((pp.len() - 1).max(1)).collect())),
     ("pos_embd", |f| of_pipelines(f, |pp| vec![pp.get(0)])),
     ("ep", |f| all(f, Expert::EP)),
     ("expt_tp", |f| all(f, Expert::ETP)),
@@ -70,6 +65,7 @@ fn cut<V: View>(folding: &Folding, axes: Axes<V>, part: Axes<V>) -> Lists {
     folding.groups(axes).flat_map(cut).collect()
 }
 
+/// Of each pipeline some ranks: the first and the last stage hold the tied embedding.
 fn of_pipelines(folding: &Folding, some: fn(Group<Attention>) -> Vec<usize>) -> Lists {
     folding.groups(Attention::PP).map(some).collect()
 }

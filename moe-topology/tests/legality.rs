@@ -202,6 +202,22 @@ fn nothing_a_caller_can_write_panics() {
 }
 
 #[test]
+fn the_last_split_of_an_axis_counts() {
+    let mapping = Mapping { world_size: 8, cp: 4, ..Mapping::default() }.split(Attention::CP_INNER, 3);
+    let split = mapping.split(Attention::CP_OUTER, 4).split(Attention::DP_OUTER, 2);
+    assert_eq!(
+        split.to_string(),
+        "tp 1, cp 4, pp 1, ep 1, etp 1, attention cp.outer 4, attention dp.outer 2"
+    );
+    let folding = Folding::new(split).unwrap();
+    assert_eq!([Attention::CP_INNER, Attention::CP_OUTER].map(|digit| folding.size(digit)), [1, 4]);
+    assert_eq!([Attention::DP_INNER, Attention::DP_OUTER].map(|digit| folding.size(digit)), [1, 2]);
+    assert_eq!([Attention::TP_INNER, Attention::TP_OUTER].map(|digit| folding.size(digit)), [1, 1]);
+    let whole = Folding::new(Mapping { world_size: 8, cp: 4, ..Mapping::default() }).unwrap();
+    assert_eq!([Attention::CP_INNER, Attention::CP_OUTER].map(|digit| whole.size(digit)), [4, 1]);
+}
+
+#[test]
 fn an_axis_of_size_one_may_be_left_out_of_the_order() {
     let order: Order = "tp-ep-pp".parse().unwrap();
     assert_eq!(order.to_string(), "tp-ep-pp");

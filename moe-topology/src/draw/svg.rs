@@ -1,5 +1,6 @@
 //! A folding as a figure.
 
+use super::sizes;
 use crate::{Attention, Axes, Expert, Folding, View};
 
 /// Lengths in pixels.
@@ -15,6 +16,12 @@ const BETWEEN_VIEWS: usize = 40;
 const STAGE_LABEL: usize = 64;
 const HEADER: usize = 104;
 const FOOTER: usize = 72;
+
+/// The axes of either view by what they do.
+const TENSOR: usize = 0;
+const ACROSS: usize = 1;
+const REPLICAS: usize = 2;
+const PP: usize = 3;
 
 /// Ranks in a row, and rows in all, at most.
 const COLUMNS: usize = 8;
@@ -135,63 +142,62 @@ impl Grid {
 
 /// One view: title, ranks by stage, legend.
 fn panel<V: View>(folding: &Folding, grid: &Grid, x: usize, title: &str) -> String {
-    let [tensor, across, replicas, pp] = [0, 1, 2, 3].map(Axes::<V>::axis);
-    let sizes = Axes::<V>::ALL.iter().map(|axis| format!("{axis} {}", folding.size(axis)));
     let mut svg = text(x, HEADER - 34, "font-size=\"16\" font-weight=\"bold\"", title);
-    svg += &text(x, HEADER - 14, "font-size=\"13\" fill=\"#57606a\"", &sizes.collect::<Vec<_>>().join(" · "));
-
-    for ((_, top), stage) in grid.stages().zip(folding.groups(Axes::<V>::ALL.minus(pp))) {
-        svg += &rect([x, top, grid.panel_width(), grid.stage_height()], 10, "fill=\"#f3f4f6\"");
+    svg += &text(x, HEADER - 14, "font-size=\"13\" fill=\"#57606a\"", &sizes::<V>(folding));
+    for ((_, y), stage) in grid.stages().zip(folding.groups(Axes::<V>::ALL.minus(Axes::axis(PP)))) {
+        svg += &rect([x, y, grid.panel_width(), grid.stage_height()], 10, "fill=\"#f3f4f6\"");
         let drawn: Vec<usize> = stage.iter().take(grid.rows * grid.columns).collect();
         for (place, &rank) in drawn.iter().enumerate() {
             let (dx, dy) = grid.corner(place);
-            let (x, y) = (x + dx, top + dy);
-            let fill = color(
-                folding.coordinate(rank, replicas),
-                folding.coordinate(rank, across),
-                folding.size(across),
-            );
-            svg += &rect([x, y, CELL[0], CELL[1]], 6, &format!("fill=\"{fill}\""));
-            let center = x + CELL[0] / 2;
-            svg += &text(
-                center,
-                y + 18,
-                "font-size=\"14\" font-weight=\"bold\" text-anchor=\"middle\"",
-                &rank.to_string(),
-            );
-            let place_in = [tensor, across].into_iter().filter(|axis| folding.size(*axis) > 1);
-            let place_in = place_in.map(|axis| format!("{axis}{}", folding.coordinate(rank, axis)));
-            let label = place_in.collect::<Vec<_>>().join(" ");
-            svg += &text(center, y + 32, "font-size=\"10\" text-anchor=\"middle\"", &label);
+            svg += &cell::<V>(folding, rank, x + dx, y + dy);
         }
-        for (row, ranks) in drawn.chunks(grid.columns).enumerate() {
-            let mut place = row * grid.columns;
-            for run in ranks.chunk_by(|a, b| folding.group(*a, tensor) == folding.group(*b, tensor)) {
-                let (dx, dy) = grid.corner(place);
-                place += run.len();
-                if folding.size(tensor) > 1 {
-                    let width = run.len() * (CELL[0] + GAP) - GAP;
-                    let frame = "fill=\"none\" stroke=\"#1b1f24\" stroke-width=\"1.5\"";
-                    svg += &rect([x + dx - 3, top + dy - 3, width + 6, CELL[1] + 6], 8, frame);
-                }
-            }
-        }
+        svg += &frames::<V>(folding, grid, &drawn, x, y);
     }
-    svg + &legend(folding, x, HEADER + grid.height() + 22, [tensor, across, replicas])
+    svg + &legend::<V>(folding, x, HEADER + grid.height() + 22)
 }
 
-fn legend<V: View>(
-    folding: &Folding,
-    x: usize,
-    y: usize,
-    [tensor, across, replicas]: [Axes<V>; 3],
-) -> String {
+/// A rank: its number, and its place in the group that shares a colour.
+fn cell<V: View>(folding: &Folding, rank: usize, x: usize, y: usize) -> String {
+    let [tensor, across, replica] = [TENSOR, ACROSS, REPLICAS].map(Axes::<V>::axis);
+    let coordinate = |axis| folding.coordinate(rank, axis);
+    let fill = color(coordinate(replica), coordinate(across), folding.size(across));
+    let mut svg = rect([x, y, CELL[0], CELL[1]], 6, &format!("fill=\"{fill}\""));
+
+    let axes = [tensor, across].into_iter().filter(|axis| folding.size(*axis) > 1);
+    let label = axes.map(|axis| format!("{axis}{}", coordinate(axis))).collect::<Vec<_>>().join(" ");
+    let (center, centered) = (x + CELL[0] / 2, "text-anchor=\"middle\"");
+    let bold = format!("font-size=\"14\" font-weight=\"bold\" {centered}");
+    svg += &text(center, y + 18, &bold, &rank.to_string());
+    svg + &text(center, y + 32, &format!("font-size=\"10\" {centered}"), &label)
+}
+
+/// A frame around the neighbours in a row that belong to one tensor-parallel group.
+fn frames<V: View>(folding: &Folding, grid: &Grid, drawn: &[usize], x: usize, y: usize) -> String {
+    let tensor = Axes::<V>::axis(TENSOR);
+    let mut svg = String::new();
+    if folding.size(tensor) == 1 {
+        return svg;
+    }
+    let mut place = 0;
+    for row in drawn.chunks(grid.columns) {
+        for run in row.chunk_by(|a, b| folding.group(*a, tensor) == folding.group(*b, tensor)) {
+            let (dx, dy) = grid.corner(place);
+            let width = run.len() * (CELL[0] + GAP) - GAP;
+            let frame = [x + dx - 3, y + dy - 3, width + 6, CELL[1] + 6];
+            svg += &rect(frame, 8, "fill=\"none\" stroke=\"#1b1f24\" stroke-width=\"1.5\"");
+            place += run.len();
+        }
+    }
+    svg
+}
+
+fn legend<V: View>(folding: &Folding, x: usize, y: usize) -> String {
+    let [tensor, across, replicas] = [TENSOR, ACROSS, REPLICAS].map(Axes::<V>::axis);
     let mut svg = String::new();
     let swatches = folding.size(replicas).min(PALETTE.len());
     for replica in 0..swatches {
         svg += &rect([x + replica * 18, y - 10, 14, 14], 3, &format!("fill=\"{}\"", color(replica, 0, 1)));
     }
-    let x = x + swatches * 18 + 6;
     let mut words = vec![format!("colour: {replicas}")];
     if folding.size(across) > 1 {
         words.push(format!("shade: {across}"));
@@ -199,6 +205,7 @@ fn legend<V: View>(
     if folding.size(tensor) > 1 {
         words.push(format!("frame: {tensor} group"));
     }
+    let x = x + swatches * 18 + 6;
     svg + &text(x, y + 2, "font-size=\"12\" fill=\"#57606a\"", &words.join(" · "))
 }
 

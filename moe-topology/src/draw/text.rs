@@ -1,6 +1,7 @@
 //! A folding in the terminal.
 
-use crate::{Attention, Axes, Cluster, Expert, Folding, View};
+use super::sizes;
+use crate::{Attention, Axes, Cluster, Expert, Folding, Group, View};
 
 /// How many stages, rows of a stage, and ranks of a listed group are shown before the rest is left out.
 const STAGES: usize = 4;
@@ -35,12 +36,14 @@ pub fn text(folding: &Folding) -> String {
         format!("moe: {}", sizes::<Expert>(folding)),
     ]];
     let stages = folding.size(Attention::PP);
-    for stage in shown(stages, STAGES) {
-        let Some(stage) = stage else {
+    let left = folding.groups(Attention::ALL.minus(Attention::PP));
+    let right = folding.groups(Expert::ALL.minus(Expert::PP));
+    for stage in shown(left.zip(right).enumerate(), STAGES) {
+        let Some((stage, (left, right))) = stage else {
             rows.push(["⋮".to_owned(), format!("{} more stages", stages - STAGES + 1), String::new()]);
             continue;
         };
-        let (left, right) = (stage_rows::<Attention>(folding, stage), stage_rows::<Expert>(folding, stage));
+        let (left, right) = (stage_rows(folding, left), stage_rows(folding, right));
         for row in 0..left.len().max(right.len()) {
             let label = if row == 0 { format!("stage {stage}") } else { String::new() };
             let cell = |rows: &[String]| rows.get(row).cloned().unwrap_or_default();
@@ -80,58 +83,53 @@ fn table_rows<V: View>(
 ) -> impl Iterator<Item = [String; 5]> {
     V::GROUPS.iter().map(move |&(name, axes)| {
         let first = folding.group(0, axes);
-        let ranks = shown(first.len(), LISTED).map(|place| match place {
-            Some(place) => first.get(place).to_string(),
-            None => "…".to_owned(),
-        });
         [
             format!("{view} {name}"),
             first.len().to_string(),
             folding.groups(axes).len().to_string(),
             cluster.widest(folding, axes).nodes.to_string(),
-            ranks.collect::<Vec<_>>().join(" "),
+            ranks(first, LISTED, 1),
         ]
     })
 }
 
-/// `tp 2 · cp 2 · dp 2 · pp 2`.
-fn sizes<V: View>(folding: &Folding) -> String {
-    let axes = Axes::<V>::ALL.iter().map(|axis| format!("{axis} {}", folding.size(axis)));
-    axes.collect::<Vec<_>>().join(" · ")
-}
-
 /// One row per replica of the stage's layers: `dp 0   [0 1] [2 3]`.
-fn stage_rows<V: View>(folding: &Folding, stage: usize) -> Vec<String> {
-    let [tensor, across, replicas, _] = [0, 1, 2, 3].map(|axis| folding.size(Axes::<V>::axis(axis)));
+fn stage_rows<V: View>(folding: &Folding, stage: Group<V>) -> Vec<String> {
+    let [tensor, across, replicas, _] = [0, 1, 2, 3].map(Axes::<V>::axis);
     let digits = (folding.world_size() - 1).to_string().len();
-    let in_bracket = if tensor <= 8 { tensor } else { 4 };
-    let brackets = (WIDTH / (in_bracket * (digits + 1) + 2)).max(2);
+    let in_bracket = if folding.size(tensor) <= 8 { 8 } else { 4 };
+    let brackets = (WIDTH / (folding.size(tensor).min(in_bracket) * (digits + 1) + 2)).max(2);
 
-    let row = |replica: Option<usize>| {
-        let Some(replica) = replica else { return format!("⋮ {} more", replicas + 1 - ROWS) };
-        let mut row =
-            format!("{:width$} ", format!("{} {replica}", V::AXES[2]), width = V::AXES[2].len() + 3);
-        for place in shown(across, brackets) {
-            let Some(place) = place else {
-                row.push_str(" …");
-                continue;
-            };
-            let rank = |tensor| folding.rank_at::<V>([tensor, place, replica, stage]).unwrap_or_default();
-            let ranks = shown(tensor, in_bracket).map(|tensor| match tensor {
-                Some(tensor) => format!("{:digits$}", rank(tensor)),
-                None => "…".to_owned(),
-            });
-            row.push_str(&format!(" [{}]", ranks.collect::<Vec<_>>().join(" ")));
-        }
-        row
+    let label_width = format!("{replicas} 00 ").len();
+
+    let bracket = |group: Option<Group<V>>| match group {
+        Some(group) => format!("[{}]", ranks(group, in_bracket, digits)),
+        None => "…".to_owned(),
     };
-    shown(replicas, ROWS).map(row).collect()
+    let row = |row: Option<(usize, Group<V>)>| match row {
+        Some((replica, ranks)) => {
+            let label = format!("{replicas} {replica}");
+            let brackets = shown(folding.groups_within(ranks, tensor), brackets).map(bracket);
+            format!("{label:label_width$} {}", brackets.collect::<Vec<_>>().join(" "))
+        }
+        None => format!("⋮ {} more", folding.size(replicas) - ROWS + 1),
+    };
+    shown(folding.groups_within(stage, tensor | across).enumerate(), ROWS).map(row).collect()
 }
 
-/// The indices below `n`; `None` stands for what goes beyond `limit` places.
-fn shown(n: usize, limit: usize) -> impl Iterator<Item = Option<usize>> {
-    let fits = n <= limit;
-    (0..if fits { n } else { limit - 1 }).map(Some).chain((!fits).then_some(None))
+/// `0 2 4 …`.
+fn ranks<V: View>(group: Group<V>, limit: usize, digits: usize) -> String {
+    let ranks = shown(group.iter(), limit).map(|rank| match rank {
+        Some(rank) => format!("{rank:digits$}"),
+        None => "…".to_owned(),
+    });
+    ranks.collect::<Vec<_>>().join(" ")
+}
+
+/// The items, if they are no more than `limit`; otherwise one fewer than `limit`, and `None` for all others.
+fn shown<T>(items: impl ExactSizeIterator<Item = T>, limit: usize) -> impl Iterator<Item = Option<T>> {
+    let fits = items.len() <= limit;
+    items.take(if fits { limit } else { limit - 1 }).map(Some).chain((!fits).then_some(None))
 }
 
 /// Left-aligned columns.
