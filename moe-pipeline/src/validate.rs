@@ -1,9 +1,9 @@
 //! The proof that a schedule runs: the only way to a [`Program`].
 //!
-//! Three passes, each linear in the number of actions. The *ledger* walks each rank's list and follows every activation,
-//! gradient and message through its states. The *rendezvous* executes the messages of all ranks against each other, with
-//! sends and receives that block until they meet, in program order. Channels that hold messages back less cannot
-//! deadlock where these do not. Then the peak of kept activations meets the budget.
+//! Two passes, each linear in the number of actions. The *ledger* walks each rank's list, follows every activation,
+//! gradient and message through its states, and counts what is kept. The *rendezvous* executes the messages of all ranks
+//! against each other, in program order, with sends and receives that block until they meet; over transports that block
+//! less, the same lists run as well.
 
 use crate::{Action, At, Error, Flow, Kind, Message, Pass, Result, Schedule};
 

@@ -141,6 +141,10 @@ fn peak_is_the_closed_form_and_meets_the_budget() {
             assert_eq!(peak(forward_only(p, m).unwrap()), vec![0; p as usize]);
         }
     }
+    // What `I` defers to `W` is kept until then.
+    let split: Schedule = "0F0,0I0,0F1,0I1,0W0,0W1\n".parse().unwrap();
+    assert_eq!(validate(split, None).unwrap().peak_in_flight(), [2]);
+
     let lowered = lower(&one_f_one_b(4, 8).unwrap()).unwrap();
     assert!(validate(lowered.clone(), Some(4)).is_ok());
     let error = validate(lowered, Some(3)).unwrap_err();
