@@ -10,4 +10,4 @@ mod shard;
 
 pub use adamw::{Hyper, Optimizer};
 pub use norm::{GradNorm, ParamNames};
-pub use shard::{Moment, Shard, gather_weights, reduce_gradients};
+pub use shard::{Moment, Shard, gather_weights, reduce_gradients, sliced_parts};

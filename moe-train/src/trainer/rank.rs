@@ -1,17 +1,17 @@
 //! One rank of a training run.
 
-use moe_comm::{Comms, Reduction, World};
-use moe_kernels::{Backend, Device, Float};
+use moe_comm::{Comms, CommsBuilder, Reduction, World};
+use moe_kernels::{Backend, Float};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{
-    ATTENTION_GROUPS, CommTransport, Cx, DecoderStage, EXPERT_GROUPS, Objective, RopeTable, Stats, TypedStage,
-};
-use moe_pipeline::{Program, Stage, execute};
-use moe_topology::{Attention, Expert, Folding, Mapping};
+use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
+use moe_pipeline::generate::{forward_only, one_f_one_b};
+use moe_pipeline::{Program, execute, lower, validate};
+use moe_topology::{Attention, Folding, Mapping};
 
 use super::report::Totals;
 use super::source::HostBatch;
-use super::{BatchSource, Setup, StepReport};
+use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
 use crate::optim::{GradNorm, Optimizer, ParamNames, reduce_gradients};
 
@@ -35,7 +35,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let params = ParamStore::new(layout, setup.seed, &device)?;
         let names = ParamNames::new(logical_names(&setup)?);
         let optimizer = Optimizer::new(setup.optimizer, &params, setup.seed, &device)?;
-        let mut groups = Comms::builder().attention(Attention::ALL).attention(Attention::DP);
+        let mut groups = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::DP);
         groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
         groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
         let comms = groups.build(world, &device, &setup.folding)?;
@@ -47,7 +47,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             micro_batches: setup.micro_batches(),
             tokens: setup.global_batch_size * setup.sequence_length,
         };
-        let program = schedule(&setup)?;
+        let (stages, micro_batches) = (setup.folding.size(Attention::PP), setup.micro_batches_per_rank());
+        let program = validate(lower(&one_f_one_b(stages as u32, micro_batches as u32)?)?, None)?;
         let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
         Ok(RankTrainer { setup, rank, cx, stage: TypedStage::new(stage), transport, program, optimizer, names })
     }
@@ -81,7 +82,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
         let total_weight = self.load(self.setup.micro_batches_per_rank(), |u| source.micro_batch(step, u))?;
         self.cx.params.zero_grads(&self.cx.device)?;
-        execute_stage(&self.program, &self.stage, ..)
+        execute(&self.program, self.pipeline_rank(), std::slice::from_ref(&self.stage), &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
 
         let grads = reduce_gradients(&mut self.cx)?;
@@ -100,16 +101,20 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     pub fn evaluate(
         &mut self,
         micro_batches: usize,
-        micro_batch: impl Fn(usize) -> Result<Vec<super::Sequence>>,
+        micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
     ) -> Result<Option<f64>> {
         let per_rank = micro_batches / self.setup.folding.size(Attention::DP);
         let total_weight = self.load(per_rank, micro_batch)?;
         let stages = self.setup.folding.size(Attention::PP) as u32;
-        let program = validate(forward_only(stages, per_rank as u32)?, None)?;
-        self.run(&program)?;
+        let program = validate(lower(&forward_only(stages, per_rank as u32)?)?, None)?;
+        execute(&program, self.pipeline_rank(), std::slice::from_ref(&self.stage), &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
         Ok((total_weight > 0.0).then(|| totals.loss_sum() / total_weight))
+    }
+
+    fn pipeline_rank(&self) -> u32 {
+        self.setup.folding.stage(self.rank) as u32
     }
 
     /// Puts this data-parallel rank's micro-batches on the device and resets the statistics; returns the sum of loss
@@ -117,7 +122,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     fn load(
         &mut self,
         count: usize,
-        micro_batch: impl Fn(usize) -> Result<Vec<super::Sequence>>,
+        micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
     ) -> Result<f64> {
         let folding = &self.setup.folding;
         let (dp, d) = (folding.size(Attention::DP), folding.coordinate(self.rank, Attention::DP));
@@ -136,7 +141,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
 /// The layers and parameters of one rank under a folding.
 fn build(setup: &Setup, folding: &Folding, rank: usize) -> Result<(DecoderStage, ParamLayout)> {
     let mut params = ParamLayoutBuilder::new(folding, rank);
-    let layers = DecoderStage::new(&mut params, &setup.model, setup.dispatcher, folding, rank)?;
+    let layers = DecoderStage::new(&mut params, &setup.model, setup.dispatcher)?;
     Ok((layers, params.build()))
 }
 

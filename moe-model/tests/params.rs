@@ -1,0 +1,110 @@
+//! Laws of parameter layouts: whatever the folding, every logical element has one owner and one starting value.
+
+use std::collections::BTreeMap;
+
+use moe_dispatch::DispatcherKind;
+use moe_model::params::{ParamLayout, ParamLayoutBuilder};
+use moe_model::{DecoderStage, ModelConfig};
+use moe_topology::{Attention, Folding, Mapping};
+use proptest::prelude::*;
+
+fn model() -> ModelConfig {
+    serde_json::from_str(
+        r#"{"vocab_size": 37, "hidden_size": 10, "intermediate_size": 12, "num_hidden_layers": 3,
+            "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 4,
+            "num_local_experts": 8, "num_experts_per_tok": 2}"#,
+    )
+    .unwrap()
+}
+
+fn layout(folding: &Folding, rank: usize) -> ParamLayout {
+    let mut params = ParamLayoutBuilder::new(folding, rank);
+    DecoderStage::new(&mut params, &model(), DispatcherKind::AllToAll).unwrap();
+    params.build()
+}
+
+fn foldings() -> impl Strategy<Value = Folding> {
+    let axes = (
+        prop::sample::select(vec![1usize, 2, 4, 6]),
+        1usize..=3,
+        1usize..=3,
+        prop::sample::select(vec![1usize, 2, 3, 6]),
+        prop::sample::select(vec![1usize, 2, 4, 8]),
+        any::<bool>(),
+    );
+    axes.prop_filter_map("legal", |(tp, dp, pp, etp, ep, dp_last)| {
+        let order = if dp_last { "tp-cp-ep-pp-dp" } else { "tp-cp-ep-dp-pp" }.parse().ok()?;
+        let mapping = Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, order, ..Mapping::default() };
+        Folding::new(mapping.split(Attention::TP_OUTER, tp.min(2))).ok()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_element_is_owned_once(folding in foldings()) {
+        let one = layout(&Folding::new(Mapping::default()).unwrap(), 0);
+        let mut owners: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
+        for part in one.buckets().iter().flat_map(|b| &b.parts) {
+            owners.insert(&part.name, vec![0; part.len()]);
+        }
+        for rank in 0..folding.world_size() {
+            for bucket in layout(&folding, rank).buckets() {
+                prop_assert!(bucket.slice.end <= bucket.len);
+                for part in bucket.parts.iter().filter(|part| part.counts) {
+                    let owner = owners.get_mut(part.name.as_str()).expect("a name that one rank knows");
+                    for at in part.range().filter(|at| bucket.slice.contains(at)) {
+                        owner[part.logical_index(at - part.offset)] += 1;
+                    }
+                }
+            }
+        }
+        for (name, owner) in owners {
+            prop_assert!(owner.iter().all(|&n| n == 1), "{name}: {owner:?}");
+        }
+    }
+
+    #[test]
+    fn weights_start_alike_under_any_folding(folding in foldings(), seed in any::<u64>()) {
+        let one = layout(&Folding::new(Mapping::default()).unwrap(), 0);
+        let mut start: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for bucket in one.buckets() {
+            let values = bucket.initial(seed, 0..bucket.len);
+            for part in &bucket.parts {
+                start.insert(&part.name, values[part.range()].to_vec());
+            }
+        }
+        let rank = seed as usize % folding.world_size();
+        for bucket in layout(&folding, rank).buckets() {
+            let values = bucket.initial(seed, 0..bucket.len);
+            prop_assert_eq!(&values[bucket.slice.clone()], &bucket.initial(seed, bucket.slice.clone())[..]);
+            for part in &bucket.parts {
+                for (n, value) in values[part.range()].iter().enumerate() {
+                    prop_assert_eq!(*value, start[part.name.as_str()][part.logical_index(n)]);
+                }
+            }
+        }
+    }
+
+    /// Ranks that reduce a bucket together must have laid it out alike.
+    #[test]
+    fn a_reduction_group_has_one_layout(folding in foldings(), pick in any::<usize>()) {
+        let rank = pick % folding.world_size();
+        for (index, bucket) in layout(&folding, rank).buckets().iter().enumerate() {
+            let peers: Vec<usize> = match (bucket.group.axes::<Attention>(), bucket.group.axes::<moe_topology::Expert>()) {
+                (Some(axes), _) => folding.group(rank, axes).iter().collect(),
+                (_, Some(axes)) => folding.group(rank, axes).iter().collect(),
+                (None, None) => unreachable!(),
+            };
+            for (position, peer) in peers.into_iter().enumerate() {
+                let other = layout(&folding, peer);
+                let other = &other.buckets()[index];
+                prop_assert_eq!(other.group, bucket.group);
+                prop_assert_eq!(&other.parts, &bucket.parts);
+                prop_assert_eq!(other.len, bucket.len);
+                prop_assert_eq!(other.slice.start, position * bucket.slice.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! A training run on threads, its whole state gathered by logical tensor.
+
+#![allow(dead_code)] // each test file uses a part
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use moe_comm::ThreadWorld;
+use moe_dispatch::DispatcherKind;
+use moe_kernels::Cpu;
+use moe_model::ModelConfig;
+use moe_topology::Mapping;
+use moe_train::optim::{Hyper, Moment, sliced_parts};
+use moe_train::schedule::LrSchedule;
+use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport, folding_for};
+
+/// Random tokens with uneven loss weights: some targets count nothing, some twice, whole sequences nothing at all.
+#[derive(Debug, Clone)]
+pub struct RandomBatches {
+    pub vocab: u32,
+    pub seq_len: usize,
+    pub micro_batch: usize,
+}
+
+impl BatchSource for RandomBatches {
+    fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<Sequence>> {
+        let mut state = step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (u as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95);
+        let mut next = move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u32
+        };
+        Ok((0..self.micro_batch)
+            .map(|b| Sequence {
+                tokens: (0..=self.seq_len).map(|_| next() % self.vocab).collect(),
+                weights: (0..self.seq_len)
+                    .map(|_| if u % 3 == 1 && b == 0 { 0.0 } else { [0.0, 1.0, 1.0, 2.0][next() as usize % 4] })
+                    .collect(),
+            })
+            .collect())
+    }
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Outcome {
+    pub reports: Vec<StepReport>,
+    /// Master weight, first and second moment of every logical tensor, row by row.
+    pub state: BTreeMap<String, [Vec<f64>; 3]>,
+}
+
+/// A tiny model whose sizes little divides.
+pub fn tiny_model() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 37,
+        hidden_size: 24,
+        intermediate_size: 12,
+        num_hidden_layers: 3,
+        num_attention_heads: 12,
+        num_key_value_heads: 6,
+        head_dim: Some(4),
+        num_local_experts: 8,
+        num_experts_per_tok: 2,
+        rms_norm_eps: 1e-5,
+        rope_theta: 100.0,
+        initializer_range: 0.2,
+        router_aux_loss_coef: 0.03,
+        router_z_loss_coef: 0.01,
+        router_score: Default::default(),
+        norm_topk_prob: false,
+        tie_word_embeddings: false,
+    }
+}
+
+/// A setup of `model` under `mapping`.
+pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
+    let folding = folding_for(&model, mapping).unwrap();
+    Setup {
+        model,
+        folding,
+        dispatcher: DispatcherKind::AllToAll,
+        seed: 5,
+        global_batch_size: 16,
+        micro_batch_size: 1,
+        sequence_length: 12,
+        optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+        lr: LrSchedule { max: 0.01, min: 0.001, warmup_steps: 2, decay_steps: 10 },
+        clip_grad: 1.0,
+    }
+}
+
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Trains for `steps` steps in f64 on random batches and gathers everything.
+pub fn train(setup: Setup, steps: u64) -> Outcome {
+    let source = RandomBatches {
+        vocab: setup.model.vocab_size as u32,
+        seq_len: setup.sequence_length,
+        micro_batch: setup.micro_batch_size,
+    };
+    train_on(setup, steps, source)
+}
+
+/// Trains for `steps` steps in f64 and gathers everything.
+pub fn train_on(setup: Setup, steps: u64, source: impl BatchSource + Send + Sync + 'static) -> Outcome {
+    let ranks = ThreadWorld::run(setup.folding.world_size(), DEADLINE, move |world| {
+        let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+        let mut reports = Vec::new();
+        for step in 1..=steps {
+            reports.push(trainer.step(step, &source)?);
+        }
+        Ok::<_, moe_train::Error>((reports, pieces(&trainer)?))
+    })
+    .unwrap_or_else(|error| panic!("{error}"));
+
+    let mut reports = None;
+    let mut state: BTreeMap<String, [Vec<f64>; 3]> = BTreeMap::new();
+    for (own, pieces) in ranks {
+        match &reports {
+            None => reports = Some(own),
+            Some(first) => assert_eq!(*first, own, "ranks report different measurements"),
+        }
+        for piece in pieces {
+            let tensor = state.entry(piece.name).or_insert_with(|| std::array::from_fn(|_| vec![f64::NAN; piece.len]));
+            for (whole, values) in tensor.iter_mut().zip(&piece.values) {
+                for (&at, &value) in piece.at.iter().zip(values) {
+                    assert!(whole[at].is_nan(), "an element is held twice");
+                    whole[at] = value;
+                }
+            }
+        }
+    }
+    for (name, tensor) in &state {
+        assert!(tensor.iter().flatten().all(|x| !x.is_nan()), "{name} is not covered");
+    }
+    Outcome { reports: reports.unwrap(), state }
+}
+
+/// What a rank holds of a logical tensor.
+pub struct Piece {
+    name: String,
+    len: usize,
+    at: Vec<usize>,
+    values: [Vec<f64>; 3],
+}
+
+fn pieces(trainer: &RankTrainer<f64, Cpu>) -> moe_train::Result<Vec<Piece>> {
+    let cx = trainer.cx();
+    let mut pieces = Vec::new();
+    for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
+        let [master, m, v] = Moment::ALL.map(|moment| shard.moment(moment).to_vec(&cx.device));
+        let slices = [master?, m?, v?];
+        for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
+            let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
+            pieces.push(Piece {
+                name: part.name.clone(),
+                len: part.dims[0] * part.dims[1],
+                at: range.map(|at| part.logical_index(at - part.offset)).collect(),
+                values: slices.each_ref().map(|slice| slice[local.clone()].to_vec()),
+            });
+        }
+    }
+    Ok(pieces)
+}
+
+/// *Equality* of docs/semantics.md: per tensor, `max|a−b| ≤ 1e-10·max|b| + floor`, where the floor is 1e-16·‖g‖ for the first
+/// moment, its square for the second, and t·lr·φ/ε for the weights.
+pub fn assert_equal(a: &Outcome, b: &Outcome, setup: &Setup, what: &str) {
+    assert_eq!(a.reports.len(), b.reports.len());
+    for (x, y) in a.reports.iter().zip(&b.reports) {
+        let close = |name: &str, x: f64, y: f64| {
+            assert!((x - y).abs() <= 1e-10 * y.abs(), "{what}: {name} of step {}: {x} and {y}", a.reports[0].step);
+        };
+        close("loss", x.loss.unwrap(), y.loss.unwrap());
+        close("total_loss", x.total_loss.unwrap(), y.total_loss.unwrap());
+        close("grad_norm", x.grad_norm, y.grad_norm);
+        close("aux_loss", x.aux_loss, y.aux_loss);
+        close("z_loss", x.z_loss, y.z_loss);
+        assert_eq!(x.expert_load, y.expert_load, "{what}: expert load");
+        close("lr", x.lr, y.lr);
+        assert_eq!((x.step, x.updated), (y.step, y.updated));
+    }
+    assert!(a.state.keys().eq(b.state.keys()), "{what}: other tensors");
+    let phi = 1e-16 * b.reports.iter().map(|r| r.grad_norm).fold(0.0, f64::max);
+    let steps = b.reports.len() as f64;
+    let floors = [steps * setup.lr.max * phi / setup.optimizer.eps, phi, phi * phi];
+    for (name, b) in &b.state {
+        for (((x, y), floor), moment) in a.state[name].iter().zip(b).zip(floors).zip(Moment::ALL) {
+            let largest = y.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+            let worst = x.iter().zip(y).fold(0.0, |m: f64, (x, y)| m.max((x - y).abs()));
+            assert!(
+                worst <= 1e-10 * largest + floor,
+                "{what}: {} of {name} differs by {worst:e}, largest {largest:e}",
+                moment.name()
+            );
+        }
+    }
+}

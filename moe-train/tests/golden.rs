@@ -1,0 +1,72 @@
+//! Two training steps against PyTorch in float64 (`fixtures/make_golden.py`).
+
+mod common;
+
+use common::{Outcome, assert_equal};
+use moe_model::ModelConfig;
+use serde_json::Value;
+
+#[test]
+fn two_steps_equal_pytorch() {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden.json")).unwrap();
+    let train = &golden["train"];
+    let number = |key: &str| train[key].as_f64().unwrap();
+    for run in golden["runs"].as_array().unwrap() {
+        let mut model = golden["model"].clone();
+        model["router_score"] = run["score_function"].clone();
+        model["norm_topk_prob"] = Value::Bool(false);
+        let model: ModelConfig = serde_json::from_value(model).unwrap();
+        let mut setup = common::setup(model, Default::default());
+        setup.seed = train["seed"].as_u64().unwrap();
+        setup.global_batch_size = number("global_batch_size") as usize;
+        setup.micro_batch_size = number("micro_batch_size") as usize;
+        setup.sequence_length = number("sequence_length") as usize;
+        setup.lr.max = number("lr");
+        setup.lr.min = number("min_lr");
+        setup.lr.warmup_steps = number("warmup_steps") as u64;
+        setup.lr.decay_steps = number("decay_steps") as u64;
+        setup.clip_grad = number("clip_grad");
+        let steps = run["steps"].as_array().unwrap();
+        let ours = common::train_on(setup.clone(), steps.len() as u64, Recorded(run["steps"].clone(), setup.micro_batch_size));
+        assert_equal(&ours, &expected(run), &setup, run["score_function"].as_str().unwrap());
+    }
+}
+
+/// The sequences that PyTorch saw.
+#[derive(Clone)]
+struct Recorded(Value, usize);
+
+impl moe_train::trainer::BatchSource for Recorded {
+    fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<moe_train::trainer::Sequence>> {
+        let step = &self.0[step as usize - 1];
+        Ok((u * self.1..(u + 1) * self.1)
+            .map(|row| moe_train::trainer::Sequence {
+                tokens: serde_json::from_value(step["tokens"][row].clone()).unwrap(),
+                weights: serde_json::from_value(step["weights"][row].clone()).unwrap(),
+            })
+            .collect())
+    }
+}
+
+fn expected(run: &Value) -> Outcome {
+    let reports = run["steps"].as_array().unwrap().iter().zip(1..).map(|(step, number)| {
+        let get = |key: &str| step[key].as_f64().unwrap();
+        moe_train::trainer::StepReport {
+            step: number,
+            loss: Some(get("loss")),
+            total_loss: Some(get("total_loss")),
+            grad_norm: get("grad_norm"),
+            lr: get("lr"),
+            aux_loss: get("aux_loss"),
+            z_loss: get("z_loss"),
+            dropped_tokens: 0,
+            expert_load: serde_json::from_value(step["expert_load"].clone()).unwrap(),
+            updated: true,
+        }
+    });
+    let state = run["final"].as_object().unwrap().iter().map(|(name, tensor)| {
+        let values = ["param", "m", "v"].map(|key| serde_json::from_value(tensor[key].clone()).unwrap());
+        (name.clone(), values)
+    });
+    Outcome { reports: reports.collect(), state: state.collect() }
+}
