@@ -1,1 +1,14 @@
-//! moe-train
+//! Training Mixture-of-Experts Transformers under any folding.
+
+#![deny(unsafe_code)]
+
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod durable;
+pub mod error;
+pub mod optim;
+pub mod schedule;
+pub mod trainer;
+
+pub use error::{Error, Result};

@@ -1,1 +1,3 @@
+//! The `moe-train` command.
+
 fn main() {}

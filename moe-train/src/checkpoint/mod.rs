@@ -1,3 +1,11 @@
-//! Checkpoints that do not depend on the mapping that wrote them.
+//! Checkpoints: complete or absent, checked end to end, independent of the mapping that wrote them.
+//!
+//! [`container`] is the format on disk; [`save`] and [`restore`] move a rank's state to it and back. State is kept by logical
+//! tensor under its hub name (one per expert), never by rank or bucket, so that any folding reads what another one wrote.
 
 pub mod container;
+mod meta;
+mod state;
+
+pub use meta::Meta;
+pub use state::{restore, save};

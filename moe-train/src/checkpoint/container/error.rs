@@ -108,6 +108,30 @@ pub enum CheckpointError {
         /// Columns that were wanted.
         cols: std::ops::Range<usize>,
     },
+    /// It was written by another model.
+    #[error("checkpoint {} is of another model: {key} is {written} there and {wanted} here", path.display())]
+    OtherModel {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The first key of the configuration that differs.
+        key: String,
+        /// Its value in the checkpoint.
+        written: String,
+        /// Its value in this run.
+        wanted: String,
+    },
+    /// A tensor has another shape or type than this run's.
+    #[error("checkpoint {}: {tensor} is {written} there and {wanted} in this run", path.display())]
+    OtherTensor {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// Shape and type in the checkpoint.
+        written: String,
+        /// Shape and type in this run.
+        wanted: String,
+    },
     /// A run has no checkpoint.
     #[error("{} has no checkpoint (no folder step-N)", root.display())]
     None {

@@ -1,0 +1,56 @@
+//! What a checkpoint holds besides tensors.
+
+use moe_model::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+use super::container::{Checkpoint, CheckpointError};
+use crate::config::RunConfig;
+
+/// The state of a run that is no tensor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Updates that the optimizer made: fewer than steps if gradients were not finite.
+    pub updates: u64,
+    /// The next global sample index, which is all the state of the data order.
+    pub cursor: u64,
+    /// The configuration of the run that wrote it.
+    pub config: RunConfig,
+}
+
+impl Meta {
+    /// Reads that of a checkpoint.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Manifest`] if it is not the meta data of a run.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
+        serde_json::from_value(checkpoint.meta().clone()).map_err(|error| CheckpointError::Manifest {
+            path: checkpoint.path().to_owned(),
+            what: format!("is not that of a training run: {error}"),
+        })
+    }
+
+    /// Refuses a checkpoint of another model, naming the first key that differs.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OtherModel`].
+    pub fn check_model(&self, checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), CheckpointError> {
+        let keys = |model: &ModelConfig| match serde_json::to_value(model) {
+            Ok(serde_json::Value::Object(keys)) => keys,
+            _ => serde_json::Map::new(),
+        };
+        let (written, wanted) = (keys(&self.config.model), keys(model));
+        let names = written.keys().chain(wanted.keys());
+        match names.into_iter().find(|name| written.get(*name) != wanted.get(*name)) {
+            None => Ok(()),
+            Some(name) => {
+                let show = |value: Option<&serde_json::Value>| value.map_or("absent".to_owned(), ToString::to_string);
+                Err(CheckpointError::OtherModel {
+                    path: checkpoint.path().to_owned(),
+                    key: name.clone(),
+                    written: show(written.get(name)),
+                    wanted: show(wanted.get(name)),
+                })
+            }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! A rank's optimizer state to logical tensors and back.
+
+use std::path::{Path, PathBuf};
+
+use moe_comm::Comm;
+use moe_kernels::{Backend, Device, Element, Float, Tensor};
+use moe_topology::Attention;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::Meta;
+use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceFile, PieceSpec, PieceWriter};
+use crate::optim::{Moment, Shard, sliced_parts};
+use crate::trainer::RankTrainer;
+use crate::{Error, Result};
+
+/// Writes a checkpoint of `step` to `root` and returns its folder. Collective over the world: every rank writes a file
+/// of its own, and rank 0 completes the checkpoint when all have.
+///
+/// # Errors
+/// There is a checkpoint of this step already, or something cannot be written; nothing is left then.
+pub fn save<T: Float, D: Backend<T>>(
+    trainer: &RankTrainer<T, D>,
+    root: &Path,
+    step: u64,
+    meta: &Meta,
+) -> Result<PathBuf> {
+    let world = trainer.cx().comms.group(Attention::ALL)?;
+    let first = world.rank() == 0;
+    let pending = first.then(|| PendingCheckpoint::create(root, step)).transpose()?;
+    let folder: Option<PathBuf> = pending.as_ref().map(|pending| pending.folder().to_owned());
+    let folders: Vec<Option<PathBuf>> = share(&world, &trainer.cx().device, &folder)?;
+    let folder = folders.into_iter().flatten().next().ok_or(Error::Protocol { what: "no rank made a folder" })?;
+
+    let written = write(trainer, &folder, world.rank())?;
+    let files: Vec<PieceFile> = share(&world, &trainer.cx().device, &written)?;
+    if let Some(pending) = pending {
+        let meta = serde_json::to_value(meta).map_err(|error| CheckpointError::Manifest {
+            path: folder.clone(),
+            what: format!("cannot hold the configuration: {error}"),
+        })?;
+        pending.commit(files, meta)?;
+    }
+    world.barrier()?;
+    Ok(super::container::step_folder(root, step))
+}
+
+/// This rank's pieces: what of its slices it counts.
+fn write<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, folder: &Path, rank: usize) -> Result<PieceFile> {
+    let cx = trainer.cx();
+    let mut writer = PieceWriter::create(folder, rank)?;
+    for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
+        for moment in Moment::ALL {
+            let values = shard.moment(moment).to_vec(&cx.device)?;
+            for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
+                let spec = PieceSpec {
+                    tensor: part.name.clone(),
+                    kind: moment.name().to_owned(),
+                    dtype: T::Acc::DTYPE,
+                    dims: part.dims,
+                    rows: part.rows.clone(),
+                    cols: part.cols.clone(),
+                    part: range.start - part.offset..range.end - part.offset,
+                };
+                let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
+                writer.write(spec, bytemuck::cast_slice(&values[local]))?;
+            }
+        }
+    }
+    Ok(writer.finish()?)
+}
+
+/// Reads a checkpoint into `trainer`, whatever folding wrote it. Collective over the world.
+///
+/// # Errors
+/// It is of another model or element type, lacks a tensor, or is damaged; the trainer's state is then as it was.
+pub fn restore<T: Float, D: Backend<T>>(trainer: &mut RankTrainer<T, D>, checkpoint: &Checkpoint) -> Result<Meta> {
+    let meta = Meta::of(checkpoint)?;
+    meta.check_model(checkpoint, &trainer.setup().model)?;
+    let cx = trainer.cx();
+    let mut shards = Vec::new();
+    for bucket in cx.params.buckets() {
+        let [master, m, v] = Moment::ALL.map(|moment| -> Result<Tensor<T::Acc, D>> {
+            let mut slice = vec![T::Acc::ZERO; bucket.slice.len()];
+            for (part, range) in sliced_parts(bucket) {
+                let info = checkpoint.tensor(&part.name, moment.name())?;
+                if (info.dims, info.dtype) != (part.dims, T::Acc::DTYPE) {
+                    return Err(CheckpointError::OtherTensor {
+                        path: checkpoint.path().to_owned(),
+                        tensor: part.name.clone(),
+                        written: format!("{:?} {}", info.dims, info.dtype),
+                        wanted: format!("{:?} {}", part.dims, T::Acc::DTYPE),
+                    }
+                    .into());
+                }
+                let block =
+                    checkpoint.read_block(&part.name, moment.name(), part.rows.clone(), part.cols.clone())?;
+                let block: Vec<T::Acc> =
+                    block.chunks_exact(size_of::<T::Acc>()).map(bytemuck::pod_read_unaligned).collect();
+                slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
+                    .copy_from_slice(&block[range.start - part.offset..range.end - part.offset]);
+            }
+            Ok(Tensor::from_slice(&cx.device, 1, slice.len(), &slice)?)
+        });
+        shards.push(Shard { master: master?, m: m?, v: v? });
+    }
+    let (optimizer, cx) = trainer.state_mut();
+    optimizer.restore(cx, shards, meta.updates)?;
+    Ok(meta)
+}
+
+/// What every rank says, in rank order. Collective.
+fn share<S, V, D>(group: &Comm<'_, V, D>, device: &D, own: &S) -> Result<Vec<S>>
+where
+    S: Serialize + DeserializeOwned,
+    D: Device,
+{
+    let protocol = |_| Error::Protocol { what: "a message between ranks cannot be read" };
+    let bytes = serde_json::to_vec(own).map_err(protocol)?;
+    let lengths = group.all_gather_host(&[bytes.len() as i64])?;
+    let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
+    let all = group.all_gather_rows_v(&Tensor::from_slice(device, bytes.len(), 1, &bytes)?, &lengths)?.to_vec(device)?;
+    let mut rest = all.as_slice();
+    lengths
+        .into_iter()
+        .map(|length| {
+            let (own, others) = rest.split_at(length);
+            rest = others;
+            serde_json::from_slice(own).map_err(protocol)
+        })
+        .collect()
+}

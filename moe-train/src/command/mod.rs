@@ -1,0 +1,62 @@
+//! The `moe-train` command.
+
+mod checkpoint;
+mod eval;
+mod sample;
+mod topology;
+mod train;
+
+use clap::{Parser, Subcommand};
+
+use crate::{Error, Result};
+
+/// Train Mixture-of-Experts Transformers under any folding of their ranks.
+#[derive(Debug, Parser)]
+#[command(name = "moe-train", version, about, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model as a config file says.
+    Train(train::Train),
+    /// Show how ranks are folded into groups.
+    Topology(topology::Topology),
+    /// Continue a text with a trained model.
+    Sample(sample::Sample),
+    /// Measure the loss of a trained model on held-out text.
+    Eval(eval::Eval),
+    /// Look into checkpoints.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Checkpoint),
+}
+
+impl Cli {
+    /// Runs the command that was parsed.
+    ///
+    /// # Errors
+    /// What went wrong, in one message; see [`exit_status`].
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Train(command) => command.run(),
+            Command::Topology(command) => command.run(),
+            Command::Sample(command) => command.run(),
+            Command::Eval(command) => command.run(),
+            Command::Checkpoint(command) => command.run(),
+        }
+    }
+}
+
+/// The process's exit status for an error: 2 for what the user asked (configuration, mapping), 3 for data, 4 for
+/// checkpoints, 5 for a run that failed, 130 for one that was interrupted.
+pub fn exit_status(error: &Error) -> u8 {
+    match error {
+        Error::Config(_) | Error::Topology(_) => 2,
+        Error::Data(_) => 3,
+        Error::Checkpoint(_) => 4,
+        Error::Interrupted { .. } => 130,
+        _ => 5,
+    }
+}

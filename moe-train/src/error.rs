@@ -1,0 +1,76 @@
+//! The crate's error type.
+
+use std::path::PathBuf;
+
+use moe_comm::WorldError;
+use moe_pipeline::ExecuteError;
+
+use crate::checkpoint::container::CheckpointError;
+use crate::config::ConfigError;
+use crate::data::DataError;
+use crate::durable::IoError;
+
+/// Result of every fallible call of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in a training run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The data is wrong.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// A checkpoint is wrong, or cannot be written.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A file of the run cannot be read or written.
+    #[error(transparent)]
+    Io(#[from] IoError),
+    /// A rank failed, and with it the run.
+    #[error(transparent)]
+    World(#[from] WorldError),
+    /// The folder of a run holds one already.
+    #[error(
+        "{} already holds a run: continue it with --resume, or choose another folder with --set train.output=FOLDER",
+        path.display()
+    )]
+    RunExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The run was interrupted, after it had saved.
+    #[error("interrupted after step {step}; the checkpoint is {}: continue with --resume", checkpoint.display())]
+    Interrupted {
+        /// The last step that was made.
+        step: u64,
+        /// What was saved.
+        checkpoint: PathBuf,
+    },
+    /// Ranks did not say what they agreed to.
+    #[error("{what}")]
+    Protocol {
+        /// What was said.
+        what: &'static str,
+    },
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] moe_kernels::Error),
+    /// A communicator failed.
+    #[error(transparent)]
+    Comm(#[from] moe_comm::Error),
+    /// The model failed outside of the pipeline.
+    #[error(transparent)]
+    Model(#[from] moe_model::Error),
+    /// The mapping is illegal.
+    #[error(transparent)]
+    Topology(#[from] moe_topology::Error),
+    /// The schedule is illegal.
+    #[error(transparent)]
+    Schedule(#[from] moe_pipeline::Error),
+    /// A step of the pipeline failed.
+    #[error(transparent)]
+    Pipeline(#[from] ExecuteError<moe_model::Error, moe_model::Error>),
+}

@@ -1,0 +1,11 @@
+//! What a run measures: one JSON line and one set of TensorBoard scalars per step, and a line for people.
+
+mod jsonl;
+mod progress;
+mod record;
+mod tensorboard;
+
+pub use jsonl::{JsonLines, MetricsError};
+pub use progress::Progress;
+pub use record::{EvalRecord, StepRecord};
+pub use tensorboard::EventFile;
