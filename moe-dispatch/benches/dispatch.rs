@@ -18,7 +18,7 @@ type Routed = (Tensor<f32, Cpu>, Routing<Tensor<i32, Cpu>, Tensor<f32, Cpu>>);
 
 fn tokens(device: &Cpu, first: usize, n: usize) -> Result<Routed, Error> {
     let x: Vec<f32> = (0..n * HIDDEN).map(|i| (first * HIDDEN + i) as f32).collect();
-    let choices = (first * TOP_K..(first + n) * TOP_K).map(|i| (i * 2_654_435_761 >> 7) % NUM_EXPERTS);
+    let choices = (first * TOP_K..(first + n) * TOP_K).map(|i| ((i * 2_654_435_761) >> 7) % NUM_EXPERTS);
     let experts: Vec<i32> = choices.map(|expert| expert as i32).collect();
     let routing = Routing {
         experts: Tensor::from_slice(device, n, TOP_K, &experts)?,

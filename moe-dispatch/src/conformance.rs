@@ -142,7 +142,7 @@ fn local_operations<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
 
 fn counts<F: Inspect>(f: &F) -> Checked<F::Error> {
     let grid = f.grid();
-    let me = grid.position(grid.ep_rank(), grid.etp_rank());
+    let me = grid.rank();
     let own = |position: usize| vec![0, position as i32, 2 * position as i32];
     let tokens = |position: usize| 3 * position;
     let all = |position| own(position).into_iter().chain([tokens(position) as i32]);
@@ -204,7 +204,7 @@ fn gather_and_scatter<F: Inspect>(f: &F, over: Over, tolerance: f64) -> Checked<
     let grid = f.grid();
     let (rank, size) = match over {
         Over::Etp => (grid.etp_rank(), grid.etp_size()),
-        Over::EpEtp => (grid.position(grid.ep_rank(), grid.etp_rank()), grid.size()),
+        Over::EpEtp => (grid.rank(), grid.size()),
     };
     let counts: Vec<usize> = (0..size).map(|rank| sent(rank, 2)).collect();
     let gather = Transfer::AllGather { over, rows: &counts };
@@ -366,7 +366,7 @@ pub fn dispatcher<F: Inspect, D: Dispatcher<F>>(
     tolerance: f64,
 ) -> Checked<F::Error> {
     let grid = f.grid();
-    let me = grid.position(grid.ep_rank(), grid.etp_rank());
+    let me = grid.rank();
     for per_rank in [1, 3] {
         let num_experts = (grid.ep_size() * per_rank).max(2).next_multiple_of(grid.ep_size());
         let d = make(num_experts);

@@ -36,7 +36,8 @@ pub trait DispatchState<I> {
 ///
 /// There are only two movements: rows *to experts* (dispatch, and the gradient of combine) and rows *to tokens*
 /// (combine, and the gradient of dispatch). An implementation says how to plan and to move; the passes and their
-/// blocking forms are provided.
+/// blocking forms are provided. Every call returns the fabric's errors; a `…_finish` that is handed the flight of
+/// another pass returns [`Error::Flight`] if it misses the weights.
 ///
 /// | pass | moves | weights beside the rows |
 /// |---|---|---|

@@ -106,6 +106,11 @@ impl Grid {
         }
     }
 
+    /// This rank's position in the EP×ETP group.
+    pub const fn rank(&self) -> usize {
+        self.position(self.ep.0, self.etp.0)
+    }
+
     /// The experts of this rank, out of `num_experts`.
     ///
     /// # Errors

@@ -46,11 +46,10 @@ impl<'a, T: Float, D: Backend<T>> NativeFabric<'a, T, D> {
             }
             Err(Error::Grid { rank, size, group: comm.key(), comm_rank: comm.rank(), comm_size: comm.size() })
         };
-        let position = grid.position(grid.ep_rank(), grid.etp_rank());
         let groups = Groups {
             ep: group(Expert::EP, grid.ep_rank(), grid.ep_size())?,
             etp: group(Expert::ETP, grid.etp_rank(), grid.etp_size())?,
-            ep_etp: group(Expert::EP | Expert::ETP, position, grid.size())?,
+            ep_etp: group(Expert::EP | Expert::ETP, grid.rank(), grid.size())?,
         };
         Ok(NativeFabric { device, grid, groups: Some(groups), element: PhantomData })
     }

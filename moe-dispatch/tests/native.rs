@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
 use moe_dispatch::conformance;
-use moe_dispatch::{AllGather, AllToAll, Error, Grid, InnerAxis, NativeFabric};
-use moe_kernels::{Backend, Cpu, Float};
+use moe_dispatch::{
+    AllGather, AllToAll, Dispatcher, Error, Fabric, Grid, InnerAxis, NativeFabric, Over, Routing, Transfer,
+};
+use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Expert, Folding, Mapping};
 
 fn comms(rank: &ThreadRank, device: &Cpu, folding: &Folding) -> Result<Comms<Cpu>, moe_comm::Error> {
@@ -64,4 +66,54 @@ fn a_grid_that_is_not_the_communicators_is_refused() {
         Ok(matches!(NativeFabric::<f64, Cpu>::new(&device, wrong, &comms), Err(Error::Grid { .. })))
     };
     assert_eq!(ThreadWorld::run(2, Duration::from_secs(5), rank).unwrap(), [true, true]);
+}
+
+/// Three tokens of one feature on one rank with two experts.
+fn three_tokens(device: &Cpu) -> (Tensor<f64, Cpu>, Routing<Tensor<i32, Cpu>, Tensor<f64, Cpu>>) {
+    let x = Tensor::from_slice(device, 3, 1, &[1.0, 2.0, 3.0]).unwrap();
+    let experts = Tensor::from_slice(device, 3, 1, &[1, 0, 1]).unwrap();
+    let weights = Tensor::from_slice(device, 3, 1, &[0.1, 0.2, 0.3]).unwrap();
+    (x, Routing { experts, weights, tokens: 3, top_k: 1 })
+}
+
+#[test]
+fn what_is_in_flight_borrows_no_fabric() {
+    let device = Cpu::poisoned(1);
+    let (x, routing) = three_tokens(&device);
+    let dispatcher = AllToAll { num_experts: 2 };
+    let (flight, state) = {
+        let fabric = NativeFabric::<f64, Cpu>::single(&device);
+        dispatcher.dispatch_start(&fabric, &x, &routing).unwrap()
+    };
+    fn outlives_any_borrow<T: Send + 'static>(value: T) -> T {
+        value
+    }
+    let (flight, state) = outlives_any_borrow((flight, state));
+    let fabric = NativeFabric::<f64, Cpu>::single(&device);
+    let batch = dispatcher.dispatch_finish(&fabric, flight, &state).unwrap();
+    assert_eq!(batch.x.to_vec(&device).unwrap(), [2.0, 1.0, 3.0]);
+    assert_eq!(batch.probs.to_vec(&device).unwrap(), [0.2, 0.1, 0.3]);
+    assert_eq!((batch.offsets.to_vec(&device).unwrap(), batch.rows), (vec![0, 1, 3], 3));
+}
+
+#[test]
+fn calls_that_do_not_belong_together_are_refused() {
+    let device = Cpu::poisoned(1);
+    let (x, routing) = three_tokens(&device);
+    let fabric = NativeFabric::<f64, Cpu>::single(&device);
+    let dispatcher = AllGather { num_experts: 2 };
+    let state = dispatcher.plan(&fabric, &routing).unwrap();
+
+    let without_probabilities = dispatcher.combine_backward_start(&fabric, &x, &state).unwrap();
+    let error = dispatcher.dispatch_finish(&fabric, without_probabilities, &state).unwrap_err();
+    assert_eq!(error, Error::Flight { call: "dispatch_finish", missing: "probabilities" });
+
+    let combining = dispatcher.combine_start(&fabric, x.clone(), &state).unwrap();
+    let error = dispatcher.dispatch_backward_finish(&fabric, combining, &state).unwrap_err();
+    assert!(matches!(error, Error::Flight { call: "dispatch_backward_finish", .. }), "{error}");
+
+    let nobody = fabric.start(&x, None, 0, Transfer::AllGather { over: Over::Etp, rows: &[3] });
+    assert!(matches!(nobody, Err(Error::Alone)));
+    let more_tokens = Routing { tokens: 4, ..routing };
+    assert!(dispatcher.plan(&fabric, &more_tokens).is_err());
 }
