@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
-use moe_dispatch::{Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Routing, TokenDispatcher};
+use moe_dispatch::{
+    Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Routing, RoutingOn, TokenDispatcher,
+};
 use moe_kernels::{Cpu, Tensor};
 use moe_topology::{Expert, Folding, Mapping};
 
@@ -14,7 +16,7 @@ const TOP_K: usize = 2;
 /// Tokens of all ranks together.
 const TOKENS: usize = 2048;
 
-type Routed = (Tensor<f32, Cpu>, Routing<Tensor<i32, Cpu>, Tensor<f32, Cpu>>);
+type Routed = (Tensor<f32, Cpu>, RoutingOn<f32, Cpu>);
 
 fn tokens(device: &Cpu, first: usize, n: usize) -> Result<Routed, Error> {
     let x: Vec<f32> = (0..n * HIDDEN).map(|i| (first * HIDDEN + i) as f32).collect();

@@ -5,7 +5,8 @@ use std::time::Duration;
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
 use moe_dispatch::conformance;
 use moe_dispatch::{
-    AllGather, AllToAll, Dispatcher, Error, Fabric, Grid, InnerAxis, NativeFabric, Over, Routing, Transfer,
+    AllGather, AllToAll, Dispatcher, Error, Fabric, Grid, InnerAxis, NativeFabric, Over, Routing, RoutingOn,
+    Transfer,
 };
 use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Expert, Folding, Mapping};
@@ -69,7 +70,7 @@ fn a_grid_that_is_not_the_communicators_is_refused() {
 }
 
 /// Three tokens of one feature on one rank with two experts.
-fn three_tokens(device: &Cpu) -> (Tensor<f64, Cpu>, Routing<Tensor<i32, Cpu>, Tensor<f64, Cpu>>) {
+fn three_tokens(device: &Cpu) -> (Tensor<f64, Cpu>, RoutingOn<f64, Cpu>) {
     let x = Tensor::from_slice(device, 3, 1, &[1.0, 2.0, 3.0]).unwrap();
     let experts = Tensor::from_slice(device, 3, 1, &[1, 0, 1]).unwrap();
     let weights = Tensor::from_slice(device, 3, 1, &[0.1, 0.2, 0.3]).unwrap();
