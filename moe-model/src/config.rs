@@ -1,7 +1,7 @@
 //! What defines a model: the keys of a Hugging Face `config.json`.
 
 use moe_kernels::family::ScoreFunction;
-use moe_topology::Constraints;
+use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
 
 /// A Mixtral-like decoder (arXiv 2401.04088). Fields carry the names of Hugging Face's `MixtralConfig`; those that have
@@ -167,6 +167,13 @@ impl ModelConfig {
             num_hidden_layers: Some(self.num_hidden_layers),
             ..Constraints::default()
         }
+    }
+
+    /// The mapping with TP as two digits: the outer one tells key-value heads apart, the inner one counts the ranks that
+    /// share a head where TP exceeds them.
+    pub fn split_tp(&self, mapping: Mapping) -> Mapping {
+        let distinct = mapping.tp.min(self.num_key_value_heads);
+        mapping.split(Attention::TP_OUTER, distinct)
     }
 
     /// Whether the fields make sense together. What a mapping must satisfy is in [`constraints`](Self::constraints).
@@ -378,6 +385,16 @@ mod tests {
             ModelConfig { router_score: RouterScore::SoftmaxPre, norm_topk_prob: false, ..mixtral() };
         config.check().unwrap();
         assert_eq!(config.score_function(), ScoreFunction::SoftmaxPre { normalize: false });
+    }
+
+    #[test]
+    fn tp_is_split_where_it_exceeds_the_key_value_heads() {
+        for (tp, inner) in [(1, 1), (4, 1), (8, 1), (16, 2), (32, 4)] {
+            let mapping = Mapping { world_size: tp, tp, ..Mapping::default() };
+            let folding = moe_topology::Folding::new(mixtral().split_tp(mapping)).unwrap();
+            assert_eq!(folding.size(Attention::TP_INNER), inner, "tp {tp}");
+            assert_eq!(folding.size(Attention::TP_OUTER), tp / inner, "tp {tp}");
+        }
     }
 
     #[test]

@@ -44,7 +44,7 @@ mod strict;
 use std::path::Path;
 
 use moe_model::config::ModelConfig;
-use moe_topology::{Attention, Constraints, Folding, Mapping};
+use moe_topology::{Constraints, Folding, Mapping};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -166,16 +166,14 @@ impl RunConfig {
         }
     }
 
-    /// The folding, legal for this model and batch. Its TP is two digits: the outer one tells key-value heads apart, the
-    /// inner one the ranks that share one, where TP exceeds them.
+    /// The folding, legal for this model and batch, its TP split as [`ModelConfig::split_tp`] does.
     ///
     /// # Errors
     /// The equation that is broken, the values and the nearest legal mappings.
     pub fn folding(&self) -> Result<Folding, ConfigError> {
         let mapping = self.mapping()?;
         self.constraints().fold(mapping.clone())?;
-        let distinct = mapping.tp.min(self.model.num_key_value_heads);
-        Ok(Folding::new(mapping.split(Attention::TP_OUTER, distinct))?)
+        Ok(Folding::new(self.model.split_tp(mapping))?)
     }
 
     fn check(&self) -> Result<(), ConfigError> {

@@ -344,6 +344,18 @@ fn pruning_keeps_the_newest_whole_ones() {
     assert_eq!(prune(root, 2).unwrap(), [""; 0].map(PathBuf::from));
 }
 
+/// A checkpoint that version 0.1.0 wrote: it must load forever.
+#[test]
+fn a_checkpoint_of_format_1_loads() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoint-1/step-7");
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert!(checkpoint.verify().is_empty());
+    assert_eq!((checkpoint.step(), checkpoint.writers()), (7, 3));
+    assert_eq!(checkpoint.meta(), &json!({"cursor": 56, "lr": 0.1}));
+    assert_eq!(checkpoint.read_tensor("a", "param").unwrap(), matrix([3, 5]));
+    assert_eq!(checkpoint.read_tensor("b", "param").unwrap(), matrix([1, 3]));
+}
+
 #[test]
 fn a_later_version_is_refused_by_number() {
     let folder = tempfile::tempdir().unwrap();
