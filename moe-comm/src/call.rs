@@ -12,7 +12,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reduction {
-    /// The sum, added in ascending rank of the group; of integers, modulo their range.
+    /// The sum; of integers, modulo their range. The order of additions depends on the group and the shape alone (on
+    /// threads it is ascending rank), so that the same call gives the same bits.
     Sum,
     /// The largest; not a number if any value is not a number.
     Max,

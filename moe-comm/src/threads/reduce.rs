@@ -66,3 +66,55 @@ fn fold_bf16(out: &mut [u8], parts: &[&[u8]], f: impl Fn(f32, f32) -> f32) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reduced<T: bytemuck::Pod>(reduction: Reduction, dtype: DType, parts: &[Vec<T>]) -> Vec<T> {
+        let bytes: Vec<&[u8]> = parts.iter().map(|part| cast_slice(part)).collect();
+        let mut out = vec![T::zeroed(); parts[0].len()];
+        reduce(reduction, dtype, cast_slice_mut(&mut out), &bytes).unwrap();
+        out
+    }
+
+    /// More than one block, and a last one that is not full.
+    const N: usize = 2 * BLOCK + 17;
+
+    #[test]
+    fn sums_are_added_in_ascending_rank() {
+        let part =
+            |rank: usize| (0..N).map(|i| (1.0 + rank as f32).powi(9) / (3 + i) as f32).collect::<Vec<_>>();
+        let parts: Vec<_> = (0..5).map(part).collect();
+        let ascending: Vec<f32> =
+            (0..N).map(|i| (1..5).fold(parts[0][i], |sum, r| sum + parts[r][i])).collect();
+        let descending: Vec<f32> =
+            (0..N).map(|i| (0..4).rev().fold(parts[4][i], |sum, r| sum + parts[r][i])).collect();
+        assert_ne!(ascending, descending);
+        assert_eq!(reduced(Reduction::Sum, DType::F32, &parts), ascending);
+    }
+
+    #[test]
+    fn bf16_is_rounded_once() {
+        // 256 + 1 rounds back to 256 in bf16, twice; the sum in f32 does not.
+        let parts = [256.0, 1.0, 1.0].map(|x| vec![bf16::from_f32(x); N]);
+        assert_eq!(reduced(Reduction::Sum, DType::Bf16, &parts), vec![bf16::from_f32(258.0); N]);
+    }
+
+    #[test]
+    fn integers_wrap() {
+        assert_eq!(reduced(Reduction::Sum, DType::U8, &[vec![200u8], vec![100]]), [44]);
+        assert_eq!(reduced(Reduction::Sum, DType::I64, &[vec![i64::MAX], vec![1]]), [i64::MIN]);
+        assert_eq!(reduced(Reduction::Max, DType::I32, &[vec![-5], vec![-3], vec![-4]]), [-3]);
+    }
+
+    #[test]
+    fn the_largest_is_not_a_number_if_one_is_not() {
+        for at in 0..3 {
+            let mut parts = vec![vec![1.0f64], vec![3.0], vec![2.0]];
+            assert_eq!(reduced(Reduction::Max, DType::F64, &parts), [3.0]);
+            parts[at][0] = f64::NAN;
+            assert!(reduced(Reduction::Max, DType::F64, &parts)[0].is_nan());
+        }
+    }
+}
