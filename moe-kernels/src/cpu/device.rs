@@ -267,7 +267,7 @@ mod tests {
     fn classes_are_ordered_and_waste_little() {
         for bytes in 0..100_000 {
             let class = size_class(bytes).unwrap();
-            assert!(class >= bytes && class % LINE == 0);
+            assert!(class >= bytes && class.is_multiple_of(LINE));
             assert!(bytes < 512 || class * 4 <= bytes * 5, "{bytes} -> {class}");
             assert_eq!(size_class(class), Some(class));
         }

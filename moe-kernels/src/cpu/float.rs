@@ -65,8 +65,8 @@ cpu_float!(f64, f64::exp);
 
 /// `e^x` after Cephes' `expf`: `x = n·ln 2 + r` with `|r| ≤ ln 2 / 2`, a polynomial in `r`, scaled by `2^n`.
 ///
-/// No branches and no calls, so that loops over it vectorise. Separate multiplications and additions: the same bits
-/// with and without fused ones. Overflows to ∞, underflows through the subnormal numbers to 0, keeps NaN.
+/// No branches and no calls, so that loops over it vectorise (processors without fused multiply-add, older than AVX2,
+/// get the same bits from a slow call). Overflows to ∞, underflows through the subnormal numbers to 0, keeps NaN.
 #[inline(always)]
 fn exp_f32(x: f32) -> f32 {
     /// Added and subtracted, it rounds to an integer, which is then in the low bits.
@@ -74,17 +74,18 @@ fn exp_f32(x: f32) -> f32 {
     // Comparisons, not `clamp`, so that NaN passes through.
     let x = if x < -104.0 { -104.0 } else { x };
     let x = if x > 89.0 { 89.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    // ln 2 in two parts, the first with few bits: its product with `n` is exact.
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    // ln 2 in two parts, the first with few bits.
+    let r = n.mul_add(-0.693_359_4, x);
+    let r = n.mul_add(2.121_944_4e-4, r);
     let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_2e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let y = p * (r * r) + r + 1.0;
+    let p = r.mul_add(p, 1.398_2e-3);
+    let p = r.mul_add(p, 8.333_452e-3);
+    let p = r.mul_add(p, 4.166_579_6e-2);
+    let p = r.mul_add(p, 1.666_666_5e-1);
+    let p = r.mul_add(p, 0.5);
+    let y = p.mul_add(r * r, r) + 1.0;
     // 2^n in two factors, both normal numbers where the product may not be.
     let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;

@@ -10,7 +10,7 @@ use crate::family::{Gemm, Op};
 use crate::{Result, View, ViewMut};
 
 /// Rows or columns of a tile of the result: enough to amortise the packing of the operands.
-const TILE: usize = 256;
+const TILE: usize = 128;
 /// Tiles of a large result, along rows and in all.
 const MAX_ROW_TILES: usize = 8;
 const MAX_TILES: usize = 16;

@@ -88,6 +88,8 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
             }
         }
         self.for_each(tasks, |(g, dy, x)| {
+            let packed = dy.packed();
+            let dy = Mat::new(&packed, dy.rows(), dy.cols());
             T::matmul(g.faer(), Accum::Add, dy.faer().transpose(), x.faer(), T::ONE);
         })
     }

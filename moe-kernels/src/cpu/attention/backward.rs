@@ -3,7 +3,7 @@
 use faer::Accum;
 
 use super::softmax::{row_dots, softmax_backward};
-use super::{TILE, pack, visible};
+use super::{TILE, visible};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
 use crate::family::AttentionMask;
@@ -24,7 +24,7 @@ impl<T: CpuFloat> HeadGradient<T> {
     pub(super) fn new(k: Mat<'_, T>, v: Mat<'_, T>, scale: T, mask: AttentionMask) -> Self {
         let (keys, dim) = (k.rows(), k.cols());
         let zeros = vec![T::ZERO; keys * dim];
-        HeadGradient { k: pack(k), v: pack(v), dk: zeros.clone(), dv: zeros, keys, dim, scale, mask }
+        HeadGradient { k: k.packed(), v: v.packed(), dk: zeros.clone(), dv: zeros, keys, dim, scale, mask }
     }
 
     /// Writes `dk` and `dv`.
@@ -50,9 +50,9 @@ impl<T: CpuFloat> HeadGradient<T> {
         let mut dq_tile = vec![T::ZERO; TILE * dim];
         for queries in blocks(q.rows(), TILE) {
             let n = queries.len();
-            let (q, d_o) = (pack(q.row_range(queries.clone())), pack(d_o.row_range(queries.clone())));
+            let (q, d_o) = (q.row_range(queries.clone()).packed(), d_o.row_range(queries.clone()).packed());
             let (q, d_o) = (Mat::new(&q, n, dim), Mat::new(&d_o, n, dim));
-            let lse = pack(lse.row_range(queries.clone()));
+            let lse = lse.row_range(queries.clone()).packed();
             let mut delta = [T::ZERO; TILE];
             row_dots(&mut delta[..n], d_o, o.row_range(queries.clone()));
             dq_tile.fill(T::ZERO);

@@ -3,7 +3,7 @@
 use faer::Accum;
 
 use super::softmax::{normalise, softmax_step};
-use super::{TILE, pack, visible};
+use super::{TILE, visible};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
 use crate::family::AttentionMask;
@@ -19,12 +19,12 @@ pub(super) fn forward_head<T: CpuFloat>(
     mask: AttentionMask,
 ) {
     let dim = q.cols();
-    let (k_packed, v_packed) = (pack(k), pack(v));
+    let (k_packed, v_packed) = (k.packed(), v.packed());
     let (k, v) = (Mat::new(&k_packed, k.rows(), dim), Mat::new(&v_packed, v.rows(), dim));
     let (mut scores, mut acc) = (vec![T::ZERO; TILE * TILE], vec![T::ZERO; TILE * dim]);
     for queries in blocks(q.rows(), TILE) {
         let n = queries.len();
-        let q = pack(q.row_range(queries.clone()));
+        let q = q.row_range(queries.clone()).packed();
         let q = Mat::new(&q, n, dim);
         let (mut max, mut sum) = ([T::NEG_INFINITY; TILE], [T::ZERO; TILE]);
         acc.fill(T::ZERO);

@@ -34,13 +34,6 @@ fn head<'a, T>(m: Mat<'a, T>, batch: usize, sequence: usize, head: usize, dim: u
     m.col_range(head * dim..(head + 1) * dim).every(sequence, batch, len)
 }
 
-/// Copies rows into contiguous memory: heads are far apart in their matrix, and every tile is read several times.
-fn pack<T: CpuFloat>(m: Mat<'_, T>) -> Vec<T> {
-    let mut packed = Vec::with_capacity(m.rows() * m.cols());
-    m.iter().for_each(|row| packed.extend_from_slice(row));
-    packed
-}
-
 /// Shapes of the operands; names the kernel in errors.
 fn check_shapes(
     kernel: &'static str,
