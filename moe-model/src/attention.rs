@@ -62,17 +62,28 @@ impl SelfAttention {
         let head_dim = config.head_dim();
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         let folding = params.folding();
-        let norm =
-            RmsNorm::new(params, format!("{prefix}.input_layernorm.weight"), hidden, config.rms_norm_eps, stage)?;
+        let norm = RmsNorm::new(
+            params,
+            format!("{prefix}.input_layernorm.weight"),
+            hidden,
+            config.rms_norm_eps,
+            stage,
+        )?;
         let std = config.initializer_range;
-        let logical = |name: &str, dims: [usize; 2], shard: (usize, Axes<Attention>), partial, std| -> Result<Logical> {
+        let logical = |name: &str,
+                       dims: [usize; 2],
+                       shard: (usize, Axes<Attention>),
+                       partial,
+                       std|
+         -> Result<Logical> {
             Ok(Logical {
                 name: Name::One(format!("{prefix}.self_attn.{name}.weight")),
                 placement: Placed::Attention(Placement::new(&dims, &[shard], partial, Owner::Stage(stage))?),
                 init: Init::Normal(std),
             })
         };
-        let q = params.add(&[logical("q_proj", [heads * head_dim, hidden], (0, Attention::TP), CP_DP, std)?])?;
+        let q =
+            params.add(&[logical("q_proj", [heads * head_dim, hidden], (0, Attention::TP), CP_DP, std)?])?;
         // The inner digit of TP tells apart ranks that hold the same KV head (size 1 unless heads are fewer than TP).
         let (kv_axes, kv_partial) = (Attention::TP_OUTER, SHARED_KV);
         let kv = params.add(&[
@@ -80,8 +91,13 @@ impl SelfAttention {
             logical("v_proj", [kv_heads * head_dim, hidden], (0, kv_axes), kv_partial, std)?,
         ])?;
         let out_std = config.residual_std();
-        let out =
-            params.add(&[logical("o_proj", [hidden, heads * head_dim], (1, Attention::TP), CP_DP, out_std)?])?;
+        let out = params.add(&[logical(
+            "o_proj",
+            [hidden, heads * head_dim],
+            (1, Attention::TP),
+            CP_DP,
+            out_std,
+        )?])?;
         Ok(SelfAttention {
             norm,
             q,
@@ -180,7 +196,13 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         )?;
         let mut dq = Tensor::uninit(&device, n, q_width)?;
         cx.rope.apply(&device, dq.view_mut()?, dq_rotated.view(), batch, Rotation::Backward)?;
-        cx.rope.apply(&device, dkv.view_mut()?.columns(0..kv_width)?, dk_rotated.view(), batch, Rotation::Backward)?;
+        cx.rope.apply(
+            &device,
+            dkv.view_mut()?.columns(0..kv_width)?,
+            dk_rotated.view(),
+            batch,
+            Rotation::Backward,
+        )?;
 
         let mut d_rows = Tensor::uninit(&device, n, hidden)?;
         device.gemm(d_rows.view_mut()?, dq.view(), Op::N, cx.params.weight(self.q)?, Op::N)?;

@@ -149,6 +149,26 @@ impl ModelConfig {
         self.initializer_range / (2.0 * self.num_hidden_layers as f64).sqrt()
     }
 
+    /// Parameters of the whole model.
+    pub fn parameters(&self) -> u64 {
+        self.parameters_with(self.num_local_experts)
+    }
+
+    /// Parameters that one token meets: K experts of each layer, and all the rest.
+    pub fn active_parameters(&self) -> u64 {
+        self.parameters_with(self.num_experts_per_tok)
+    }
+
+    fn parameters_with(&self, experts: usize) -> u64 {
+        let hidden = self.hidden_size as u64;
+        let heads = (self.num_attention_heads + self.num_key_value_heads) as u64 * self.head_dim() as u64;
+        let attention = 2 * heads * hidden;
+        let experts = 3 * experts as u64 * self.intermediate_size as u64 * hidden;
+        let router = self.num_local_experts as u64 * hidden;
+        let layer = attention + experts + router + 2 * hidden;
+        self.num_hidden_layers as u64 * layer + 2 * self.vocab_size as u64 * hidden + hidden
+    }
+
     /// The router's score function, as kernels take it.
     pub fn score_function(&self) -> ScoreFunction {
         match self.router_score {

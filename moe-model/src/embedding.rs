@@ -35,11 +35,7 @@ pub(crate) fn vocabulary_matrix(
 
 impl TokenEmbedding {
     /// On the first stage.
-    pub fn new(
-        params: &mut ParamLayoutBuilder<'_>,
-        config: &ModelConfig,
-        stage: usize,
-    ) -> Result<Self> {
+    pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
         let (table, first) = vocabulary_matrix(params, config, "model.embed_tokens.weight", stage)?;
         Ok(TokenEmbedding { table, first })
     }
@@ -54,7 +50,11 @@ impl TokenEmbedding {
     }
 
     /// The gradients of all rows of a micro-batch, gathered over TP: what the table's gradient needs.
-    pub fn backward_input<T: Float, D: Backend<T>>(&self, dy: &Tensor<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+    pub fn backward_input<T: Float, D: Backend<T>>(
+        &self,
+        dy: &Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
         Ok(cx.group(Attention::TP)?.all_gather_rows(dy)?)
     }
 

@@ -37,11 +37,7 @@ pub struct HeadDeferred<T: Float, D: Device> {
 
 impl Head {
     /// On the last stage.
-    pub fn new(
-        params: &mut ParamLayoutBuilder<'_>,
-        config: &ModelConfig,
-        stage: usize,
-    ) -> Result<Self> {
+    pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
         let norm =
             RmsNorm::new(params, "model.norm.weight".into(), config.hidden_size, config.rms_norm_eps, stage)?;
         let (weight, first) = vocabulary_matrix(params, config, "lm_head.weight", stage)?;

@@ -2,8 +2,8 @@
 
 use moe_comm::Reduction;
 use moe_dispatch::{
-    Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterSaved, RouterScales, RouterStats,
-    TokenDispatcher, TokenDispatcherState,
+    Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterSaved, RouterScales,
+    RouterStats, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::Op;
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -66,7 +66,8 @@ impl MoeMlp {
         stage: usize,
     ) -> Result<Self> {
         let prefix = format!("model.layers.{layer}");
-        let (hidden, inner, experts) = (config.hidden_size, config.intermediate_size, config.num_local_experts);
+        let (hidden, inner, experts) =
+            (config.hidden_size, config.intermediate_size, config.num_local_experts);
         let owner = Owner::Stage(stage);
         let name = format!("{prefix}.post_attention_layernorm.weight");
         let norm = RmsNorm::new(params, name, hidden, config.rms_norm_eps, stage)?;
@@ -139,7 +140,13 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let (gate_up_weight, down_weight) = (cx.params.weight(self.gate_up)?, cx.params.weight(self.down)?);
         let (n, inner) = (batch.rows, down_weight.shape()[1]);
         let mut gate_up = Tensor::uninit(&device, n, 2 * inner)?;
-        device.grouped_gemm(gate_up.view_mut()?, batch.x.view(), gate_up_weight, Op::T, batch.offsets.view())?;
+        device.grouped_gemm(
+            gate_up.view_mut()?,
+            batch.x.view(),
+            gate_up_weight,
+            Op::T,
+            batch.offsets.view(),
+        )?;
         let mut activated = Tensor::uninit(&device, n, inner)?;
         device.swiglu(activated.view_mut()?, gate_up.view(), Some(batch.probs.view()))?;
         let mut out = Tensor::uninit(&device, n, x.shape()[1])?;
@@ -198,7 +205,12 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out } = deferred;
         let device = &cx.device;
         device.grouped_gemm_acc(cx.params.grad(self.gate_up)?, d_gate_up.view(), x.view(), offsets.view())?;
-        device.grouped_gemm_acc(cx.params.grad(self.down)?, d_out.view(), activated.view(), offsets.view())?;
+        device.grouped_gemm_acc(
+            cx.params.grad(self.down)?,
+            d_out.view(),
+            activated.view(),
+            offsets.view(),
+        )?;
         Ok(())
     }
 }

@@ -49,7 +49,13 @@ impl RmsNorm {
         let [tokens, hidden] = x.shape();
         let mut y = Tensor::uninit(&cx.device, tokens, hidden)?;
         let mut rstd = Tensor::uninit(&cx.device, 1, tokens)?;
-        cx.device.rms_norm(y.view_mut()?, rstd.view_mut()?, x.view(), cx.params.weight(self.weight)?, self.eps)?;
+        cx.device.rms_norm(
+            y.view_mut()?,
+            rstd.view_mut()?,
+            x.view(),
+            cx.params.weight(self.weight)?,
+            self.eps,
+        )?;
         Ok((y, RmsNormSaved { x, rstd }))
     }
 

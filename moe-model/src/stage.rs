@@ -43,13 +43,11 @@ impl DecoderStage {
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
         dispatcher: DispatcherKind,
-    
     ) -> Result<Self> {
         let (folding, rank) = (params.folding(), params.rank());
         let (stage, stages) = (folding.stage(rank), folding.size(Attention::PP));
         let layers = config.num_hidden_layers;
-        let embedding =
-            (stage == 0).then(|| TokenEmbedding::new(params, config, stage)).transpose()?;
+        let embedding = (stage == 0).then(|| TokenEmbedding::new(params, config, stage)).transpose()?;
         let blocks = (stage * layers / stages..(stage + 1) * layers / stages)
             .map(|layer| Block::new(params, config, dispatcher, layer, stage))
             .collect::<Result<Vec<_>>>()?;
@@ -133,7 +131,12 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
     type Deferred = StageDeferred<T, D>;
     type Error = Error;
 
-    fn forward(&self, m: u32, x: Option<Self::Act>, cx: &mut Cx<T, D>) -> Result<(Option<Self::Act>, Self::Saved)> {
+    fn forward(
+        &self,
+        m: u32,
+        x: Option<Self::Act>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Option<Self::Act>, Self::Saved)> {
         let (x, blocks) = self.stage.body(m, x, cx)?;
         match &self.stage.head {
             Some(head) => Ok((None, StageSaved { blocks, head: Some(head.forward(m, x, cx)?) })),

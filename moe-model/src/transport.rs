@@ -30,10 +30,9 @@ impl<T: Float, D: Device> Transport<Tensor<T, D>> for CommTransport<D> {
         let (directions, messages): (Vec<_>, Vec<_>) = batch
             .into_iter()
             .map(|post| match post {
-                Post::Send { to_rank, message, act } => (
-                    Direction::Send,
-                    Message::Send { to: to_rank as usize, tag: message.tag(), tensor: act },
-                ),
+                Post::Send { to_rank, message, act } => {
+                    (Direction::Send, Message::Send { to: to_rank as usize, tag: message.tag(), tensor: act })
+                }
                 Post::Recv { from_rank, message } => (
                     Direction::Recv,
                     Message::Recv { from: from_rank as usize, tag: message.tag(), rows, cols },

@@ -9,6 +9,7 @@ use crate::checkpoint::container::CheckpointError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::durable::IoError;
+use crate::metrics::MetricsError;
 
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -41,6 +42,21 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// A run cannot go on with another value of a setting that its order of samples depends on.
+    #[error(
+        "{key} was {then} when the checkpoint was written and is {now} now: set it back to {then}, or start a new run"
+    )]
+    Resume {
+        /// The setting.
+        key: &'static str,
+        /// Its value then.
+        then: u64,
+        /// Its value now.
+        now: u64,
+    },
+    /// Metrics cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The run was interrupted, after it had saved.
     #[error("interrupted after step {step}; the checkpoint is {}: continue with --resume", checkpoint.display())]
     Interrupted {

@@ -3,12 +3,15 @@
 #![deny(unsafe_code)]
 
 pub mod checkpoint;
+pub mod command;
 pub mod config;
 pub mod data;
 pub mod durable;
 pub mod error;
+pub mod infer;
 pub mod metrics;
 pub mod optim;
+pub mod run;
 pub mod schedule;
 pub mod trainer;
 

@@ -27,7 +27,11 @@ fn two_steps_equal_pytorch() {
         setup.lr.decay_steps = number("decay_steps") as u64;
         setup.clip_grad = number("clip_grad");
         let steps = run["steps"].as_array().unwrap();
-        let ours = common::train_on(setup.clone(), steps.len() as u64, Recorded(run["steps"].clone(), setup.micro_batch_size));
+        let ours = common::train_on(
+            setup.clone(),
+            steps.len() as u64,
+            Recorded(run["steps"].clone(), setup.micro_batch_size),
+        );
         assert_equal(&ours, &expected(run), &setup, run["score_function"].as_str().unwrap());
     }
 }

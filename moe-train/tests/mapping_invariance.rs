@@ -18,7 +18,11 @@ fn mapping((tp, dp, pp, etp, ep): Sizes, order: &str) -> Mapping {
     Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, order: order.parse().unwrap(), ..Mapping::default() }
 }
 
-fn check(model: &ModelConfig, foldings: &[(Sizes, &str, DispatcherKind)], tweak: impl Fn(&mut moe_train::trainer::Setup)) {
+fn check(
+    model: &ModelConfig,
+    foldings: &[(Sizes, &str, DispatcherKind)],
+    tweak: impl Fn(&mut moe_train::trainer::Setup),
+) {
     let with = |mapping, dispatcher| {
         let mut setup = setup(model.clone(), mapping);
         tweak(&mut setup);
@@ -129,10 +133,13 @@ fn sizes() -> impl Strategy<Value = (Sizes, bool, bool)> {
         prop::sample::select(vec![1usize, 2, 3, 4]),
         prop::sample::select(vec![1usize, 2, 4, 8]),
     );
-    (axes, any::<bool>(), any::<bool>()).prop_filter("legal, at most 16 ranks", |&((tp, dp, pp, etp, ep), dp_last, _)| {
-        let world = tp * dp * pp;
-        world <= 16 && world > 1 && (tp * dp) % (etp * ep) == 0 && (!dp_last || pp == 1 || tp == etp * ep)
-    })
+    (axes, any::<bool>(), any::<bool>()).prop_filter(
+        "legal, at most 16 ranks",
+        |&((tp, dp, pp, etp, ep), dp_last, _)| {
+            let world = tp * dp * pp;
+            world <= 16 && world > 1 && (tp * dp) % (etp * ep) == 0 && (!dp_last || pp == 1 || tp == etp * ep)
+        },
+    )
 }
 
 proptest! {

@@ -44,7 +44,11 @@ impl Placed {
 
     fn reduction(&self, folding: &Folding, rank: usize) -> Reduction {
         fn of<V: View>(axes: Axes<V>, folding: &Folding, rank: usize) -> Reduction {
-            Reduction { group: axes.into(), size: folding.size(axes), position: folding.coordinate(rank, axes) }
+            Reduction {
+                group: axes.into(),
+                size: folding.size(axes),
+                position: folding.coordinate(rank, axes),
+            }
         }
         match self {
             Placed::Attention(p) => of(p.partial(), folding, rank),
@@ -230,7 +234,10 @@ impl<'a> ParamLayoutBuilder<'a> {
         let mut blocks: Vec<(usize, Part)> = Vec::new();
         for logical in logicals {
             if reduction(logical) != common {
-                return Err(storage_error(&label(&logical.name), "reduced over other axes than its neighbours"));
+                return Err(storage_error(
+                    &label(&logical.name),
+                    "reduced over other axes than its neighbours",
+                ));
             }
             blocks.extend(self.blocks(logical)?);
         }
@@ -267,7 +274,9 @@ impl<'a> ParamLayoutBuilder<'a> {
         };
         match (name, placement.dims(), slice.as_slice()) {
             (Name::One(name), &[n], [cols]) => Ok(vec![(0, part(name.clone(), [1, n], true, &(0..1), cols))]),
-            (Name::One(name), &[r, c], [rows, cols]) => Ok(vec![(0, part(name.clone(), [r, c], false, rows, cols))]),
+            (Name::One(name), &[r, c], [rows, cols]) => {
+                Ok(vec![(0, part(name.clone(), [r, c], false, rows, cols))])
+            }
             (Name::PerExpert { prefix, suffix }, &[_, r, c], [experts, rows, cols]) => Ok(experts
                 .clone()
                 .map(|e| (e, part(format!("{prefix}{e}{suffix}"), [r, c], false, rows, cols)))

@@ -63,7 +63,8 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     pub fn weight_and_grad(&mut self, id: ParamId) -> Result<(View<'_, T, D>, ViewMut<'_, T::Acc, D>)> {
         let slot = self.layout.slot(id);
         let range = slot.offset..slot.offset + slot.rows * slot.cols;
-        let weight = self.weights[slot.bucket].view().columns(range.clone())?.reshape(slot.rows, slot.cols)?;
+        let weight =
+            self.weights[slot.bucket].view().columns(range.clone())?.reshape(slot.rows, slot.cols)?;
         let grad = self.grads[slot.bucket].as_mut().ok_or(Error::NoGradients)?.view_mut()?;
         Ok((weight, grad.columns(range)?.reshape(slot.rows, slot.cols)?))
     }

@@ -43,7 +43,9 @@ impl Meta {
         match names.into_iter().find(|name| written.get(*name) != wanted.get(*name)) {
             None => Ok(()),
             Some(name) => {
-                let show = |value: Option<&serde_json::Value>| value.map_or("absent".to_owned(), ToString::to_string);
+                let show = |value: Option<&serde_json::Value>| {
+                    value.map_or("absent".to_owned(), ToString::to_string)
+                };
                 Err(CheckpointError::OtherModel {
                     path: checkpoint.path().to_owned(),
                     key: name.clone(),

@@ -30,7 +30,8 @@ pub fn save<T: Float, D: Backend<T>>(
     let pending = first.then(|| PendingCheckpoint::create(root, step)).transpose()?;
     let folder: Option<PathBuf> = pending.as_ref().map(|pending| pending.folder().to_owned());
     let folders: Vec<Option<PathBuf>> = share(&world, &trainer.cx().device, &folder)?;
-    let folder = folders.into_iter().flatten().next().ok_or(Error::Protocol { what: "no rank made a folder" })?;
+    let folder =
+        folders.into_iter().flatten().next().ok_or(Error::Protocol { what: "no rank made a folder" })?;
 
     let written = write(trainer, &folder, world.rank())?;
     let files: Vec<PieceFile> = share(&world, &trainer.cx().device, &written)?;
@@ -46,7 +47,11 @@ pub fn save<T: Float, D: Backend<T>>(
 }
 
 /// This rank's pieces: what of its slices it counts.
-fn write<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, folder: &Path, rank: usize) -> Result<PieceFile> {
+fn write<T: Float, D: Backend<T>>(
+    trainer: &RankTrainer<T, D>,
+    folder: &Path,
+    rank: usize,
+) -> Result<PieceFile> {
     let cx = trainer.cx();
     let mut writer = PieceWriter::create(folder, rank)?;
     for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
@@ -74,7 +79,10 @@ fn write<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, folder: &Path, ra
 ///
 /// # Errors
 /// It is of another model or element type, lacks a tensor, or is damaged; the trainer's state is then as it was.
-pub fn restore<T: Float, D: Backend<T>>(trainer: &mut RankTrainer<T, D>, checkpoint: &Checkpoint) -> Result<Meta> {
+pub fn restore<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    checkpoint: &Checkpoint,
+) -> Result<Meta> {
     let meta = Meta::of(checkpoint)?;
     meta.check_model(checkpoint, &trainer.setup().model)?;
     let cx = trainer.cx();
@@ -119,7 +127,9 @@ where
     let bytes = serde_json::to_vec(own).map_err(protocol)?;
     let lengths = group.all_gather_host(&[bytes.len() as i64])?;
     let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
-    let all = group.all_gather_rows_v(&Tensor::from_slice(device, bytes.len(), 1, &bytes)?, &lengths)?.to_vec(device)?;
+    let all = group
+        .all_gather_rows_v(&Tensor::from_slice(device, bytes.len(), 1, &bytes)?, &lengths)?
+        .to_vec(device)?;
     let mut rest = all.as_slice();
     lengths
         .into_iter()

@@ -106,7 +106,10 @@ pub fn gather_weights<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>, slices: Vec<Te
 }
 
 /// Rounds the master weights of every slice and gathers them: after a checkpoint was read.
-pub fn weights_from_master<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>, shards: &[Shard<T::Acc, D>]) -> Result<()> {
+pub fn weights_from_master<T: Float, D: Backend<T>>(
+    cx: &mut Cx<T, D>,
+    shards: &[Shard<T::Acc, D>],
+) -> Result<()> {
     let slices = shards
         .iter()
         .map(|shard| {
@@ -126,4 +129,3 @@ pub fn shards<T: Float, D: Device>(
 ) -> Result<Vec<Shard<T::Acc, D>>> {
     params.buckets().iter().map(|bucket| Shard::new(bucket, seed, device)).collect::<Result<_>>()
 }
-

@@ -7,5 +7,5 @@ mod source;
 
 pub use rank::RankTrainer;
 pub use report::StepReport;
-pub use setup::{Setup, folding_for};
+pub use setup::Setup;
 pub use source::{BatchSource, Sequence};

@@ -2,8 +2,8 @@
 
 use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
-use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
 use moe_pipeline::generate::{forward_only, one_f_one_b};
 use moe_pipeline::{Program, execute, lower, validate};
@@ -42,7 +42,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
         let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
-        let rope = RopeTable::new(&device, setup.sequence_length, setup.model.head_dim(), setup.model.rope_theta)?;
+        let rope =
+            RopeTable::new(&device, setup.sequence_length, setup.model.head_dim(), setup.model.rope_theta)?;
         let objective = Objective {
             micro_batches: setup.micro_batches(),
             tokens: setup.global_batch_size * setup.sequence_length,
@@ -50,7 +51,16 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let (stages, micro_batches) = (setup.folding.size(Attention::PP), setup.micro_batches_per_rank());
         let program = validate(lower(&one_f_one_b(stages as u32, micro_batches as u32)?)?, None)?;
         let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
-        Ok(RankTrainer { setup, rank, cx, stage: TypedStage::new(stage), transport, program, optimizer, names })
+        Ok(RankTrainer {
+            setup,
+            rank,
+            cx,
+            stage: TypedStage::new(stage),
+            transport,
+            program,
+            optimizer,
+            names,
+        })
     }
 
     /// What defines the computation.
@@ -82,7 +92,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
         let total_weight = self.load(self.setup.micro_batches_per_rank(), |u| source.micro_batch(step, u))?;
         self.cx.params.zero_grads(&self.cx.device)?;
-        execute(&self.program, self.pipeline_rank(), std::slice::from_ref(&self.stage), &mut self.transport, &mut self.cx)?;
+        execute(
+            &self.program,
+            self.pipeline_rank(),
+            std::slice::from_ref(&self.stage),
+            &mut self.transport,
+            &mut self.cx,
+        )?;
         self.cx.batches.clear();
 
         let grads = reduce_gradients(&mut self.cx)?;
@@ -107,7 +123,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let total_weight = self.load(per_rank, micro_batch)?;
         let stages = self.setup.folding.size(Attention::PP) as u32;
         let program = validate(lower(&forward_only(stages, per_rank as u32)?)?, None)?;
-        execute(&program, self.pipeline_rank(), std::slice::from_ref(&self.stage), &mut self.transport, &mut self.cx)?;
+        execute(
+            &program,
+            self.pipeline_rank(),
+            std::slice::from_ref(&self.stage),
+            &mut self.transport,
+            &mut self.cx,
+        )?;
         self.cx.batches.clear();
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
         Ok((total_weight > 0.0).then(|| totals.loss_sum() / total_weight))
@@ -119,16 +141,11 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
 
     /// Puts this data-parallel rank's micro-batches on the device and resets the statistics; returns the sum of loss
     /// weights over all ranks.
-    fn load(
-        &mut self,
-        count: usize,
-        micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
-    ) -> Result<f64> {
+    fn load(&mut self, count: usize, micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>) -> Result<f64> {
         let folding = &self.setup.folding;
         let (dp, d) = (folding.size(Attention::DP), folding.coordinate(self.rank, Attention::DP));
-        let host = (0..count)
-            .map(|j| Ok(HostBatch::new(&micro_batch(j * dp + d)?)))
-            .collect::<Result<Vec<_>>>()?;
+        let host =
+            (0..count).map(|j| Ok(HostBatch::new(&micro_batch(j * dp + d)?))).collect::<Result<Vec<_>>>()?;
         let own: f64 = host.iter().map(HostBatch::total_weight).sum();
         let total = self.cx.comms.group(Attention::DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
         self.cx.batches =

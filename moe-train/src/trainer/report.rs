@@ -76,7 +76,14 @@ impl Totals {
     }
 
     /// The report of a step.
-    pub fn report(&self, setup: &Setup, step: u64, total_weight: f64, grad_norm: f64, updated: bool) -> StepReport {
+    pub fn report(
+        &self,
+        setup: &Setup,
+        step: u64,
+        total_weight: f64,
+        grad_norm: f64,
+        updated: bool,
+    ) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
         let units = setup.micro_batches() as f64;
         let tokens = (setup.global_batch_size * setup.sequence_length) as f64;

@@ -2,11 +2,10 @@
 
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
-use moe_topology::{Attention, Folding, Mapping};
+use moe_topology::{Attention, Folding};
 
 use crate::optim::Hyper;
 use crate::schedule::LrSchedule;
-use crate::Result;
 
 /// Everything that a rank needs to know to train, the same on all ranks.
 #[derive(Debug, Clone)]
@@ -43,11 +42,4 @@ impl Setup {
     pub fn micro_batches_per_rank(&self) -> usize {
         self.micro_batches() / self.folding.size(Attention::DP)
     }
-}
-
-/// The folding of `mapping` for a model. TP is two digits: the outer one tells KV heads apart, the inner one counts the
-/// ranks that share one where TP exceeds the KV heads.
-pub fn folding_for(model: &ModelConfig, mapping: Mapping) -> Result<Folding> {
-    let distinct = mapping.tp.min(model.num_key_value_heads);
-    Ok(Folding::new(mapping.split(Attention::TP_OUTER, distinct))?)
 }

@@ -9,10 +9,10 @@ use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
 use moe_kernels::Cpu;
 use moe_model::ModelConfig;
-use moe_topology::Mapping;
+use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::LrSchedule;
-use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport, folding_for};
+use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport};
 
 /// Random tokens with uneven loss weights: some targets count nothing, some twice, whole sequences nothing at all.
 #[derive(Debug, Clone)]
@@ -24,7 +24,8 @@ pub struct RandomBatches {
 
 impl BatchSource for RandomBatches {
     fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<Sequence>> {
-        let mut state = step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (u as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95);
+        let mut state =
+            step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (u as u64 + 1).wrapping_mul(0xD134_2543_DE82_EF95);
         let mut next = move || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as u32
@@ -33,7 +34,11 @@ impl BatchSource for RandomBatches {
             .map(|b| Sequence {
                 tokens: (0..=self.seq_len).map(|_| next() % self.vocab).collect(),
                 weights: (0..self.seq_len)
-                    .map(|_| if u % 3 == 1 && b == 0 { 0.0 } else { [0.0, 1.0, 1.0, 2.0][next() as usize % 4] })
+                    .map(
+                        |_| {
+                            if u % 3 == 1 && b == 0 { 0.0 } else { [0.0, 1.0, 1.0, 2.0][next() as usize % 4] }
+                        },
+                    )
                     .collect(),
             })
             .collect())
@@ -73,7 +78,7 @@ pub fn tiny_model() -> ModelConfig {
 
 /// A setup of `model` under `mapping`.
 pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
-    let folding = folding_for(&model, mapping).unwrap();
+    let folding = Folding::new(model.split_tp(mapping)).unwrap();
     Setup {
         model,
         folding,
@@ -120,7 +125,8 @@ pub fn train_on(setup: Setup, steps: u64, source: impl BatchSource + Send + Sync
             Some(first) => assert_eq!(*first, own, "ranks report different measurements"),
         }
         for piece in pieces {
-            let tensor = state.entry(piece.name).or_insert_with(|| std::array::from_fn(|_| vec![f64::NAN; piece.len]));
+            let tensor =
+                state.entry(piece.name).or_insert_with(|| std::array::from_fn(|_| vec![f64::NAN; piece.len]));
             for (whole, values) in tensor.iter_mut().zip(&piece.values) {
                 for (&at, &value) in piece.at.iter().zip(values) {
                     assert!(whole[at].is_nan(), "an element is held twice");
@@ -168,7 +174,11 @@ pub fn assert_equal(a: &Outcome, b: &Outcome, setup: &Setup, what: &str) {
     assert_eq!(a.reports.len(), b.reports.len());
     for (x, y) in a.reports.iter().zip(&b.reports) {
         let close = |name: &str, x: f64, y: f64| {
-            assert!((x - y).abs() <= 1e-10 * y.abs(), "{what}: {name} of step {}: {x} and {y}", a.reports[0].step);
+            assert!(
+                (x - y).abs() <= 1e-10 * y.abs(),
+                "{what}: {name} of step {}: {x} and {y}",
+                a.reports[0].step
+            );
         };
         close("loss", x.loss.unwrap(), y.loss.unwrap());
         close("total_loss", x.total_loss.unwrap(), y.total_loss.unwrap());

@@ -1,0 +1,129 @@
+//! The text of a run.
+
+use std::fs;
+use std::path::Path;
+
+use super::RunFolder;
+use crate::Result;
+use crate::config::{RunConfig, TokenizerKind};
+use crate::data::{ByteTokenizer, Dataset, Sampler, TokenFile, find_files, prepare, unigram_entropy};
+use crate::durable::Context;
+use crate::trainer::{BatchSource, Sequence};
+
+/// What a run trains on and is measured on.
+pub(super) struct RunData {
+    pub train: TextSource,
+    pub held_out: HeldOut,
+    pub unigram_entropy: f64,
+}
+
+/// Tokenises the text into the run's folder. A run that goes on uses what is there: its samples must not change when files
+/// do.
+pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
+    if !resume {
+        let TokenizerKind::Byte = config.data.tokenizer;
+        let files = find_files(&config.data.files)?;
+        folder.create_data()?;
+        for stale in [folder.train_tokens(), folder.held_out_tokens()] {
+            // Left by a run that ended before its first step.
+            if stale.exists() {
+                fs::remove_file(&stale).context("remove", &stale)?;
+            }
+        }
+        let (share, seed) = (config.data.held_out, config.train.seed);
+        let prepared =
+            prepare(&files, ByteTokenizer, share, seed, &folder.train_tokens(), &folder.held_out_tokens())?;
+        println!(
+            "{} files: {} tokens to train on, {} held out ({} of {} documents)",
+            files.len(),
+            prepared.train_tokens,
+            prepared.held_out_tokens,
+            prepared.held_out_documents,
+            prepared.held_out_documents + prepared.train_documents,
+        );
+    }
+    let file = TokenFile::open(&folder.train_tokens())?;
+    file.verify()?;
+    let train = Dataset::new(file, config.train.sequence_length)?;
+    let sampler = Sampler::new(
+        config.train.seed,
+        train.len(),
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+    );
+    let held_out = open_held_out(config, &folder.held_out_tokens())?;
+    let unigram_entropy = unigram_entropy(held_out.dataset.file())?;
+    Ok(RunData { train: TextSource { dataset: train, sampler }, held_out, unigram_entropy })
+}
+
+/// The held-out tokens of a run.
+///
+/// # Errors
+/// The file is damaged or too short.
+pub fn open_held_out(config: &RunConfig, path: &Path) -> Result<HeldOut> {
+    let file = TokenFile::open(path)?;
+    file.verify()?;
+    Ok(HeldOut {
+        dataset: Dataset::new(file, config.train.sequence_length)?,
+        global_batch_size: config.train.global_batch_size,
+        micro_batch_size: config.train.micro_batch_size,
+        batches: config.train.eval_batches,
+    })
+}
+
+/// Samples in the order that the seed and the global index give.
+#[derive(Debug)]
+pub struct TextSource {
+    dataset: Dataset,
+    sampler: Sampler,
+}
+
+impl TextSource {
+    /// The global index of the first sample after `step` steps.
+    pub fn cursor_after(&self, step: u64) -> u64 {
+        self.sampler.cursor(step + 1)
+    }
+}
+
+impl BatchSource for TextSource {
+    fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>> {
+        let samples = self.sampler.micro_batch(step, u);
+        samples.map(|i| Ok(Sequence::unweighted(self.dataset.sample(i)?))).collect()
+    }
+}
+
+/// Held-out samples in file order, at most a number of batches; the last batch is filled with sequences that do not count.
+#[derive(Debug)]
+pub struct HeldOut {
+    dataset: Dataset,
+    global_batch_size: usize,
+    micro_batch_size: usize,
+    batches: usize,
+}
+
+impl HeldOut {
+    /// Micro-batches over all data-parallel ranks, a multiple of those of a training step.
+    pub fn micro_batches(&self) -> usize {
+        let whole =
+            usize::try_from(self.dataset.len()).unwrap_or(usize::MAX).div_ceil(self.global_batch_size);
+        whole.min(self.batches) * (self.global_batch_size / self.micro_batch_size)
+    }
+
+    /// Micro-batch `u`.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn micro_batch(&self, u: usize) -> Result<Vec<Sequence>> {
+        let first = (u * self.micro_batch_size) as u64;
+        (first..first + self.micro_batch_size as u64)
+            .map(|i| {
+                if i < self.dataset.len() {
+                    return Ok(Sequence::unweighted(self.dataset.sample(i)?));
+                }
+                let mut filler = Sequence::unweighted(self.dataset.sample(0)?);
+                filler.weights.fill(0.0);
+                Ok(filler)
+            })
+            .collect()
+    }
+}

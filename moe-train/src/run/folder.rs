@@ -1,0 +1,63 @@
+//! Where a run keeps its files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::durable::{Context, replace};
+use crate::{Error, Result};
+
+/// The folder of a run: `config.toml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/step-N/` and the tokens in `data/`.
+#[derive(Debug, Clone)]
+pub struct RunFolder(PathBuf);
+
+impl RunFolder {
+    /// It need not exist.
+    pub fn new(path: &Path) -> Self {
+        RunFolder(path.to_owned())
+    }
+
+    /// One line per step and evaluation.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// Event files.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.0.join("tensorboard")
+    }
+
+    /// The folders `step-N`.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// Tokens to train on.
+    pub fn train_tokens(&self) -> PathBuf {
+        self.0.join("data").join("train.tokens")
+    }
+
+    /// Held-out tokens.
+    pub fn held_out_tokens(&self) -> PathBuf {
+        self.0.join("data").join("held_out.tokens")
+    }
+
+    /// Refuses a folder that a run was started in.
+    pub(super) fn refuse_existing(&self) -> Result<()> {
+        let started = [self.metrics(), self.checkpoints()];
+        match started.iter().any(|path| path.exists()) {
+            true => Err(Error::RunExists { path: self.0.clone() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes the folder of the token files.
+    pub(super) fn create_data(&self) -> Result<()> {
+        let path = self.0.join("data");
+        Ok(fs::create_dir_all(&path).context("create", &path)?)
+    }
+
+    /// Writes the resolved configuration.
+    pub(super) fn write_config(&self, toml: &str) -> Result<()> {
+        Ok(replace(&self.0.join("config.toml"), toml.as_bytes())?)
+    }
+}

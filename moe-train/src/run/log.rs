@@ -1,0 +1,80 @@
+//! What a run says about itself: `metrics.jsonl`, TensorBoard, and the terminal.
+
+use std::io::{IsTerminal, Stdout};
+
+use super::RunFolder;
+use crate::Result;
+use crate::config::RunConfig;
+use crate::durable::Context;
+use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, StepRecord};
+use crate::trainer::StepReport;
+
+/// Writes on one rank what all ranks measured.
+pub(super) struct Log {
+    lines: JsonLines,
+    events: EventFile,
+    progress: Progress<Stdout>,
+    tokens_per_step: u64,
+}
+
+impl Log {
+    /// For a run that has made `step` steps.
+    pub fn open(config: &RunConfig, folder: &RunFolder, step: u64) -> Result<Self> {
+        let lines = match step {
+            0 => JsonLines::create(&folder.metrics())?,
+            _ => JsonLines::resume(&folder.metrics(), step)?,
+        };
+        let events = EventFile::create(&folder.tensorboard(), step + 1)?;
+        let tokens_per_step = (config.train.global_batch_size * config.train.sequence_length) as u64;
+        let out = std::io::stdout();
+        let terminal = out.is_terminal();
+        let progress =
+            Progress::new(out, terminal, config.train.steps, tokens_per_step, config.train.log_interval);
+        Ok(Log { lines, events, progress, tokens_per_step })
+    }
+
+    /// A step that took `seconds`.
+    pub fn step(&mut self, report: &StepReport, seconds: f64) -> Result<()> {
+        let record = StepRecord {
+            step: report.step,
+            loss: report.loss,
+            total_loss: report.total_loss,
+            grad_norm: report.grad_norm.is_finite().then_some(report.grad_norm),
+            lr: report.lr,
+            tokens: report.step * self.tokens_per_step,
+            tokens_per_second: self.tokens_per_step as f64 / seconds,
+            aux_loss: report.aux_loss,
+            z_loss: report.z_loss,
+            dropped_tokens: report.dropped_tokens,
+            expert_load: report.expert_load.clone(),
+        };
+        self.lines.write(&record)?;
+        self.events.step(&record)?;
+        self.progress.step(&record).context("write", "standard output".as_ref())?;
+        if !report.updated {
+            self.note(&format!(
+                "step {}: the gradient is not finite, or no token counts: no update",
+                report.step
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// An evaluation.
+    pub fn eval(&mut self, step: u64, val_loss: f64) -> Result<()> {
+        let record = EvalRecord { step, val_loss };
+        self.lines.write(&record)?;
+        self.events.eval(&record)?;
+        self.note(&format!("step {step}: validation loss {val_loss:.4}"))
+    }
+
+    /// A line that stays.
+    pub fn note(&mut self, text: &str) -> Result<()> {
+        Ok(self.progress.note(text).context("write", "standard output".as_ref())?)
+    }
+
+    /// Leaves the live line.
+    pub fn end(&mut self) -> Result<()> {
+        Ok(self.progress.end().context("write", "standard output".as_ref())?)
+    }
+}

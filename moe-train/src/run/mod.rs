@@ -1,0 +1,201 @@
+//! A training run: data, ranks, metrics, checkpoints, in one folder.
+
+mod data;
+mod folder;
+mod interrupt;
+mod log;
+mod rank;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use moe_comm::ThreadWorld;
+use moe_kernels::{Backend, Cpu, Float};
+use moe_topology::draw;
+
+pub use data::{HeldOut, TextSource, open_held_out};
+pub use folder::RunFolder;
+
+use crate::checkpoint::container::{Checkpoint, open_newest};
+use crate::checkpoint::{Meta, restore};
+use crate::config::{Dispatcher, RunConfig, TrainDType};
+use crate::infer::{Sampling, generate};
+use crate::optim::Hyper;
+use crate::trainer::{RankTrainer, Setup};
+use crate::{Error, Result};
+use rank::{Outcome, Plan};
+
+/// Trains as `config` says, from the start or from the newest checkpoint of its folder.
+///
+/// # Errors
+/// Data, folder or checkpoint are refused before anything is written; a rank fails; the run is interrupted, after it saved.
+pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
+    let setup = setup(config)?;
+    let folder = RunFolder::new(&config.train.output);
+    let checkpoint = match resume {
+        true => Some(newest(&folder, config)?),
+        false => {
+            folder.refuse_existing()?;
+            None
+        }
+    };
+    let data = data::open(config, &folder, resume)?;
+    folder.write_config(&config.to_toml()?)?;
+
+    println!("{}", draw::text(&setup.folding).trim_end());
+    println!(
+        "\n{} parameters, {} of them used by a token",
+        grouped(config.model.parameters()),
+        grouped(config.model.active_parameters())
+    );
+    println!("unigram entropy {:.3} nats/byte", data.unigram_entropy);
+    if let Some(checkpoint) = &checkpoint {
+        println!("resuming after step {}", checkpoint.step());
+    }
+
+    let plan = Plan {
+        setup,
+        config: config.clone(),
+        folder: folder.clone(),
+        train: Arc::new(data.train),
+        held_out: Arc::new(data.held_out),
+        checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
+        interrupted: interrupt::flag(),
+    };
+    let outcome = match config.train.dtype {
+        TrainDType::F32 => launch::<f32>(plan)?,
+        TrainDType::F64 => launch::<f64>(plan)?,
+    };
+    if outcome.interrupted {
+        return Err(Error::Interrupted { step: outcome.step, checkpoint: outcome.checkpoint });
+    }
+    report(config, &outcome, data.unigram_entropy)
+}
+
+/// Ranks as threads, the machine's cores shared among them.
+fn launch<T: Float>(plan: Plan) -> Result<Outcome>
+where
+    Cpu: Backend<T>,
+{
+    let world_size = plan.setup.folding.world_size();
+    let deadline = Duration::from_secs_f64(plan.config.train.deadline_seconds);
+    let threads = threads(world_size);
+    let outcomes = ThreadWorld::run(world_size, deadline, move |world| {
+        rank::run::<T, Cpu>(&plan, &world, Cpu::new(threads))
+    })?;
+    outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })
+}
+
+/// The loss of a checkpoint on a file of tokens, under the folding of `config`; none if no token counts.
+///
+/// # Errors
+/// The checkpoint or the tokens are damaged, or a rank fails.
+pub fn evaluate(config: &RunConfig, checkpoint: &Checkpoint, tokens: &Path) -> Result<Option<f64>> {
+    fn on<T: Float>(config: &RunConfig, checkpoint: &Checkpoint, held_out: HeldOut) -> Result<Option<f64>>
+    where
+        Cpu: Backend<T>,
+    {
+        let (setup, path) = (setup(config)?, checkpoint.path().to_owned());
+        let (world_size, deadline) = (setup.folding.world_size(), config.train.deadline_seconds);
+        let threads = threads(world_size);
+        let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
+            let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::new(threads))?;
+            restore(&mut trainer, &Checkpoint::open(&path)?)?;
+            trainer.evaluate(held_out.micro_batches(), |u| held_out.micro_batch(u))
+        })?;
+        Ok(losses.into_iter().next().flatten())
+    }
+    let held_out = open_held_out(config, tokens)?;
+    match config.train.dtype {
+        TrainDType::F32 => on::<f32>(config, checkpoint, held_out),
+        TrainDType::F64 => on::<f64>(config, checkpoint, held_out),
+    }
+}
+
+/// Threads of each rank when ranks share the machine's cores.
+fn threads(world_size: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / world_size).max(1)
+}
+
+/// What defines the computation that a configuration asks for.
+///
+/// # Errors
+/// The mapping is illegal.
+pub fn setup(config: &RunConfig) -> Result<Setup> {
+    let o = &config.optimizer;
+    Ok(Setup {
+        model: config.model.clone(),
+        folding: config.folding()?,
+        dispatcher: match config.parallel.dispatcher {
+            Dispatcher::AllToAll => moe_dispatch::DispatcherKind::AllToAll,
+            Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,
+        },
+        seed: config.train.seed,
+        global_batch_size: config.train.global_batch_size,
+        micro_batch_size: config.train.micro_batch_size,
+        sequence_length: config.train.sequence_length,
+        optimizer: Hyper { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
+        lr: config.lr_schedule(),
+        clip_grad: o.clip_grad,
+    })
+}
+
+/// The newest whole checkpoint, if this run can go on from it.
+fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
+    let checkpoint = open_newest(&folder.checkpoints(), &mut |fault| eprintln!("warning: skipped: {fault}"))?;
+    let meta = Meta::of(&checkpoint)?;
+    meta.check_model(&checkpoint, &config.model)?;
+    let (then, now) = (&meta.config.train, &config.train);
+    for (key, then, now) in [
+        ("train.seed", then.seed, now.seed),
+        ("train.global_batch_size", then.global_batch_size as u64, now.global_batch_size as u64),
+        ("train.micro_batch_size", then.micro_batch_size as u64, now.micro_batch_size as u64),
+        ("train.sequence_length", then.sequence_length as u64, now.sequence_length as u64),
+    ] {
+        if then != now {
+            return Err(Error::Resume { key, then, now });
+        }
+    }
+    Ok(checkpoint)
+}
+
+/// The last words of a run.
+fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: f64) -> Result<()> {
+    if let Some(val_loss) = outcome.val_loss {
+        println!(
+            "validation loss {val_loss:.4} nats/byte, {:.3} below the unigram entropy",
+            unigram_entropy - val_loss
+        );
+    }
+    println!("checkpoint {}", outcome.checkpoint.display());
+    let sample = &config.sample;
+    let checkpoint = Checkpoint::open(&outcome.checkpoint)?;
+    let sampling =
+        Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
+    println!("\n{}", generate(&checkpoint, &sample.prompt, sampling)?);
+
+    let run = config.train.output.display();
+    let checkpoint = outcome.checkpoint.display();
+    println!("\nNext, for instance:");
+    println!("  another prompt       moe-train sample {checkpoint} --prompt 'fn main() {{'");
+    println!("  curves               tensorboard --logdir {run}/tensorboard   (or read {run}/metrics.jsonl)");
+    println!(
+        "  longer, refolded     moe-train train {run}/config.toml --resume --set train.steps={} --set parallel.tp=1",
+        2 * outcome.step
+    );
+    println!(
+        "  another folding      moe-train topology --world-size {} --tp {} --ep {} --format svg",
+        config.parallel.world_size, config.parallel.tp, config.parallel.ep
+    );
+    Ok(())
+}
+
+/// `1 234 567`.
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|c| std::str::from_utf8(c).ok()).collect();
+    groups.join(" ")
+}

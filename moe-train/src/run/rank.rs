@@ -1,0 +1,123 @@
+//! The loop that every rank runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use moe_comm::{Reduction, World};
+use moe_kernels::{Backend, Float};
+use moe_topology::Attention;
+
+use super::log::Log;
+use super::{HeldOut, RunFolder, TextSource};
+use crate::Result;
+use crate::checkpoint::container::{Checkpoint, prune, step_folder};
+use crate::checkpoint::{Meta, restore, save};
+use crate::config::RunConfig;
+use crate::trainer::{RankTrainer, Setup};
+
+/// A run, the same on all ranks.
+pub(super) struct Plan {
+    pub setup: Setup,
+    pub config: RunConfig,
+    pub folder: RunFolder,
+    pub train: Arc<TextSource>,
+    pub held_out: Arc<HeldOut>,
+    /// Where to go on from.
+    pub checkpoint: Option<PathBuf>,
+    pub interrupted: Arc<AtomicBool>,
+}
+
+/// What a run came to, the same on all ranks.
+#[derive(Debug, Clone)]
+pub(super) struct Outcome {
+    pub step: u64,
+    pub val_loss: Option<f64>,
+    pub checkpoint: PathBuf,
+    pub interrupted: bool,
+}
+
+/// Trains on one rank until the last step or an interruption, then saves.
+pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
+    let mut trainer = RankTrainer::<T, D>::new(plan.setup.clone(), world, device)?;
+    let mut step = match &plan.checkpoint {
+        Some(path) => {
+            let checkpoint = Checkpoint::open(path)?;
+            restore(&mut trainer, &checkpoint)?;
+            checkpoint.step()
+        }
+        None => 0,
+    };
+    let mut saved = plan.checkpoint.is_some().then_some(step);
+    let mut evaluated = None;
+    let mut log = (world.rank() == 0).then(|| Log::open(&plan.config, &plan.folder, step)).transpose()?;
+    let (last, eval_interval, save_interval) =
+        (plan.config.train.steps, plan.config.train.eval_interval, plan.config.train.save_interval);
+    let due = |interval: u64, step: u64| interval > 0 && step.is_multiple_of(interval);
+
+    let mut interrupted = false;
+    while step < last && !interrupted {
+        step += 1;
+        let start = Instant::now();
+        let report = trainer.step(step, &*plan.train)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if let Some(log) = &mut log {
+            log.step(&report, seconds)?;
+        }
+        interrupted = agreed(&trainer, plan.interrupted.load(Ordering::Relaxed))?;
+        if due(eval_interval, step) && step < last {
+            evaluated = Some(step);
+            evaluate(&mut trainer, plan, step, &mut log)?;
+        }
+        if due(save_interval, step) && step < last && !interrupted {
+            write(&trainer, plan, step)?;
+            saved = Some(step);
+        }
+    }
+
+    let val_loss = match interrupted || evaluated == Some(step) {
+        true => None,
+        false => evaluate(&mut trainer, plan, step, &mut log)?,
+    };
+    if saved != Some(step) {
+        write(&trainer, plan, step)?;
+    }
+    if let Some(log) = &mut log {
+        log.end()?;
+    }
+    Ok(Outcome { step, val_loss, checkpoint: step_folder(&plan.folder.checkpoints(), step), interrupted })
+}
+
+/// Whether any rank says so. Collective.
+fn agreed<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, own: bool) -> Result<bool> {
+    let world = trainer.cx().comms.group(Attention::ALL)?;
+    Ok(world.all_reduce_host(&[i32::from(own)], Reduction::Max)?[0] > 0)
+}
+
+fn evaluate<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    plan: &Plan,
+    step: u64,
+    log: &mut Option<Log>,
+) -> Result<Option<f64>> {
+    let val_loss = trainer.evaluate(plan.held_out.micro_batches(), |u| plan.held_out.micro_batch(u))?;
+    if let (Some(log), Some(val_loss)) = (log, val_loss) {
+        log.eval(step, val_loss)?;
+    }
+    Ok(val_loss)
+}
+
+fn write<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, plan: &Plan, step: u64) -> Result<()> {
+    let meta = Meta {
+        updates: trainer.optimizer().updates(),
+        cursor: plan.train.cursor_after(step),
+        config: plan.config.clone(),
+    };
+    let root = plan.folder.checkpoints();
+    save(trainer, &root, step, &meta)?;
+    if trainer.rank() == 0 {
+        prune(&root, plan.config.train.keep_checkpoints)?;
+    }
+    Ok(())
+}
