@@ -46,17 +46,20 @@
 
 #![forbid(unsafe_code)]
 
-pub mod call;
+mod call;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod count;
-pub mod error;
+mod error;
 pub mod fault;
-pub mod pending;
-pub mod raw;
-pub mod registry;
+mod pending;
+mod raw;
+mod registry;
+#[cfg(not(loom))]
+mod threads;
+#[cfg(loom)]
 pub mod threads;
-pub mod typed;
+mod typed;
 
 pub use moe_kernels;
 pub use moe_topology;

@@ -66,7 +66,7 @@ fn program() -> impl Strategy<Value = Program> {
 /// Elements from `from` to `to`: mostly few, now and then too many for one piece of work.
 fn count(salt: usize, from: usize, to: usize) -> usize {
     let n = (salt * 31 + from * 7 + to * 3) % 6;
-    if salt % 17 == 0 { n * 1501 } else { n }
+    if salt.is_multiple_of(17) { n * 1501 } else { n }
 }
 
 fn values(salt: usize, rank: usize, n: usize) -> Values {
@@ -180,8 +180,11 @@ fn run(program: &Program, world: &ThreadRank) -> Result<()> {
         flights.push_back((start(&**raw, op, send, length)?, expected));
         // Ranks await different ones, and in different order.
         while flights.len() > step.in_flight {
-            let next =
-                if (step.salt + world.rank()) % 2 == 0 { flights.pop_back() } else { flights.pop_front() };
+            let next = if (step.salt + world.rank()).is_multiple_of(2) {
+                flights.pop_back()
+            } else {
+                flights.pop_front()
+            };
             next.map(finish).transpose()?;
         }
     }
@@ -215,6 +218,7 @@ proptest! {
         let ended = ThreadWorld::run(program.size, Duration::from_millis(300), move |world| {
             run(if world.rank() == culprit { &shorter } else { &program }, &world)
         });
-        prop_assert!(matches!(ended.unwrap_err().failure, Error::Poisoned { .. }));
+        let failed = matches!(ended.unwrap_err().failure, Error::Poisoned { .. });
+        prop_assert!(failed);
     }
 }

@@ -4,8 +4,8 @@ use half::bf16;
 use moe_kernels::{Device, Tensor};
 
 use super::sample::{Sample, tensor, value, values};
-use super::{Outcome, expect, expect_tensor, typed, whole};
-use crate::{Comm, Error, Reduction, World};
+use super::{Group, Outcome, expect, expect_tensor, typed, whole};
+use crate::{Error, Reduction, World};
 
 /// Rows and columns: nothing, one, odd, and more than is done in one piece.
 const SHAPES: [[usize; 2]; 5] = [[0, 3], [1, 1], [7, 3], [5, 0], [301, 67]];
@@ -13,12 +13,12 @@ const SHAPES: [[usize; 2]; 5] = [[0, 3], [1, 1], [7, 3], [5, 0], [301, 67]];
 pub(super) fn all_reduce<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
     let raw = whole(world)?;
     let comm = typed(&*raw, device);
-    all_reduce_of::<f64, V, D>(&comm, device)?;
-    all_reduce_of::<f32, V, D>(&comm, device)?;
-    all_reduce_of::<bf16, V, D>(&comm, device)?;
-    all_reduce_of::<i64, V, D>(&comm, device)?;
-    all_reduce_of::<i32, V, D>(&comm, device)?;
-    all_reduce_of::<u8, V, D>(&comm, device)?;
+    all_reduce_of::<f64, D>(&comm, device)?;
+    all_reduce_of::<f32, D>(&comm, device)?;
+    all_reduce_of::<bf16, D>(&comm, device)?;
+    all_reduce_of::<i64, D>(&comm, device)?;
+    all_reduce_of::<i32, D>(&comm, device)?;
+    all_reduce_of::<u8, D>(&comm, device)?;
     // Values whose sum depends on the order, to a few roundings.
     let x: Vec<f64> = (0..1000).map(|i| fraction(comm.rank(), i)).collect();
     let sum = comm.all_reduce(&Tensor::from_slice(device, 8, 125, &x)?, Reduction::Sum)?.to_vec(device)?;
@@ -36,13 +36,11 @@ pub(super) fn all_reduce<D: Device>(world: &dyn World<D>, device: &D) -> Outcome
     expect("max of numbers and one that is not a number", (max[0].is_nan(), max[1].is_nan()), (false, true))
 }
 
-type V = moe_topology::GroupKey;
-
 fn fraction(rank: usize, i: usize) -> f64 {
     1.0 / (1 + i + 7 * rank) as f64
 }
 
-fn all_reduce_of<T: Sample, V, D: Device>(comm: &Comm<'_, V, D>, device: &D) -> Outcome {
+fn all_reduce_of<T: Sample, D: Device>(comm: &Group<'_, D>, device: &D) -> Outcome {
     for (salt, shape) in SHAPES.into_iter().enumerate() {
         let n = shape[0] * shape[1];
         let x = tensor::<T, D>(device, salt, comm.rank(), shape)?;

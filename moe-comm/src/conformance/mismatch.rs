@@ -3,8 +3,8 @@
 use moe_kernels::Device;
 
 use super::sample::tensor;
-use super::{Case, Outcome, typed, whole};
-use crate::{Comm, Error, Reduction, Result, World};
+use super::{Case, Group, Outcome, typed, whole};
+use crate::{Error, Reduction, Result, World};
 
 /// The cases that end their world: rank 0 calls one thing and the others another, and all get an error that describes
 /// both. Each wants a fresh world of two ranks or more.
@@ -99,8 +99,6 @@ fn message<D: Device>(comm: &Group<'_, D>, device: &D, first: bool, tag: u64, ro
         _ => comm.barrier(),
     }
 }
-
-type Group<'c, D> = Comm<'c, moe_topology::GroupKey, D>;
 
 fn differ<D: Device>(
     world: &dyn World<D>,

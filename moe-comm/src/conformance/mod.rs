@@ -56,7 +56,10 @@ fn whole<D: Device>(world: &dyn World<D>) -> crate::Result<Box<dyn RawComm<D>>> 
     world.communicator(Attention::ALL.into(), &(0..world.size()).collect::<Vec<_>>())
 }
 
-fn typed<'c, D: Device>(raw: &'c dyn RawComm<D>, device: &'c D) -> Comm<'c, GroupKey, D> {
+/// A communicator whose view does not matter here.
+type Group<'c, D> = Comm<'c, GroupKey, D>;
+
+fn typed<'c, D: Device>(raw: &'c dyn RawComm<D>, device: &'c D) -> Group<'c, D> {
     Comm::new(raw, device, raw.key())
 }
 

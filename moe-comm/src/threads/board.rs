@@ -135,9 +135,15 @@ struct Slot<J: Job> {
 }
 
 enum Stage<J: Job> {
-    Gathering(Vec<Option<(J::Note, J::Give, J::Take)>>),
+    Gathering(Vec<Option<Party<J>>>),
     Working { job: Arc<J>, takes: Vec<Work<J::Take>>, unfinished: usize },
     Done(Vec<Option<J::Take>>),
+}
+
+struct Party<J: Job> {
+    note: J::Note,
+    give: J::Give,
+    take: J::Take,
 }
 
 enum Work<T> {
@@ -145,6 +151,9 @@ enum Work<T> {
     Claimed,
     Finished(T),
 }
+
+/// The places to fill of some parties, by index.
+type Takes<J> = Vec<(usize, <J as Job>::Take)>;
 
 impl<J: Job> Slot<J> {
     fn world_rank(&self, index: usize) -> usize {
@@ -174,22 +183,24 @@ impl<J: Job> Slot<J> {
     }
 
     /// Takes work that nobody does yet: all of it if it is small, else one piece, the party's own if that is open.
-    fn claim(&mut self, index: usize) -> Option<(Arc<J>, Vec<(usize, J::Take)>)> {
+    fn claim(&mut self, index: usize) -> Option<(Arc<J>, Takes<J>)> {
         let Stage::Working { job, takes, .. } = &mut self.stage else { return None };
         let wanted = if job.is_small() { takes.len() } else { 1 };
         let mut claimed = Vec::new();
         for i in (index..takes.len()).chain(0..index) {
-            if claimed.len() < wanted && matches!(takes[i], Work::Open(_)) {
-                if let Work::Open(take) = std::mem::replace(&mut takes[i], Work::Claimed) {
-                    claimed.push((i, take));
-                }
+            if claimed.len() == wanted {
+                break;
+            }
+            match std::mem::replace(&mut takes[i], Work::Claimed) {
+                Work::Open(take) => claimed.push((i, take)),
+                other => takes[i] = other,
             }
         }
         (!claimed.is_empty()).then(|| (job.clone(), claimed))
     }
 
     /// Puts finished work back; true if that was the last of it.
-    fn finish(&mut self, filled: Vec<(usize, J::Take)>) -> bool {
+    fn finish(&mut self, filled: Takes<J>) -> bool {
         let Stage::Working { takes, unfinished, .. } = &mut self.stage else { return false };
         *unfinished -= filled.len();
         for (i, take) in filled {
@@ -333,7 +344,7 @@ impl<J: Job> Board<J> {
                 return Err(self.poison(state, twice));
             };
             let disagrees = seats.iter().enumerate().find_map(|(i, seat)| {
-                let (theirs, ..) = seat.as_ref()?;
+                let theirs = &seat.as_ref()?.note;
                 (!J::agree((index, &note), (i, theirs))).then(|| (i, J::describe(theirs)))
             });
             if let Some((i, theirs)) = disagrees {
@@ -341,7 +352,7 @@ impl<J: Job> Board<J> {
                 let why = format!("mismatch: rank {rank} calls {mine}, rank {peer} calls {theirs}");
                 return Err(self.poison(state, failure(rank, Some(place), why)));
             }
-            seats[index] = Some((note, give, take));
+            seats[index] = Some(Party { note, give, take });
             seats.iter().filter(|seat| seat.is_none()).count()
         };
         if missing > 0 {
@@ -357,7 +368,7 @@ impl<J: Job> Board<J> {
             unreachable!("the stage was `Gathering` under the same lock")
         };
         let (mut sides, mut takes) = (Vec::with_capacity(parties), Vec::with_capacity(parties));
-        for (note, give, take) in seats.into_iter().flatten() {
+        for Party { note, give, take } in seats.into_iter().flatten() {
             sides.push((note, give));
             takes.push(Work::Open(take));
         }

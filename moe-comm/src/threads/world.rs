@@ -13,7 +13,11 @@ use super::board::Board;
 use super::comm::{Presence, Shared, ThreadRank};
 use crate::Error;
 
-/// Ranks as threads of this process.
+/// Ranks as threads of this process: for tests, for small machines, and to develop what will run on more.
+///
+/// Ranks share memory, so a message costs one copy. An operation completes as soon as all of its ranks have started
+/// it, whoever waits for it or not; a message completes when both sides have started, so that code which runs here
+/// does not rely on buffering. Ranks wait without using a core: there may be more of them than cores.
 #[derive(Debug)]
 pub struct ThreadWorld;
 
