@@ -11,6 +11,8 @@ use crate::{Result, View, ViewMut};
 
 /// Rows or columns of a tile of the result: enough to amortise the packing of the operands.
 const TILE: usize = 128;
+/// Multiplications of a tile: enough to be worth a thread.
+const WORK: usize = 1 << 20;
 /// Tiles of a large result, along rows and in all.
 const MAX_ROW_TILES: usize = 8;
 const MAX_TILES: usize = 16;
@@ -27,8 +29,9 @@ fn tiles<'a, T: CpuFloat>(
     a: FaerRef<'a, T>,
     b: FaerRef<'a, T>,
 ) -> Vec<(FaerMut<'a, T>, FaerRef<'a, T>, FaerRef<'a, T>)> {
-    let rows = piece(y.nrows(), MAX_ROW_TILES);
-    let cols = piece(y.ncols(), MAX_TILES / y.nrows().div_ceil(rows.max(1)).max(1));
+    let most = (y.nrows() * y.ncols() * a.ncols() / WORK).min(MAX_TILES);
+    let rows = piece(y.nrows(), most.min(MAX_ROW_TILES));
+    let cols = piece(y.ncols(), most / y.nrows().div_ceil(rows.max(1)).max(1));
     let mut tiles = Vec::new();
     let mut band = y;
     let mut row = 0;

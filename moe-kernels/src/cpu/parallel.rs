@@ -6,7 +6,7 @@ use super::Cpu;
 use crate::Result;
 
 /// Elements of one piece of an elementwise kernel: large enough to be worth a thread, small enough for the cache.
-const PIECE: usize = 16 * 1024;
+const PIECE: usize = 32 * 1024;
 
 /// Rows of one piece; a function of the shape alone, so that sums over pieces don't depend on the threads.
 pub(super) fn rows_per_piece(cols: usize) -> usize {
