@@ -1,4 +1,67 @@
-//! Mixture-of-Experts decoder layers and pipeline stages.
+//! Mixture-of-Experts decoder layers and pipeline stages, with explicit forward and backward, under any folding.
+//!
+//! A [`ModelConfig`] has the keys of a Hugging Face `config.json` of a Mixtral-like model. A [`DecoderStage`] is what one
+//! rank runs of it: its pipeline stage, sharded over tensor parallelism (with sequence parallelism) outside of the experts,
+//! over expert and expert tensor parallelism inside.
+//!
+//! - **Layers hold no tensors.** One [`ParamStore`](params::ParamStore) per rank owns weights and gradients, flat by reduction
+//!   group; layers hold ids. What is lent to each call (device, communicators, parameters, micro-batches) is one [`Cx`].
+//! - **Everything about a parameter follows from its placement** ([`params`]): this rank's block, its starting values,
+//!   over which ranks its gradient is summed and its optimizer state cut, who counts it in a norm. There is no list of
+//!   expert parameters.
+//! - **Backward is written out** ([`Layer`]): what is kept from forward to the input gradient, and from there to the
+//!   weight gradients, are values that the caller owns. So any number of micro-batches are in flight and a schedule may
+//!   delay weight gradients.
+//! - [`TypedStage`] is a [`moe_pipeline::Stage`] and [`CommTransport`] a [`moe_pipeline::Transport`]: any validated
+//!   schedule runs it.
+//!
+//! The README runs forward and backward; here is what one rank of eight holds, known without a device or a second rank:
+//!
+//! ```
+//! use moe_dispatch::DispatcherKind;
+//! use moe_model::params::ParamLayoutBuilder;
+//! use moe_model::{DecoderStage, ModelConfig};
+//! use moe_topology::{Attention, Expert, Folding, Mapping};
+//!
+//! let config: ModelConfig = serde_json::from_str(
+//!     r#"{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+//!         "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}"#,
+//! )?;
+//! config.check()?;
+//!
+//! // Attention: TP2 × DP2 × PP2. Experts: EP4 × PP2.
+//! let mapping = Mapping { world_size: 8, tp: 2, pp: 2, ep: 4, ..Mapping::default() };
+//! let folding = Folding::new(config.split_tp(mapping))?;
+//!
+//! // Rank 5: the second of four ranks of the last stage.
+//! let mut params = ParamLayoutBuilder::new(&folding, 5);
+//! let stage = DecoderStage::new(&mut params, &config, DispatcherKind::AllToAll)?;
+//! assert_eq!(stage.moe_stats().len(), 1); // layer 1
+//!
+//! let layout = params.build();
+//! let find = |name: &str| {
+//!     layout.buckets().iter().find_map(|b| Some((b, b.parts.iter().find(|part| part.name == name)?)))
+//! };
+//! // The second half of the query heads, and the same half on the other data-parallel rank:
+//! let (bucket, q) = find("model.layers.1.self_attn.q_proj.weight").expect("it is of stage 1");
+//! assert_eq!((q.dims, &q.rows, &q.cols), ([64, 64], &(32..64), &(0..64)));
+//! assert_eq!(bucket.group, (Attention::CP | Attention::DP).into());
+//! // Two whole experts of eight, and nobody else has them:
+//! let (bucket, w1) = find("model.layers.1.block_sparse_moe.experts.3.w1.weight").expect("expert 3 is here");
+//! assert_eq!((w1.dims, &w1.rows), ([96, 64], &(0..96)));
+//! assert_eq!(bucket.group, Expert::EDP.into());
+//! assert!(find("model.layers.1.block_sparse_moe.experts.4.w1.weight").is_none());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # When not to use it
+//!
+//! - For inference: [`DecoderStage::infer`] runs whole sequences and keeps no key-value cache.
+//! - For a new architecture by composition of ready-made autograd operations: there is no tape. A new layer is a [`Layer`]
+//!   with three functions.
+//! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
+//!
+//! Context parallelism (give it foldings with CP1), tied embeddings, capacities and shared experts are not built yet.
 
 #![forbid(unsafe_code)]
 
@@ -26,3 +89,8 @@ pub use layer::Layer;
 pub use rope::RopeTable;
 pub use stage::{DecoderStage, TypedStage};
 pub use transport::CommTransport;
+
+/// The README's example runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
