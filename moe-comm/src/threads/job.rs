@@ -16,7 +16,7 @@ pub(super) type Give = Option<(Arc<CpuBuf>, Range<usize>)>;
 /// Up to so many bytes, waking another thread costs more than doing its work.
 const SMALL: usize = 64 << 10;
 /// All-reduces are cut into pieces of at least so many bytes.
-const PIECE: usize = 64 << 10;
+const PIECE: usize = 16 << 10;
 
 /// One operation with everything that was sent.
 pub struct Operation {
