@@ -2,12 +2,14 @@
 
 #![allow(dead_code)] // each test file uses a part
 
+pub mod checkpoints;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
-use moe_kernels::Cpu;
+use moe_kernels::{Backend, Cpu, Float};
 use moe_model::ModelConfig;
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
@@ -117,6 +119,11 @@ pub fn train_on(setup: Setup, steps: u64, source: impl BatchSource + Send + Sync
     })
     .unwrap_or_else(|error| panic!("{error}"));
 
+    gather(ranks)
+}
+
+/// Puts together what the ranks of a world hold, and checks that they report the same and hold every element once.
+pub fn gather(ranks: impl IntoIterator<Item = (Vec<StepReport>, Vec<Piece>)>) -> Outcome {
     let mut reports = None;
     let mut state: BTreeMap<String, [Vec<f64>; 3]> = BTreeMap::new();
     for (own, pieces) in ranks {
@@ -142,6 +149,7 @@ pub fn train_on(setup: Setup, steps: u64, source: impl BatchSource + Send + Sync
 }
 
 /// What a rank holds of a logical tensor.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
     name: String,
     len: usize,
@@ -149,11 +157,15 @@ pub struct Piece {
     values: [Vec<f64>; 3],
 }
 
-fn pieces(trainer: &RankTrainer<f64, Cpu>) -> moe_train::Result<Vec<Piece>> {
+/// What `trainer`'s rank holds; every element of `T` is exact in f64.
+pub fn pieces<T: Float>(trainer: &RankTrainer<T, Cpu>) -> moe_train::Result<Vec<Piece>>
+where
+    Cpu: Backend<T>,
+{
     let cx = trainer.cx();
     let mut pieces = Vec::new();
     for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
-        let [master, m, v] = Moment::ALL.map(|moment| shard.moment(moment).to_vec(&cx.device));
+        let [master, m, v] = Moment::ALL.map(|moment| shard.moment(moment).to_f64(&cx.device));
         let slices = [master?, m?, v?];
         for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
             let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
