@@ -78,3 +78,8 @@ pub use simulate::{Costs, Idle, Link, Span, StageCost, Timeline, simulate};
 pub use stage::Stage;
 pub use transport::{Post, Transport};
 pub use validate::{Program, validate};
+
+/// The README's example runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
