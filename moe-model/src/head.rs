@@ -19,6 +19,14 @@ pub struct Head {
     first: usize,
 }
 
+/// The logits of this rank's vocabulary block, `[positions · sequences, vocab block]`, with the normed rows, gathered over
+/// TP, that they come from.
+struct Projected<T: Float, D: Device> {
+    logits: Tensor<T, D>,
+    rows: Tensor<T, D>,
+    norm: RmsNormSaved<T, D>,
+}
+
 /// What backward needs of a forward pass.
 #[derive(Debug)]
 pub struct HeadSaved<T: Float, D: Device> {
@@ -44,24 +52,18 @@ impl Head {
         Ok(Head { norm, weight, first })
     }
 
-    /// This rank's block of the logits, `[positions · sequences, vocab block]`; also the gathered normed rows and what
-    /// the norm saved.
-    fn project<T: Float, D: Backend<T>>(
-        &self,
-        x: Tensor<T, D>,
-        cx: &Cx<T, D>,
-    ) -> Result<(Tensor<T, D>, Tensor<T, D>, RmsNormSaved<T, D>)> {
+    fn project<T: Float, D: Backend<T>>(&self, x: Tensor<T, D>, cx: &Cx<T, D>) -> Result<Projected<T, D>> {
         let (h, norm) = self.norm.forward(x, cx)?;
         let rows = cx.group(Attention::TP)?.all_gather_rows(&h)?;
         let weight = cx.params.weight(self.weight)?;
         let mut logits = Tensor::uninit(&cx.device, rows.shape()[0], weight.shape()[0])?;
         cx.device.gemm(logits.view_mut()?, rows.view(), Op::N, weight, Op::T)?;
-        Ok((logits, rows, norm))
+        Ok(Projected { logits, rows, norm })
     }
 
     /// This rank's block of the logits, `[positions · sequences, vocab block]`.
     pub fn logits<T: Float, D: Backend<T>>(&self, x: Tensor<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
-        Ok(self.project(x, cx)?.0)
+        Ok(self.project(x, cx)?.logits)
     }
 
     /// Adds Σ w·ce of micro-batch `m` to the statistics.
@@ -72,7 +74,7 @@ impl Head {
         cx: &mut Cx<T, D>,
     ) -> Result<HeadSaved<T, D>> {
         let device = cx.device.clone();
-        let (logits, rows, norm) = self.project(x, cx)?;
+        let Projected { logits, rows, norm } = self.project(x, cx)?;
         let n = rows.shape()[0];
         let batch = cx.batch(m)?;
         let mut block_lse = Tensor::uninit(&device, 1, n)?;

@@ -24,9 +24,11 @@ pub struct DecoderStage {
     head: Option<Head>,
 }
 
+type SavedBlocks<T, D> = Vec<<Block as Layer<T, D>>::Saved>;
+
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
-    blocks: Vec<<Block as Layer<T, D>>::Saved>,
+    blocks: SavedBlocks<T, D>,
     head: Option<HeadSaved<T, D>>,
 }
 
@@ -66,7 +68,7 @@ impl DecoderStage {
         m: u32,
         x: Option<Tensor<T, D>>,
         cx: &mut Cx<T, D>,
-    ) -> Result<(Tensor<T, D>, Vec<<Block as Layer<T, D>>::Saved>)> {
+    ) -> Result<(Tensor<T, D>, SavedBlocks<T, D>)> {
         let mut x = match (&self.embedding, x) {
             (Some(embedding), None) => embedding.forward(m, cx)?,
             (None, Some(x)) => x,

@@ -12,4 +12,4 @@ mod store;
 
 pub use init::{Init, Stream};
 pub use layout::{BucketLayout, Logical, Name, ParamId, ParamLayout, ParamLayoutBuilder, Part, Placed};
-pub use store::ParamStore;
+pub use store::{ParamStore, WeightAndGrad};

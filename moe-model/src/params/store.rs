@@ -5,6 +5,9 @@ use moe_kernels::{Device, Element, Float, Tensor, View, ViewMut};
 use super::layout::{BucketLayout, ParamId, ParamLayout};
 use crate::{Error, Result};
 
+/// A weight to read and its gradient to add to.
+pub type WeightAndGrad<'a, T, D> = (View<'a, T, D>, ViewMut<'a, <T as Float>::Acc, D>);
+
 /// Weights in `T` and gradients in `T::Acc`, flat by bucket.
 ///
 /// Gradients live from [`zero_grads`](Self::zero_grads) to [`take_grads`](Self::take_grads): what was handed to a
@@ -60,7 +63,7 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// A weight to read and its gradient to add to.
-    pub fn weight_and_grad(&mut self, id: ParamId) -> Result<(View<'_, T, D>, ViewMut<'_, T::Acc, D>)> {
+    pub fn weight_and_grad(&mut self, id: ParamId) -> Result<WeightAndGrad<'_, T, D>> {
         let slot = self.layout.slot(id);
         let range = slot.offset..slot.offset + slot.rows * slot.cols;
         let weight =
