@@ -1,10 +1,10 @@
 //! Parameters of one rank: one flat store per reduction group, made from placements.
 //!
-//! A *logical* tensor is a mathematical one (q, one expert's gate) with a [`Placement`]; a *storage* tensor stacks the
-//! blocks that this rank holds of one or several logical tensors, so that one GEMM serves them; a *bucket* holds all
-//! storage tensors whose gradients are partial over the same axes, so that one collective reduces them. Everything
-//! about a parameter (its block, its start, its reduction, whether it decays, whether this rank counts it in a norm)
-//! is derived from the placement and kept in the [`Part`].
+//! A *logical* tensor is a mathematical one (q, one expert's gate) with a [`Placement`](moe_topology::Placement); a
+//! *storage* tensor stacks the blocks that this rank holds of one or several logical tensors, so that one GEMM serves
+//! them; a *bucket* holds all storage tensors whose gradients are partial over the same axes, so that one collective
+//! reduces them. Everything about a parameter (its block, its start, its reduction, whether it decays, whether this
+//! rank counts it in a norm) is derived from the placement and kept in the [`Part`].
 
 mod init;
 mod layout;
