@@ -9,10 +9,6 @@
 //! `[tokens, hidden]`, vectors are `[1, n]`. Kernels write into views ([`ViewMut`]), because gradients live
 //! in flat buckets. Every forward kernel that needs one has a backward kernel beside it; there is no tape.
 //!
-//! **When not to use it.** It knows nothing of other ranks (see `moe-comm`) nor of layers (see `moe-model`). It is no
-//! general array library: no broadcasting, no rank above two, no automatic differentiation; for those take `candle` or
-//! `burn`.
-//!
 //! # Example
 //!
 //! Two experts, three tokens: the forward product and both gradients.
@@ -45,6 +41,11 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # When not to use it
+//!
+//! It knows nothing of other ranks (see `moe-comm`) nor of layers (see `moe-model`). It is no general array library: no
+//! broadcasting, no rank above two, no automatic differentiation; for those take `candle` or `burn`.
 //!
 //! # Same bits
 //!
