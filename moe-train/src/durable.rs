@@ -32,14 +32,19 @@ impl<T> Context<T> for io::Result<T> {
 /// What the name of everything unfinished contains.
 pub(crate) const TEMPORARY: &str = ".tmp-";
 
-/// A name beside `path` that nobody uses: `path.tmp-XXXX`.
+/// A name beside `path` for something unfinished, that nobody uses: `path.tmp-XXXX`.
 pub(crate) fn temporary_name(path: &Path) -> PathBuf {
+    unique_name(path, TEMPORARY)
+}
+
+/// A name beside `path` that nobody uses: `path`, `mark`, and digits.
+pub(crate) fn unique_name(path: &Path, mark: &str) -> PathBuf {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_nanos());
     let count = COUNTER.fetch_add(1, Ordering::Relaxed);
     let unique = blake3::hash(format!("{} {nanos} {count}", std::process::id()).as_bytes());
     let mut name = path.as_os_str().to_owned();
-    name.push(TEMPORARY);
+    name.push(mark);
     name.push(&unique.to_hex()[..12]);
     PathBuf::from(name)
 }

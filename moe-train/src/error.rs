@@ -42,7 +42,7 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// A run cannot go on with another value of a setting that its order of samples depends on.
+    /// A run cannot go on with another value of a setting that its numbers or the order of its samples depend on.
     #[error(
         "{key} was {then} when the checkpoint was written and is {now} now: set it back to {then}, or start a new run"
     )]
@@ -50,9 +50,9 @@ pub enum Error {
         /// The setting.
         key: &'static str,
         /// Its value then.
-        then: u64,
+        then: String,
         /// Its value now.
-        now: u64,
+        now: String,
     },
     /// Metrics cannot be written.
     #[error(transparent)]

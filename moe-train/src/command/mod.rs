@@ -49,14 +49,18 @@ impl Cli {
     }
 }
 
-/// The process's exit status for an error: 2 for what the user asked (configuration, mapping), 3 for data, 4 for
-/// checkpoints, 5 for a run that failed, 130 for one that was interrupted.
+/// The process's exit status for an error: 2 for what the user asked (configuration, mapping, a run that it cannot be
+/// asked of), 3 for data, 4 for checkpoints, 5 for a run that failed, 130 for one that was interrupted.
 pub fn exit_status(error: &Error) -> u8 {
     match error {
-        Error::Config(_) | Error::Topology(_) => 2,
+        Error::Config(_) | Error::Topology(_) | Error::RunExists { .. } | Error::Resume { .. } => 2,
         Error::Data(_) => 3,
         Error::Checkpoint(_) => 4,
         Error::Interrupted { .. } => 130,
+        // What the first rank to fail met is what went wrong.
+        Error::World(world) => {
+            world.source.as_deref().and_then(|source| source.downcast_ref()).map_or(5, exit_status)
+        }
         _ => 5,
     }
 }

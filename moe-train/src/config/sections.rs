@@ -1,5 +1,6 @@
 //! The tables of a run's configuration.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use moe_topology::Mapping;
@@ -130,6 +131,15 @@ pub enum TrainDType {
     F32,
     /// Double precision.
     F64,
+}
+
+impl fmt::Display for TrainDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TrainDType::F32 => "f32",
+            TrainDType::F64 => "f64",
+        })
+    }
 }
 
 /// `[optimizer]`: AdamW (arXiv 1711.05101) and its learning rate.

@@ -17,7 +17,7 @@ use moe_topology::draw;
 pub use data::{HeldOut, TextSource, open_held_out};
 pub use folder::RunFolder;
 
-use crate::checkpoint::container::{Checkpoint, open_newest};
+use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
 use crate::checkpoint::{Meta, restore};
 use crate::config::{Dispatcher, RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
@@ -41,6 +41,11 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         }
     };
     let data = data::open(config, &folder, resume)?;
+    if let Some(checkpoint) = &checkpoint {
+        for path in set_aside(&folder.checkpoints(), checkpoint.step())? {
+            eprintln!("warning: the damaged checkpoint is kept as {}", path.display());
+        }
+    }
     folder.write_config(&config.to_toml()?)?;
 
     println!("{}", draw::text(&setup.folding).trim_end());
@@ -147,13 +152,17 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
     let checkpoint = open_newest(&folder.checkpoints(), &mut |fault| eprintln!("warning: skipped: {fault}"))?;
     let meta = Meta::of(&checkpoint)?;
     meta.check_model(&checkpoint, &config.model)?;
-    let (then, now) = (&meta.config.train, &config.train);
-    for (key, then, now) in [
-        ("train.seed", then.seed, now.seed),
-        ("train.global_batch_size", then.global_batch_size as u64, now.global_batch_size as u64),
-        ("train.micro_batch_size", then.micro_batch_size as u64, now.micro_batch_size as u64),
-        ("train.sequence_length", then.sequence_length as u64, now.sequence_length as u64),
-    ] {
+    let settings = |config: &RunConfig| {
+        let train = &config.train;
+        [
+            ("train.dtype", train.dtype.to_string()),
+            ("train.seed", train.seed.to_string()),
+            ("train.global_batch_size", train.global_batch_size.to_string()),
+            ("train.micro_batch_size", train.micro_batch_size.to_string()),
+            ("train.sequence_length", train.sequence_length.to_string()),
+        ]
+    };
+    for ((key, then), (_, now)) in settings(&meta.config).into_iter().zip(settings(config)) {
         if then != now {
             return Err(Error::Resume { key, then, now });
         }

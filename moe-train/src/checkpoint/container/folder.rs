@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Checkpoint, CheckpointError};
-use crate::durable::{Context, TEMPORARY, rename, temporary_name};
+use crate::durable::{Context, TEMPORARY, rename, temporary_name, unique_name};
 
 /// A file with the name of the newest checkpoint, for people and scripts. Reading a checkpoint never depends on it.
 pub(super) const LATEST: &str = "LATEST";
@@ -89,6 +89,22 @@ pub fn prune(root: &Path, keep: usize) -> Result<Vec<PathBuf>, CheckpointError> 
         fs::remove_dir_all(&doomed).context("remove", &doomed)?;
     }
     Ok(old.to_vec())
+}
+
+/// Renames the checkpoints of later steps than `step` to `step-N.damaged-XXXX` and returns their new names: a run that
+/// goes on from `step`, because they are damaged, comes to save those steps again.
+///
+/// # Errors
+/// A folder cannot be read or renamed.
+pub fn set_aside(root: &Path, step: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+    let later = steps(root)?.into_iter().filter(|&(later, _)| later > step);
+    later
+        .map(|(_, path)| {
+            let aside = unique_name(&path, ".damaged-");
+            rename(&path, &aside)?;
+            Ok(aside)
+        })
+        .collect()
 }
 
 /// Removes what saves and prunings that crashed left.

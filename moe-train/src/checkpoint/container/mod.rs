@@ -46,7 +46,7 @@ mod read;
 mod write;
 
 pub use error::CheckpointError;
-pub use folder::{Listed, list, open_newest, prune, step_folder};
+pub use folder::{Listed, list, open_newest, prune, set_aside, step_folder};
 pub use piece::{Piece, PieceFile, PieceSpec};
 pub use read::{Checkpoint, TensorInfo};
 pub use write::{PendingCheckpoint, PieceWriter};

@@ -1,0 +1,480 @@
+//! The command itself, in folders of its own: what it writes, what it refuses, and with which status.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// A folder with some text and the configuration of a small run.
+struct Place(tempfile::TempDir);
+
+/// What a command that has ended said.
+#[derive(Debug)]
+struct Said {
+    status: i32,
+    out: String,
+    err: String,
+}
+
+impl Said {
+    fn new(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let (out, err) = (text(output.stdout), text(output.stderr));
+        assert!(!err.contains("panicked"), "{err}");
+        Said { status: output.status.code().expect("ended by a signal"), out, err }
+    }
+
+    #[track_caller]
+    fn ok(self) -> Self {
+        assert_eq!(self.status, 0, "{self:?}");
+        self
+    }
+
+    /// Ended with `status` and one message that has all of `parts`.
+    #[track_caller]
+    fn refused(self, status: i32, parts: &[&str]) -> Self {
+        assert_eq!(self.status, status, "{self:?}");
+        assert_eq!(self.err.matches("error: ").count(), 1, "{self:?}");
+        let message = self.err.split("error: ").last().unwrap();
+        for part in parts {
+            assert!(message.contains(part), "\"{part}\" is not in: {message}");
+        }
+        self
+    }
+}
+
+impl Place {
+    /// TP2 × PP2 with EP2, six steps, checkpoints of steps 4 and 6, evaluations after steps 3 and 6.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = "
+            [model]
+            vocab_size = 256
+            hidden_size = 16
+            intermediate_size = 8
+            num_hidden_layers = 2
+            num_attention_heads = 4
+            num_key_value_heads = 2
+            num_local_experts = 4
+            num_experts_per_tok = 2
+            router_aux_loss_coef = 0.01
+
+            [parallel]
+            world_size = 4
+            tp = 2
+            pp = 2
+            ep = 2
+
+            [train]
+            dtype = 'f64'
+            steps = 6
+            global_batch_size = 4
+            micro_batch_size = 2
+            sequence_length = 32
+            output = 'run'
+            eval_interval = 3
+            save_interval = 2
+            deadline_seconds = 20
+
+            [optimizer]
+            lr = 1e-2
+            min_lr = 1e-3
+            warmup_steps = 2
+            decay_steps = 20
+
+            [data]
+            files = ['text/*.txt']
+            held_out = 0.3
+
+            [sample]
+            tokens = 8
+        ";
+        fs::write(folder.path().join("run.toml"), config).unwrap();
+        fs::create_dir(folder.path().join("text")).unwrap();
+        for n in 0..7u32 {
+            let words =
+                (0..200 + 31 * n).map(|i| ["a", "rank", "of", "folded", "experts"][(i * i + n) as usize % 5]);
+            let text = words.collect::<Vec<_>>().join(" ");
+            fs::write(folder.path().join(format!("text/{n}.txt")), text).unwrap();
+        }
+        Place(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-train"));
+        command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Said {
+        Said::new(self.command(arguments).output().unwrap())
+    }
+
+    /// `train run.toml` and more.
+    fn train(&self, arguments: &[&str]) -> Said {
+        self.run(&[&["train", "run.toml"], arguments].concat())
+    }
+
+    /// The lines of a run's metrics.
+    fn metrics(&self, run: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The lines without what depends on the clock.
+    fn timeless(&self, run: &str) -> Vec<Value> {
+        let mut lines = self.metrics(run);
+        for line in &mut lines {
+            line.as_object_mut().unwrap().remove("tokens_per_second");
+        }
+        lines
+    }
+
+    /// All files below the folder, by their hash.
+    fn hashes(&self) -> BTreeMap<PathBuf, String> {
+        fn below(folder: &Path, found: &mut BTreeMap<PathBuf, String>) {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => below(&path, found),
+                    false => {
+                        let hash = blake3::hash(&fs::read(&path).unwrap());
+                        found.insert(path, hash.to_string());
+                    }
+                }
+            }
+        }
+        let mut found = BTreeMap::new();
+        below(self.0.path(), &mut found);
+        found
+    }
+}
+
+/// Flips one bit near the start of a file.
+fn flip(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[3] ^= 4;
+    fs::write(path, bytes).unwrap();
+}
+
+fn truncate(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..bytes.len() - 5]).unwrap();
+}
+
+#[test]
+fn a_run_writes_metrics_checkpoints_and_a_sample() {
+    let place = Place::new();
+    let said = place.train(&[]).ok();
+    let entropy = said.out.lines().find(|line| line.starts_with("unigram entropy ")).unwrap();
+    let number = entropy.strip_prefix("unigram entropy ").unwrap().strip_suffix(" nats/byte").unwrap();
+    assert_eq!(number.split_once('.').unwrap().1.len(), 3, "{entropy}");
+    let entropy: f64 = number.parse().unwrap();
+    assert!(entropy > 1.0 && entropy < 256f64.ln(), "{entropy}");
+    assert!(said.out.contains("The "), "no sample: {}", said.out);
+
+    let lines = place.metrics("run");
+    let steps: Vec<_> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(
+        steps.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(),
+        [1, 2, 3, 4, 5, 6]
+    );
+    for line in &steps {
+        for key in ["loss", "grad_norm", "lr", "tokens_per_second", "aux_loss", "z_loss"] {
+            assert!(line[key].as_f64().unwrap() > 0.0, "{key}: {line}");
+        }
+        assert_eq!(line["tokens"].as_u64().unwrap(), line["step"].as_u64().unwrap() * 4 * 32);
+        assert_eq!(line["dropped_tokens"], 0);
+        let load = line["expert_load"].as_array().unwrap();
+        assert_eq!(load.len(), 2);
+        for layer in load {
+            let shares: Vec<f64> = layer.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+            assert!(shares.len() == 4 && (shares.iter().sum::<f64>() - 1.0).abs() < 1e-12, "{shares:?}");
+        }
+    }
+    // An untrained model knows nothing, one of six steps a little.
+    let loss = |line: &Value| line["loss"].as_f64().unwrap();
+    assert!((loss(steps[0]) - 256f64.ln()).abs() < 0.2 && loss(steps[5]) < loss(steps[0]));
+    // Floats are written with all digits: numbers of f64 have far more than f32 would.
+    let text = fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let digits =
+        |line: &str| line.split("\"loss\":").nth(1).map(|rest| rest.split(',').next().unwrap().len());
+    assert!(text.lines().filter_map(digits).any(|digits| digits >= 16), "{text}");
+    let evals: Vec<_> = lines.iter().filter(|line| line.get("val_loss").is_some()).collect();
+    assert_eq!(evals.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [3, 6]);
+    assert!(evals.iter().all(|line| line.as_object().unwrap().len() == 2));
+
+    // The newest two checkpoints are kept and whole.
+    let listed = place.run(&["checkpoint", "ls", "run"]).ok();
+    let listed: Vec<_> =
+        listed.out.lines().map(|line| line.split_whitespace().nth(1).unwrap().to_owned()).collect();
+    assert_eq!(listed, ["4", "6"]);
+    let tensors = place.run(&["checkpoint", "ls", "run/checkpoints/step-6"]).ok();
+    assert!(tensors.out.contains("model.layers.1.block_sparse_moe.experts.3.w2.weight"), "{}", tensors.out);
+    let verified = place.run(&["checkpoint", "verify", "run"]).ok();
+    assert_eq!(verified.out.matches(": whole").count(), 2);
+
+    // The resolved configuration starts the same run again.
+    let again = place.run(&["train", "run/config.toml", "--set", "train.output=again"]).ok();
+    assert!(again.err.is_empty(), "{}", again.err);
+    assert_eq!(place.timeless("again"), place.timeless("run"));
+
+    // `eval` and `sample` read the run's folder or one checkpoint.
+    for path in ["run", "run/checkpoints/step-6"] {
+        let eval = place.run(&["eval", path]).ok();
+        let wanted = format!("step 6: validation loss {:.6} nats", evals[1]["val_loss"].as_f64().unwrap());
+        assert!(eval.out.starts_with(&wanted), "{} is not {wanted}", eval.out);
+    }
+    let sample = |seed: &str| {
+        let arguments = ["sample", "run", "--prompt", "ranks", "--tokens", "12", "--seed", seed];
+        place.run(&arguments).ok().out
+    };
+    assert!(sample("1").starts_with("ranks") && sample("1") == sample("1") && sample("1") != sample("2"));
+}
+
+#[test]
+fn topology_prints_the_groups_of_megatron() {
+    let place = Place::new();
+    let arguments = "topology --world-size 128 --tp 2 --cp 1 --pp 8 --ep 8 --etp 1 --format json";
+    let said = place.run(&arguments.split(' ').collect::<Vec<_>>()).ok();
+    let found: Value = serde_json::from_str(&said.out).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("fixtures/groups_w128_tp2_pp8_ep8.json")).unwrap();
+    assert_eq!((&found["world_size"], &found["order"]), (&Value::from(128), &Value::from("tp-cp-ep-dp-pp")));
+    let names = |view: &str, pairs: &[(&str, &str)]| {
+        assert_eq!(found[view].as_object().unwrap().len(), pairs.len(), "{view}");
+        for (ours, megatron) in pairs {
+            assert_eq!(found[view][ours], golden[megatron], "{view} {ours}");
+        }
+    };
+    names(
+        "attention",
+        &[
+            ("tp", "tp"),
+            ("cp", "cp"),
+            ("dp", "dp"),
+            ("pp", "pp"),
+            ("tp-cp", "tp_cp"),
+            ("dp-cp", "dp_cp"),
+            ("tp-pp", "mp"),
+        ],
+    );
+    names(
+        "moe",
+        &[
+            ("etp", "expt_tp"),
+            ("ep", "ep"),
+            ("edp", "expt_dp"),
+            ("pp", "pp"),
+            ("etp-ep", "tp_ep"),
+            ("etp-ep-pp", "tp_ep_pp"),
+        ],
+    );
+
+    let drawn = |format: &str| {
+        place.run(&["topology", "--world-size", "8", "--tp", "2", "--ep", "4", "--format", format]).ok()
+    };
+    assert!(drawn("svg").out.starts_with("<svg"));
+    assert!(drawn("text").out.contains("tp"));
+}
+
+#[test]
+fn illegal_mappings_say_the_equation_the_values_and_what_is_near() {
+    let place = Place::new();
+    let before = place.hashes();
+    place
+        .run(&["topology", "--world-size", "8", "--tp", "3"])
+        .refused(2, &["world_size must be a multiple of tp·cp·pp", "8 % (3·1·1 = 3) = 2", "nearest"]);
+    place
+        .run(&["topology", "--world-size", "8", "--ep", "3"])
+        .refused(2, &["8 % (1·3·1 = 3) = 2", "nearest"]);
+    place.run(&["topology", "--world-size", "8", "--order", "tp-zp-dp"]).refused(2, &["zp"]);
+    let refused = |sets: &[&str], parts: &[&str]| {
+        let arguments: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        place.train(&arguments).refused(2, parts);
+    };
+    refused(&["parallel.tp=3"], &["[parallel]", "4 % (3·1·2 = 6) = 4", "nearest"]);
+    // Experts by EP, heads by TP, the batch by DP, layers by PP.
+    refused(&["model.num_local_experts=3"], &["experts must be a multiple of ep", "3 % 2", "nearest"]);
+    refused(
+        &["model.num_attention_heads=3", "model.num_key_value_heads=3", "model.head_dim=4"],
+        &["heads", "3 % 2", "nearest"],
+    );
+    refused(&["model.intermediate_size=9", "parallel.etp=2", "parallel.ep=1"], &["9 % 2", "nearest"]);
+    refused(&["parallel.tp=1", "parallel.pp=1"], &["global_batch_size", "4 % (2·4 = 8) = 4", "nearest"]);
+    refused(&["train.global_batch_size=3"], &["3 % (2·1 = 2) = 1", "no mapping of world_size 4 is legal"]);
+    refused(&["parallel.world_size=16", "parallel.pp=4"], &["pp", "nearest"]);
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
+fn a_misspelt_config_says_the_nearest_name() {
+    let place = Place::new();
+    let before = place.hashes();
+    place
+        .train(&["--set", "train.step=3"])
+        .refused(2, &["unknown key \"step\" in [train]", "did you mean \"steps\"?"]);
+    place
+        .train(&["--set", "optimizer.steps=3"])
+        .refused(2, &["unknown key \"steps\"", "it belongs in [train]"]);
+    place.train(&["--set", "trian.steps=3"]).refused(2, &["trian", "did you mean \"train\"?"]);
+    place.train(&["--set", "train.steps"]).refused(2, &["--set train.steps", "table.key=value"]);
+    place.train(&["--set", "train.steps=many"]).refused(2, &["[train] steps", "many"]);
+    place.train(&["--set", "train.dtype=f16"]).refused(2, &["dtype", "f16", "f32", "f64"]);
+    place.run(&["train", "missing.toml"]).refused(2, &["cannot read missing.toml"]);
+    fs::write(place.path("broken.toml"), "[train\n").unwrap();
+    place.run(&["train", "broken.toml"]).refused(2, &["broken.toml is not valid TOML", "line 1"]);
+    fs::remove_file(place.path("broken.toml")).unwrap();
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
+fn missing_and_empty_data_are_named() {
+    let place = Place::new();
+    place
+        .train(&["--set", "data.files=['text/*.txt', 'absent/*.md']"])
+        .refused(3, &["\"absent/*.md\" in data.files matches no file", place.0.path().to_str().unwrap()]);
+    place.train(&["--set", "data.files=['te[xt']"]).refused(3, &["te[xt"]);
+    fs::write(place.path("text/3.txt"), "").unwrap();
+    place.train(&[]).refused(3, &["text/3.txt is empty"]);
+    place.train(&["--set", "data.files=['text/0.txt']"]).refused(3, &["only one document"]);
+    place
+        .train(&["--set", "data.files=['text/[01].txt']", "--set", "train.sequence_length=2000"])
+        .refused(3, &[".tokens has ", "one sequence needs 2001"]);
+    // None of them started a run: the folder is free.
+    fs::write(place.path("text/3.txt"), "no longer empty").unwrap();
+    place.train(&[]).ok();
+}
+
+#[test]
+fn a_run_is_never_overwritten() {
+    let place = Place::new();
+    place.train(&["--set", "train.steps=2"]).ok();
+    let before = place.hashes();
+    place.train(&[]).refused(2, &["run already holds a run", "--resume", "train.output"]);
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
+fn damaged_checkpoints_are_named_and_passed_over() {
+    let place = Place::new();
+    place.train(&[]).ok();
+    let whole = place.timeless("run");
+    let newest = place.path("run/checkpoints/step-6/rank-00001.bin");
+    let good = fs::read(&newest).unwrap();
+
+    flip(&newest);
+    for path in ["run", "run/checkpoints/step-6"] {
+        place
+            .run(&["checkpoint", "verify", path])
+            .refused(4, &["step-6", "rank-00001.bin", "checksum", ".weight"]);
+    }
+    place.run(&["eval", "run/checkpoints/step-6"]).refused(4, &["step-6", "rank-00001.bin", "checksum"]);
+    place.run(&["sample", "run/checkpoints/step-6"]).refused(4, &["step-6", "rank-00001.bin", "checksum"]);
+    fs::write(&newest, &good).unwrap();
+    truncate(&newest);
+    place.run(&["checkpoint", "verify", "run"]).refused(4, &["step-6", "rank-00001.bin has ", "is cut off"]);
+
+    // The older one is whole: the run goes on from it, says so, and comes to the same end.
+    let resumed = place.train(&["--resume"]).ok();
+    assert!(
+        resumed.err.contains("warning: skipped: ") && resumed.err.contains("rank-00001.bin"),
+        "{resumed:?}"
+    );
+    assert!(resumed.out.contains("resuming after step 4"), "{resumed:?}");
+    assert_eq!(place.timeless("run"), whole);
+    let verified = place.run(&["checkpoint", "verify", "run"]).ok();
+    assert_eq!(verified.out.matches(": whole").count(), 2, "{verified:?}");
+    // The damaged one is still there to look at.
+    let aside = resumed.err.split("the damaged checkpoint is kept as ").nth(1).unwrap().trim_end();
+    assert_eq!(fs::read(place.path(aside).join("rank-00001.bin")).unwrap(), good[..good.len() - 5]);
+    assert_eq!(fs::read(place.path("run/checkpoints/step-6/rank-00001.bin")).unwrap(), good);
+
+    truncate(&newest);
+    flip(&place.path("run/checkpoints/step-4/manifest.json"));
+    let before = place.hashes();
+    let refused = place.train(&["--resume"]).refused(4, &["none of the 2 checkpoints", "run/checkpoints"]);
+    assert_eq!(refused.err.matches("warning: skipped: ").count(), 2, "{refused:?}");
+    place.run(&["eval", "run"]).refused(4, &["none of the 2 checkpoints"]);
+    place.train(&["--resume", "--set", "train.output=elsewhere"]).refused(4, &["elsewhere"]);
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
+fn a_checkpoint_of_another_run_is_refused() {
+    let place = Place::new();
+    place.train(&["--set", "train.steps=2"]).ok();
+    let before = place.hashes();
+    for (set, parts) in [
+        ("model.hidden_size=32", ["is of another model", "hidden_size is 16 there and 32 here"]),
+        ("model.num_local_experts=8", ["is of another model", "num_local_experts is 4 there and 8 here"]),
+    ] {
+        place.train(&["--resume", "--set", set]).refused(4, &parts);
+    }
+    // What the order of samples or the numbers depend on cannot change in the middle of a run.
+    for (set, parts) in [
+        ("train.seed=9", ["train.seed was 0", "is 9 now"]),
+        ("train.global_batch_size=8", ["train.global_batch_size was 4", "is 8 now"]),
+        ("train.dtype=f32", ["train.dtype was f64", "is f32 now"]),
+    ] {
+        place.train(&["--resume", "--set", set]).refused(2, &parts);
+    }
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
+fn a_run_goes_on_under_another_folding() {
+    let place = Place::new();
+    place.train(&["--set", "train.output=whole"]).ok();
+    place.train(&["--set", "train.steps=2"]).ok();
+    // TP1 × DP2 with ETP2.
+    let folding =
+        ["parallel.world_size=2", "parallel.tp=1", "parallel.pp=1", "parallel.ep=1", "parallel.etp=2"];
+    let sets = folding.iter().flat_map(|set| ["--set", set]);
+    let resumed = place.train(&["--resume"].into_iter().chain(sets).collect::<Vec<_>>()).ok();
+    assert!(resumed.out.contains("resuming after step 2"), "{resumed:?}");
+    let losses = |run: &str| -> Vec<f64> {
+        place.metrics(run).iter().filter_map(|line| line.get("loss")?.as_f64()).collect()
+    };
+    let (whole, resumed) = (losses("whole"), losses("run"));
+    assert_eq!(whole.len(), resumed.len());
+    for (x, y) in whole.iter().zip(&resumed) {
+        assert!((x - y).abs() <= 1e-10 * y, "{x} and {y}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_saves_and_goes_on() {
+    let place = Place::new();
+    // More steps than anybody waits for.
+    let endless = ["train", "run.toml", "--set", "train.steps=10000000"];
+    let mut command = place.command(&endless);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    let lines = || fs::read_to_string(place.path("run/metrics.jsonl")).unwrap_or_default().lines().count();
+    while lines() < 5 {
+        assert!(start.elapsed() < Duration::from_secs(60), "the run does not start");
+        thread::sleep(Duration::from_millis(5));
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let said =
+        Said::new(child.wait_with_output().unwrap()).refused(130, &["interrupted after step ", "--resume"]);
+    let message = said.err.split("interrupted after step ").nth(1).unwrap();
+    let step: u64 = message.split(';').next().unwrap().parse().unwrap();
+    assert!(message.contains(&format!("run/checkpoints/step-{step}: ")), "{message}");
+    place.run(&["checkpoint", "verify", "run"]).ok();
+
+    let last = format!("train.steps={}", step + 3);
+    place.train(&["--resume", "--set", &last]).ok();
+    place.train(&["--set", &last, "--set", "train.output=whole"]).ok();
+    assert_eq!(place.timeless("run"), place.timeless("whole"));
+}
