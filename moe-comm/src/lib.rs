@@ -16,9 +16,6 @@
 //! [`Flight`], which are made for streams and device buffers, and are held to the suite in `conformance` (a feature).
 //! [`count`] and [`fault`] are decorators of any backend.
 //!
-//! Not for: processes that come and go, encryption, or waiting on several operations for whichever is first. The order
-//! of operations is part of the program, the same on all ranks of a group.
-//!
 //! ```
 //! use std::time::Duration;
 //!
@@ -43,6 +40,11 @@
 //! assert_eq!(sums, [[1.0, 2.0], [1.0, 2.0], [5.0, 2.0], [5.0, 2.0]]);
 //! # Ok::<(), moe_comm::WorldError>(())
 //! ```
+//!
+//! # When not to use it
+//!
+//! For processes that come and go, for untrusted networks, or to wait on several operations for whichever is first: the
+//! order of operations is part of the program, the same on all ranks of a group.
 
 #![forbid(unsafe_code)]
 

@@ -14,8 +14,6 @@
 //! - `Router`, `NativeFabric`: on this workspace's tensors (feature `native`, on by default). Without it the crate
 //!   depends on `moe-topology` only.
 //!
-//! Not for inference with paged or quantised experts, nor for a single device where one fused kernel does it all.
-//!
 //! # Example
 //!
 //! Two tokens, four experts, one rank; experts that return their input. On several ranks only the fabric differs.
@@ -49,6 +47,11 @@
 //! # #[cfg(not(feature = "native"))]
 //! # fn main() {}
 //! ```
+//!
+//! # When not to use it
+//!
+//! For inference with paged or quantised experts, for experts that are not spread evenly over EP, or on a single device
+//! where one fused kernel does it all.
 
 #![forbid(unsafe_code)]
 
