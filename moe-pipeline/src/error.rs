@@ -106,6 +106,23 @@ pub enum Error {
         at: At,
     },
 
+    /// Groups of micro-batches that interleaved stages cannot work in.
+    #[error(
+        "{virtual_stages} virtual stages on {ranks} ranks cannot take {microbatches} micro-batches in groups of {group}: a \
+         group has at least {ranks} (the ranks), at most all micro-batches, and the last one no fewer than {ranks}; {}",
+        nearest(*ranks, *microbatches, *group)
+    )]
+    Group {
+        /// Ranks of the placement.
+        ranks: u32,
+        /// Stages per rank.
+        virtual_stages: u32,
+        /// Micro-batches of the step.
+        microbatches: u32,
+        /// Micro-batches that go through one stage before the next.
+        group: u32,
+    },
+
     /// Lowering starts from less than it was given.
     #[error("{at}: the schedule already has such actions")]
     AlreadyLowered {
@@ -269,4 +286,18 @@ pub enum Error {
 fn chain(cycle: &[At]) -> String {
     let steps: Vec<String> = cycle.iter().map(At::to_string).collect();
     format!("{} waits for the first", steps.join(" waits for "))
+}
+
+/// What to change where [`Error::Group`] is.
+fn nearest(ranks: u32, microbatches: u32, group: u32) -> String {
+    if group < ranks {
+        return format!("the nearest group is {ranks}");
+    }
+    let legal = |m: u32| m >= group && (m.is_multiple_of(group) || m % group >= ranks);
+    let below = (group..microbatches).rev().find(|&m| legal(m));
+    let above = (microbatches.max(group)..=u32::MAX).find(|&m| legal(m));
+    let numbers: Vec<String> = below.into_iter().chain(above).map(|m| m.to_string()).collect();
+    let whole =
+        if microbatches >= ranks { format!("; or one group of {microbatches}") } else { String::new() };
+    format!("the nearest numbers of micro-batches: {}{whole}", numbers.join(", "))
 }

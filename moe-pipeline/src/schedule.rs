@@ -46,6 +46,17 @@ impl Placement {
         Self::new((0..ranks).collect())
     }
 
+    /// `virtual_stages` stages per rank, in rounds: stage `s` on rank `s mod ranks`.
+    ///
+    /// # Errors
+    /// No rank or no virtual stage, or more stages than can be numbered.
+    pub fn looped(ranks: u32, virtual_stages: u32) -> Result<Self> {
+        match ranks.checked_mul(virtual_stages) {
+            Some(stages) if stages < 1 << 31 => Self::new((0..stages).map(|s| s % ranks).collect()),
+            _ => Err(Error::TooManyStages { stages: ranks as usize * virtual_stages as usize }),
+        }
+    }
+
     /// Pipeline ranks.
     pub fn ranks(&self) -> u32 {
         self.stages_of.len() as u32
