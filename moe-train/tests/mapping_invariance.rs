@@ -127,10 +127,10 @@ fn experts_without_tokens() {
 
 fn sizes() -> impl Strategy<Value = (Sizes, bool, bool)> {
     let axes = (
-        prop::sample::select(vec![1usize, 2, 3]),
-        prop::sample::select(vec![1usize, 2, 4]),
-        1usize..=2,
-        prop::sample::select(vec![1usize, 2, 3, 4]),
+        prop::sample::select(vec![1usize, 2, 3, 6]),
+        prop::sample::select(vec![1usize, 2, 4, 8]),
+        1usize..=3,
+        prop::sample::select(vec![1usize, 2, 3, 4, 6]),
         prop::sample::select(vec![1usize, 2, 4, 8]),
     );
     (axes, any::<bool>(), any::<bool>()).prop_filter(
@@ -143,7 +143,7 @@ fn sizes() -> impl Strategy<Value = (Sizes, bool, bool)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     #[test]
     fn any_folding(((sizes, dp_last, all_gather), normalize) in (sizes(), any::<bool>())) {

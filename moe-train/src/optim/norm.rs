@@ -77,7 +77,48 @@ impl GradNorm {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use moe_comm::{Comms, ThreadWorld, World};
+    use moe_kernels::Cpu;
+    use moe_model::params::{Init, Logical, Name, ParamLayoutBuilder, ParamStore, Placed};
+    use moe_model::{Objective, RopeTable, Stats};
+    use moe_topology::{Folding, Mapping, Owner, Placement};
+
     use super::*;
+    use crate::Error;
+
+    /// Both tensor-parallel ranks hold the vector and have its whole gradient after a reduction over DP. (Under sequence
+    /// parallelism no tensor of the decoder is like that.)
+    #[test]
+    fn what_several_ranks_hold_alike_is_counted_once() {
+        let norms = ThreadWorld::run(4, Duration::from_secs(60), |world| {
+            let device = Cpu::new(1);
+            let folding = Folding::new(Mapping { world_size: 4, tp: 2, ..Mapping::default() })?;
+            let mut layout = ParamLayoutBuilder::new(&folding, world.rank());
+            for (name, dims, shards) in
+                [("vector", &[6][..], &[][..]), ("matrix", &[4, 3], &[(0, Attention::TP)])]
+            {
+                let placement = Placement::new(dims, shards, Attention::DP, Owner::Stage(0))?;
+                let (name, placement) = (Name::One(name.into()), Placed::Attention(placement));
+                layout.add(&[Logical { name, placement, init: Init::One }])?;
+            }
+            let params = ParamStore::<f64, Cpu>::new(layout.build(), 0, &device)?;
+            let comms = Comms::builder().attention(Attention::ALL).build(&world, &device, &folding)?;
+            let ones: Vec<_> = params.buckets().iter().map(|bucket| vec![1.0; bucket.slice.len()]).collect();
+            let grads: Vec<_> = ones
+                .iter()
+                .map(|ones| Tensor::<f64, Cpu>::from_slice(&device, 1, ones.len(), ones))
+                .collect::<Result<_, _>>()?;
+            let rope = RopeTable::new(&device, 1, 2, 1e4)?;
+            let (objective, stats) = (Objective { micro_batches: 1, tokens: 1 }, Stats::default());
+            let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats };
+            let names = ParamNames::new(["vector".to_owned(), "matrix".to_owned()]);
+            Ok::<_, Error>(GradNorm::of(&cx, &grads, &names)?.0)
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(norms, [18.0f64.sqrt(); 4]);
+    }
 
     #[test]
     fn clipping_scales_down_and_never_up() {

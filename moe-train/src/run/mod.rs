@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use moe_comm::ThreadWorld;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_topology::draw;
+use moe_topology::{Mapping, draw};
 
 pub use data::{HeldOut, TextSource, open_held_out};
 pub use folder::RunFolder;
@@ -185,20 +185,35 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: f64) -> Result
         Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
     println!("\n{}", generate(&checkpoint, &sample.prompt, sampling)?);
 
+    let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
     let run = config.train.output.display();
     let checkpoint = outcome.checkpoint.display();
     println!("\nNext, for instance:");
-    println!("  another prompt       moe-train sample {checkpoint} --prompt 'fn main() {{'");
-    println!("  curves               tensorboard --logdir {run}/tensorboard   (or read {run}/metrics.jsonl)");
+    println!("  another prompt   {program} sample {checkpoint} --prompt 'fn main() {{'");
+    println!("  curves           tensorboard --logdir {run}/tensorboard   (or read {run}/metrics.jsonl)");
+    let steps = 2 * outcome.step;
+    let refold = match refolded(config) {
+        Some(tp) => format!(" --set parallel.tp={tp}"),
+        None => String::new(),
+    };
     println!(
-        "  longer, refolded     moe-train train {run}/config.toml --resume --set train.steps={} --set parallel.tp=1",
-        2 * outcome.step
+        "  train on         {program} train {run}/config.toml --resume --set train.steps={steps}{refold}"
     );
+    let Mapping { world_size, tp, cp, pp, ep, etp, order, .. } = config.mapping()?;
     println!(
-        "  another folding      moe-train topology --world-size {} --tp {} --ep {} --format svg",
-        config.parallel.world_size, config.parallel.tp, config.parallel.ep
+        "  draw the folding {program} topology --world-size {world_size} --tp {tp} --cp {cp} --pp {pp} --ep {ep} \
+         --etp {etp} --order {order} --format svg"
     );
     Ok(())
+}
+
+/// Another TP under which the run could go on.
+fn refolded(config: &RunConfig) -> Option<usize> {
+    [1, 2].into_iter().filter(|&tp| tp != config.parallel.tp).find(|&tp| {
+        let mut other = config.clone();
+        other.parallel.tp = tp;
+        other.folding().is_ok()
+    })
 }
 
 /// `1 234 567`.
