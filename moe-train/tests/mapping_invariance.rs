@@ -143,7 +143,7 @@ fn sizes() -> impl Strategy<Value = (Sizes, bool, bool)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 240, ..ProptestConfig::default() })]
 
     #[test]
     fn any_folding(((sizes, dp_last, all_gather), normalize) in (sizes(), any::<bool>())) {

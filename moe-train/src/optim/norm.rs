@@ -101,15 +101,18 @@ mod tests {
             {
                 let placement = Placement::new(dims, shards, Attention::DP, Owner::Stage(0))?;
                 let (name, placement) = (Name::One(name.into()), Placed::Attention(placement));
-                layout.add(&[Logical { name, placement, init: Init::One }])?;
+                layout.add(&[Logical { name, placement, init: Init::Ones }])?;
             }
             let params = ParamStore::<f64, Cpu>::new(layout.build(), 0, &device)?;
             let comms = Comms::builder().attention(Attention::ALL).build(&world, &device, &folding)?;
-            let ones: Vec<_> = params.buckets().iter().map(|bucket| vec![1.0; bucket.slice.len()]).collect();
-            let grads: Vec<_> = ones
+            let grads = params
+                .buckets()
                 .iter()
-                .map(|ones| Tensor::<f64, Cpu>::from_slice(&device, 1, ones.len(), ones))
-                .collect::<Result<_, _>>()?;
+                .map(|bucket| {
+                    let n = bucket.slice.len();
+                    Ok(Tensor::<f64, Cpu>::from_slice(&device, 1, n, &vec![1.0; n])?)
+                })
+                .collect::<Result<Vec<_>>>()?;
             let rope = RopeTable::new(&device, 1, 2, 1e4)?;
             let (objective, stats) = (Objective { micro_batches: 1, tokens: 1 }, Stats::default());
             let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats };
