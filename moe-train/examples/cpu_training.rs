@@ -14,7 +14,7 @@ use moe_kernels::Cpu;
 use moe_model::ModelConfig;
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::Hyper;
-use moe_train::schedule::LrSchedule;
+use moe_train::schedule::{LrSchedule, LrShape};
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
 const BATCH: usize = 8;
@@ -49,7 +49,7 @@ fn time(
         micro_batch_size,
         sequence_length: SEQUENCE,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
-        lr: LrSchedule { max: 1e-3, min: 1e-3, warmup_steps: 0, decay_steps: 0 },
+        lr: LrSchedule { max: 1e-3, min: 1e-3, warmup_steps: 0, shape: LrShape::Constant },
         clip_grad: 1.0,
     };
     let threads = (CORES / world_size).max(1);

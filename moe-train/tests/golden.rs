@@ -4,6 +4,7 @@ mod common;
 
 use common::{Outcome, assert_equal};
 use moe_model::ModelConfig;
+use moe_train::schedule::{DecayStyle, LrShape};
 use serde_json::Value;
 
 #[test]
@@ -24,7 +25,8 @@ fn two_steps_equal_pytorch() {
         setup.lr.max = number("lr");
         setup.lr.min = number("min_lr");
         setup.lr.warmup_steps = number("warmup_steps") as u64;
-        setup.lr.decay_steps = number("decay_steps") as u64;
+        let decay_steps = number("decay_steps") as u64;
+        setup.lr.shape = LrShape::Decay { decay_steps, style: DecayStyle::Cosine };
         setup.clip_grad = number("clip_grad");
         let steps = run["steps"].as_array().unwrap();
         let ours = common::train_on(

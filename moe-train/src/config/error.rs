@@ -55,6 +55,18 @@ pub enum ConfigError {
         /// The range, in words that follow "must be".
         allowed: String,
     },
+    /// A setting that has no meaning beside another one, or is needed by it.
+    #[error("{setting} {problem} with {other}: {fix}")]
+    Conflict {
+        /// Table and key.
+        setting: &'static str,
+        /// What is wrong with it, before "with".
+        problem: &'static str,
+        /// The other setting and its value.
+        other: String,
+        /// What to do instead.
+        fix: String,
+    },
     /// A setting that is known but not built.
     #[error("{setting} is not supported in training yet: {fix}")]
     Unsupported {

@@ -50,12 +50,12 @@ use toml::Table;
 
 pub use error::ConfigError;
 pub use sections::{
-    DataConfig, DeviceKind, Dispatcher, OptimizerConfig, ParallelConfig, SampleConfig, TokenizerKind,
-    TrainConfig, TrainDType,
+    DataConfig, DeviceKind, Dispatcher, LrScheduleKind, OptimizerConfig, ParallelConfig, SampleConfig,
+    TokenizerKind, TrainConfig, TrainDType,
 };
 
 use crate::durable::Context;
-use crate::schedule::LrSchedule;
+use crate::schedule::{DecayStyle, LrSchedule, LrShape};
 use strict::{field_names, take, unknown};
 
 /// Everything that defines a run; each field is a table of the file.
@@ -118,7 +118,12 @@ impl RunConfig {
             data: take(&mut root, "data", &sections)?,
             sample: take(&mut root, "sample", &sections)?,
         };
-        config.optimizer.decay_steps.get_or_insert(config.train.steps);
+        if config.optimizer.lr_schedule.ends() {
+            config.optimizer.decay_steps.get_or_insert(config.train.steps);
+        }
+        if config.optimizer.lr_schedule == LrScheduleKind::WarmupStableDecay {
+            config.optimizer.wsd_decay_style.get_or_insert(DecayStyle::Linear);
+        }
         config.check()?;
         Ok(config)
     }
@@ -136,13 +141,20 @@ impl RunConfig {
 
     /// The learning rate by step.
     pub fn lr_schedule(&self) -> LrSchedule {
-        let OptimizerConfig { lr, min_lr, warmup_steps, decay_steps, .. } = self.optimizer;
-        LrSchedule {
-            max: lr,
-            min: min_lr,
-            warmup_steps,
-            decay_steps: decay_steps.unwrap_or(self.train.steps),
-        }
+        let OptimizerConfig { lr, min_lr, warmup_steps, lr_schedule, .. } = self.optimizer;
+        let decay_steps = self.optimizer.decay_steps.unwrap_or(self.train.steps);
+        let shape = match lr_schedule {
+            LrScheduleKind::Constant => LrShape::Constant,
+            LrScheduleKind::InverseSquareRoot => LrShape::InverseSquareRoot,
+            LrScheduleKind::Linear => LrShape::Decay { decay_steps, style: DecayStyle::Linear },
+            LrScheduleKind::Cosine => LrShape::Decay { decay_steps, style: DecayStyle::Cosine },
+            LrScheduleKind::WarmupStableDecay => LrShape::StableDecay {
+                decay_steps,
+                length: self.optimizer.wsd_decay_steps.unwrap_or(0),
+                style: self.optimizer.wsd_decay_style.unwrap_or(DecayStyle::Linear),
+            },
+        };
+        LrSchedule { max: lr, min: min_lr, warmup_steps, shape }
     }
 
     /// The sizes of the axes, as written.
@@ -219,9 +231,7 @@ impl RunConfig {
         require("optimizer.lr", o.lr, finite(o.lr), "finite and at least 0")?;
         let allowed = format!("from 0 to optimizer.lr = {}", o.lr);
         require("optimizer.min_lr", o.min_lr, (0.0..=o.lr).contains(&o.min_lr), &allowed)?;
-        let decay = o.decay_steps.unwrap_or(self.train.steps);
-        let allowed = format!("at most optimizer.decay_steps = {decay}");
-        require("optimizer.warmup_steps", o.warmup_steps, o.warmup_steps <= decay, &allowed)?;
+        self.check_lr_schedule()?;
         for (setting, beta) in [("optimizer.beta1", o.beta1), ("optimizer.beta2", o.beta2)] {
             require(setting, beta, (0.0..1.0).contains(&beta), "at least 0 and below 1")?;
         }
@@ -229,6 +239,39 @@ impl RunConfig {
         require("optimizer.eps", o.eps, o.eps >= 1e-8 && finite(o.eps), "finite and at least 1e-8")?;
         require("optimizer.weight_decay", o.weight_decay, finite(o.weight_decay), "finite and at least 0")?;
         require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")
+    }
+
+    fn check_lr_schedule(&self) -> Result<(), ConfigError> {
+        let o = &self.optimizer;
+        let conflict = |setting, problem, fix: String| {
+            let other = format!("optimizer.lr_schedule = \"{}\"", o.lr_schedule.name());
+            Err(ConfigError::Conflict { setting, problem, other, fix })
+        };
+        let unused = |setting| conflict(setting, "has no meaning", "remove it".to_owned());
+        let decay = match o.decay_steps {
+            Some(_) if !o.lr_schedule.ends() => return unused("optimizer.decay_steps"),
+            given => given.unwrap_or(self.train.steps),
+        };
+        if o.lr_schedule.ends() {
+            let allowed = format!("at most optimizer.decay_steps = {decay}");
+            require("optimizer.warmup_steps", o.warmup_steps, o.warmup_steps <= decay, &allowed)?;
+        }
+        let stable = o.lr_schedule == LrScheduleKind::WarmupStableDecay;
+        match (stable, o.wsd_decay_steps, o.wsd_decay_style) {
+            (true, Some(length), _) => {
+                let most = decay - o.warmup_steps;
+                let allowed =
+                    format!("from 1 to {most}, which is optimizer.decay_steps - optimizer.warmup_steps");
+                require("optimizer.wsd_decay_steps", length, (1..=most).contains(&length), &allowed)
+            }
+            (true, None, _) => {
+                let fix = format!("set it to the length of the decay that ends at step {decay}");
+                conflict("optimizer.wsd_decay_steps", "is needed", fix)
+            }
+            (false, Some(_), _) => unused("optimizer.wsd_decay_steps"),
+            (false, None, Some(_)) => unused("optimizer.wsd_decay_style"),
+            (false, None, None) => Ok(()),
+        }
     }
 
     fn check_data(&self) -> Result<(), ConfigError> {

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
+use crate::schedule::DecayStyle;
+
 /// `[parallel]`: how ranks are folded. Sizes are 1 unless given; `dp` and `edp` follow.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -148,13 +150,21 @@ impl fmt::Display for TrainDType {
 pub struct OptimizerConfig {
     /// The largest learning rate, reached after the warm-up.
     pub lr: f64,
-    /// The learning rate at the end of the decay.
+    /// The learning rate at the end of the decay; `constant` has none.
     pub min_lr: f64,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
-    /// The step at which the cosine ends; `train.steps` unless given.
+    /// How the rate falls after the warm-up; formulas at [`LrShape`](crate::schedule::LrShape).
+    pub lr_schedule: LrScheduleKind,
+    /// The step at which the decay ends; `train.steps` unless given. `constant` and `inverse-square-root` have no end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_steps: Option<u64>,
+    /// `warmup-stable-decay`: the length of the decay that ends at `decay_steps`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wsd_decay_steps: Option<u64>,
+    /// `warmup-stable-decay`: how the rate falls; `linear` unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wsd_decay_style: Option<DecayStyle>,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
@@ -173,13 +183,51 @@ impl Default for OptimizerConfig {
             lr: 1e-3,
             min_lr: 1e-4,
             warmup_steps: 0,
+            lr_schedule: LrScheduleKind::default(),
             decay_steps: None,
+            wsd_decay_steps: None,
+            wsd_decay_style: None,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip_grad: 1.0,
         }
+    }
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrScheduleKind {
+    /// Not at all.
+    Constant,
+    /// Along a line.
+    Linear,
+    /// Along half a cosine.
+    #[default]
+    Cosine,
+    /// As one over the root of the step.
+    InverseSquareRoot,
+    /// Not at all, then fast.
+    WarmupStableDecay,
+}
+
+impl LrScheduleKind {
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            LrScheduleKind::Constant => "constant",
+            LrScheduleKind::Linear => "linear",
+            LrScheduleKind::Cosine => "cosine",
+            LrScheduleKind::InverseSquareRoot => "inverse-square-root",
+            LrScheduleKind::WarmupStableDecay => "warmup-stable-decay",
+        }
+    }
+
+    /// Whether the decay ends at a step.
+    pub const fn ends(self) -> bool {
+        !matches!(self, LrScheduleKind::Constant | LrScheduleKind::InverseSquareRoot)
     }
 }
 

@@ -121,6 +121,68 @@ fn ranges() {
 }
 
 #[test]
+fn learning_rate_schedules_are_chosen_by_name() {
+    let lr = |name: &str, more: &[&str]| {
+        let name = format!("optimizer.lr_schedule={name}");
+        let common = ["optimizer.lr=0.5", "optimizer.min_lr=0.25", "optimizer.warmup_steps=4", &name];
+        let config = with(&[&common, more].concat()).unwrap();
+        let text = config.to_toml().unwrap();
+        assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+        config.lr_schedule()
+    };
+    assert_eq!((lr("constant", &[]).at(100), lr("constant", &[]).at(2)), (0.5, 0.25));
+    assert_eq!(lr("linear", &[]).at(52), 0.375);
+    assert_eq!(lr("linear", &["optimizer.decay_steps=12"]).at(8), 0.375);
+    assert!((lr("cosine", &[]).at(52) - 0.375).abs() < 1e-15);
+    assert_eq!(
+        (lr("inverse-square-root", &[]).at(9), lr("inverse-square-root", &[]).at(100)),
+        (1.0 / 3.0, 0.25)
+    );
+    let stable =
+        |style: &[&str]| lr("warmup-stable-decay", &[&["optimizer.wsd_decay_steps=16"], style].concat());
+    assert_eq!((stable(&[]).at(84), stable(&[]).at(92), stable(&[]).at(100)), (0.5, 0.375, 0.25));
+    assert_eq!(stable(&["optimizer.wsd_decay_style=minus-sqrt"]).at(88), 0.375);
+}
+
+#[test]
+fn settings_of_another_learning_rate_schedule_are_refused() {
+    for (overrides, refused) in [
+        (
+            &["optimizer.lr_schedule=constant", "optimizer.decay_steps=9"] as &[_],
+            "optimizer.decay_steps has no meaning with optimizer.lr_schedule = \"constant\": remove it",
+        ),
+        (
+            &["optimizer.lr_schedule=linear", "optimizer.wsd_decay_steps=9"],
+            "optimizer.wsd_decay_steps has no meaning with optimizer.lr_schedule = \"linear\": remove it",
+        ),
+        (
+            &["optimizer.wsd_decay_style=linear"],
+            "optimizer.wsd_decay_style has no meaning with optimizer.lr_schedule = \"cosine\": remove it",
+        ),
+        (
+            &["optimizer.lr_schedule=warmup-stable-decay"],
+            "optimizer.wsd_decay_steps is needed with optimizer.lr_schedule = \"warmup-stable-decay\": set it to \
+             the length of the decay that ends at step 100",
+        ),
+        (
+            &[
+                "optimizer.lr_schedule=warmup-stable-decay",
+                "optimizer.warmup_steps=90",
+                "optimizer.wsd_decay_steps=11",
+            ],
+            "optimizer.wsd_decay_steps = 11, but it must be from 1 to 10, which is optimizer.decay_steps - \
+             optimizer.warmup_steps",
+        ),
+    ] {
+        assert_eq!(refusal(overrides), refused);
+    }
+    assert!(
+        refusal(&["optimizer.lr_schedule=wsd"])
+            .contains("unknown variant `wsd`, expected one of `constant`, ")
+    );
+}
+
+#[test]
 fn later_milestones_are_refused_by_name() {
     assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
     assert!(refusal(&["parallel.vpp=2"]).starts_with("parallel.vpp = 2 is not supported"));

@@ -13,7 +13,7 @@ use moe_kernels::{Backend, Cpu, Float};
 use moe_model::ModelConfig;
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
-use moe_train::schedule::LrSchedule;
+use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport};
 
 /// Random tokens with uneven loss weights: some targets count nothing, some twice, whole sequences nothing at all.
@@ -90,7 +90,12 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         micro_batch_size: 1,
         sequence_length: 12,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
-        lr: LrSchedule { max: 0.01, min: 0.001, warmup_steps: 2, decay_steps: 10 },
+        lr: LrSchedule {
+            max: 0.01,
+            min: 0.001,
+            warmup_steps: 2,
+            shape: LrShape::Decay { decay_steps: 10, style: DecayStyle::Cosine },
+        },
         clip_grad: 1.0,
     }
 }
