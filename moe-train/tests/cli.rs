@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -450,20 +450,58 @@ fn a_run_goes_on_under_another_folding() {
     }
 }
 
+/// A run of more steps than anybody waits for, some steps after its start.
+fn endless(place: &Place) -> Child {
+    let mut command = place.command(&["train", "run.toml", "--set", "train.steps=10000000"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    let lines = || fs::read_to_string(place.path("run/metrics.jsonl")).unwrap_or_default().lines().count();
+    while lines() < 8 {
+        assert!(start.elapsed() < Duration::from_secs(60), "the run does not start");
+        thread::sleep(Duration::from_millis(5));
+    }
+    child
+}
+
+#[track_caller]
+fn assert_same_metrics(place: &Place) {
+    let (run, whole) = (place.timeless("run"), place.timeless("whole"));
+    for (line, other) in run.iter().zip(&whole) {
+        assert_eq!(line, other);
+    }
+    assert_eq!(run.len(), whole.len());
+}
+
+/// Goes on to `last`, and comes to the metrics of a run that nothing happened to.
+fn goes_on_as_if_nothing_had_happened(place: &Place, last: u64) {
+    let last = format!("train.steps={last}");
+    place.train(&["--resume", "--set", &last]).ok();
+    place.train(&["--set", &last, "--set", "train.output=whole"]).ok();
+    assert_same_metrics(place);
+    place.run(&["checkpoint", "verify", "run"]).ok();
+
+    // Once more: there is nothing left to do.
+    place.train(&["--resume", "--set", &last]).ok();
+    assert_same_metrics(place);
+}
+
+#[test]
+fn a_killed_run_goes_on_from_its_last_checkpoint() {
+    let place = Place::new();
+    let mut child = endless(&place);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let newest = place.run(&["checkpoint", "ls", "run"]).ok();
+    let newest =
+        newest.out.lines().last().unwrap().split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
+    goes_on_as_if_nothing_had_happened(&place, newest + 3);
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_saves_and_goes_on() {
     let place = Place::new();
-    // More steps than anybody waits for.
-    let endless = ["train", "run.toml", "--set", "train.steps=10000000"];
-    let mut command = place.command(&endless);
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let start = Instant::now();
-    let lines = || fs::read_to_string(place.path("run/metrics.jsonl")).unwrap_or_default().lines().count();
-    while lines() < 5 {
-        assert!(start.elapsed() < Duration::from_secs(60), "the run does not start");
-        thread::sleep(Duration::from_millis(5));
-    }
+    let child = endless(&place);
     let pid = child.id().to_string();
     assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let said =
@@ -472,9 +510,5 @@ fn an_interrupted_run_saves_and_goes_on() {
     let step: u64 = message.split(';').next().unwrap().parse().unwrap();
     assert!(message.contains(&format!("run/checkpoints/step-{step}: ")), "{message}");
     place.run(&["checkpoint", "verify", "run"]).ok();
-
-    let last = format!("train.steps={}", step + 3);
-    place.train(&["--resume", "--set", &last]).ok();
-    place.train(&["--set", &last, "--set", "train.output=whole"]).ok();
-    assert_eq!(place.timeless("run"), place.timeless("whole"));
+    goes_on_as_if_nothing_had_happened(&place, step + 3);
 }

@@ -14,7 +14,7 @@ use common::checkpoints::{meta, rewrite};
 use common::{DEADLINE, Outcome, Piece, RandomBatches, gather, pieces, setup, tiny_model};
 use moe_comm::count::{Counted, Counters};
 use moe_comm::fault::{Fate, Fault, Faulty};
-use moe_comm::{RawComm, ThreadWorld, World, WorldError};
+use moe_comm::{RawComm, ThreadRank, ThreadWorld, World, WorldError};
 use moe_kernels::Cpu;
 use moe_model::ModelConfig;
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
@@ -22,7 +22,7 @@ use moe_topology::{Attention, Axes, Expert, GroupKey, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::{Checkpoint, list};
 use moe_train::checkpoint::{restore, save};
-use moe_train::trainer::{BatchSource, RankTrainer, Setup, StepReport};
+use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport};
 
 /// The rank that goes wrong: on the last of two stages, in both data-parallel groups' expert group.
 const FAULTY: usize = 5;
@@ -65,16 +65,24 @@ enum Phase {
 type Life = (Vec<StepReport>, Vec<Piece>, Option<f64>);
 
 /// All that a rank of a run does: start, evaluate, two steps, evaluate, save.
-fn life(world: &dyn World<Cpu>, root: &Path, mut ended: impl FnMut(Phase)) -> moe_train::Result<Life> {
+fn life(world: &dyn World<Cpu>, root: &Path, ended: impl FnMut(Phase)) -> moe_train::Result<Life> {
+    life_on(world, root, &source(&folded()), ended)
+}
+
+fn life_on(
+    world: &dyn World<Cpu>,
+    root: &Path,
+    source: &dyn BatchSource,
+    mut ended: impl FnMut(Phase),
+) -> moe_train::Result<Life> {
     let setup = folded();
-    let source = source(&setup);
     let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), world, Cpu::poisoned(1))?;
     ended(Phase::New);
     trainer.evaluate(setup.folding.size(Attention::DP), |u| source.micro_batch(99, u))?;
     ended(Phase::Forward);
-    let mut reports = vec![trainer.step(1, &source)?];
+    let mut reports = vec![trainer.step(1, source)?];
     ended(Phase::Step);
-    reports.push(trainer.step(2, &source)?);
+    reports.push(trainer.step(2, source)?);
     ended(Phase::SecondStep);
     let val_loss = trainer.evaluate(setup.micro_batches(), |u| source.micro_batch(98, u))?;
     ended(Phase::Evaluate);
@@ -107,10 +115,10 @@ struct Fallen {
     own: BTreeMap<usize, Result<(), String>>,
 }
 
-/// Lives in a world whose rank [`FAULTY`] is wrapped by `wrap`.
-fn fall<W>(root: &Path, wrap: impl Fn(moe_comm::ThreadRank) -> W + Send + Sync + 'static) -> Fallen
+/// A world whose rank [`FAULTY`] lives as `faulty` says.
+fn fall<F>(root: &Path, faulty: F) -> Fallen
 where
-    W: World<Cpu> + 'static,
+    F: Fn(ThreadRank, &Path) -> moe_train::Result<Life> + Send + Sync + 'static,
 {
     let root = root.to_owned();
     watched(move || {
@@ -119,7 +127,7 @@ where
         let ended = ThreadWorld::run(WORLD, PATIENCE, move |world| {
             let rank = world.rank();
             let result = match rank {
-                FAULTY => life(&wrap(world), &root, |_| ()),
+                FAULTY => faulty(world, &root),
                 _ => life(&world, &root, |_| ()),
             };
             let note = result.as_ref().map(drop).map_err(Error::to_string);
@@ -271,7 +279,9 @@ fn a_rank_that_fails_or_panics_is_named_in_every_phase() {
             let what = format!("{fate:?} in {site:?}");
             let folder = tempfile::tempdir().unwrap();
             let fault = site.fault(fate);
-            let fallen = fall(folder.path(), move |world| Faulty::new(world, [fault.clone()]));
+            let fallen = fall(folder.path(), move |world, root| {
+                life(&Faulty::new(world, [fault.clone()]), root, |_| ())
+            });
             assert_all_know(&fallen, &what);
             let injected = format!("injected fault at {} of {}", site.op, site.group);
             assert!(fallen.error.to_string().contains(&injected), "{what}: {}", fallen.error);
@@ -302,7 +312,9 @@ fn a_rank_that_stops_answering_is_named_in_every_phase() {
         thread::spawn(move || {
             let folder = tempfile::tempdir().unwrap();
             let fault = site.fault(Fate::Hang);
-            let fallen = fall(folder.path(), move |world| Faulty::new(world, [fault.clone()]));
+            let fallen = fall(folder.path(), move |world, root| {
+                life(&Faulty::new(world, [fault.clone()]), root, |_| ())
+            });
             let what = format!("{site:?}");
             assert_all_know(&fallen, &what);
             assert_eq!(fallen.error.running, [FAULTY], "{what}: {}", fallen.error);
@@ -342,7 +354,7 @@ fn a_late_rank_changes_no_bit() {
 
 /// A world that goes wrong where a rank makes its communicators, which calls nothing.
 struct NoCommunicator {
-    world: moe_comm::ThreadRank,
+    world: ThreadRank,
     fate: Fate,
 }
 
@@ -376,8 +388,44 @@ impl World<Cpu> for NoCommunicator {
 fn a_rank_that_goes_wrong_while_it_makes_its_communicators_is_named() {
     for fate in [Fate::Fail, Fate::Panic, Fate::Hang] {
         let folder = tempfile::tempdir().unwrap();
-        let fallen = fall(folder.path(), move |world| NoCommunicator { world, fate });
+        let fallen =
+            fall(folder.path(), move |world, root| life(&NoCommunicator { world, fate }, root, |_| ()));
         assert_all_know(&fallen, &format!("{fate:?} in communicator()"));
+        if fate != Fate::Hang {
+            assert!(fallen.error.to_string().contains("injected"), "{}", fallen.error);
+        }
+    }
+}
+
+/// Text that goes wrong in the second step.
+struct BadText {
+    source: RandomBatches,
+    fate: Fate,
+}
+
+impl BatchSource for BadText {
+    fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<Sequence>> {
+        match self.fate {
+            _ if step != 2 => {}
+            Fate::Fail => return Err(Error::Protocol { what: "injected" }),
+            Fate::Panic => panic!("injected"),
+            Fate::Hang => loop {
+                thread::park();
+            },
+            Fate::Delay(time) => thread::sleep(time),
+        }
+        self.source.micro_batch(step, u)
+    }
+}
+
+#[test]
+fn a_rank_that_goes_wrong_between_calls_is_named() {
+    for fate in [Fate::Fail, Fate::Panic, Fate::Hang] {
+        let folder = tempfile::tempdir().unwrap();
+        let fallen = fall(folder.path(), move |world, root| {
+            life_on(&world, root, &BadText { source: source(&folded()), fate }, |_| ())
+        });
+        assert_all_know(&fallen, &format!("{fate:?} while it reads"));
         if fate != Fate::Hang {
             assert!(fallen.error.to_string().contains("injected"), "{}", fallen.error);
         }

@@ -40,12 +40,14 @@ pub enum MetricsError {
 pub struct JsonLines {
     path: PathBuf,
     file: File,
+    evaluated: Option<u64>,
 }
 
-/// What all lines have.
+/// What a line says of its place.
 #[derive(Deserialize)]
 struct Line {
     step: u64,
+    val_loss: Option<f64>,
 }
 
 impl JsonLines {
@@ -54,7 +56,7 @@ impl JsonLines {
     /// # Errors
     /// It exists already or cannot be made.
     pub fn create(path: &Path) -> Result<Self, MetricsError> {
-        Ok(JsonLines { path: path.to_owned(), file: create_new(path)? })
+        Ok(JsonLines { path: path.to_owned(), file: create_new(path)?, evaluated: None })
     }
 
     /// Goes on with a file after step `step`: lines of later steps are removed, and so is a last line that was not
@@ -65,9 +67,14 @@ impl JsonLines {
     pub fn resume(path: &Path, step: u64) -> Result<Self, MetricsError> {
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let mut file = opened.context("open", path)?;
-        let keep = length_up_to(&file, path, step)?;
+        let (keep, evaluated) = lines_up_to(&file, path, step)?;
         file.set_len(keep).and_then(|()| file.seek(SeekFrom::End(0))).context("write", path)?;
-        Ok(JsonLines { path: path.to_owned(), file })
+        Ok(JsonLines { path: path.to_owned(), file, evaluated })
+    }
+
+    /// The step of the last evaluation that the file had when it was opened.
+    pub fn evaluated(&self) -> Option<u64> {
+        self.evaluated
     }
 
     /// Adds a line.
@@ -82,10 +89,10 @@ impl JsonLines {
     }
 }
 
-/// The length of the lines before the first one of a later step.
-fn length_up_to(file: &File, path: &Path, step: u64) -> Result<u64, MetricsError> {
+/// The length of the lines before the first one of a later step, and the step of the last evaluation among them.
+fn lines_up_to(file: &File, path: &Path, step: u64) -> Result<(u64, Option<u64>), MetricsError> {
     let mut reader = BufReader::new(file);
-    let (mut length, mut number) = (0, 0);
+    let (mut length, mut number, mut evaluated) = (0, 0, None);
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -93,11 +100,14 @@ fn length_up_to(file: &File, path: &Path, step: u64) -> Result<u64, MetricsError
         reader.read_until(b'\n', &mut line).context("read", path)?;
         // Nothing, or a line that a crash cut off.
         if line.last() != Some(&b'\n') {
-            return Ok(length);
+            return Ok((length, evaluated));
         }
         match serde_json::from_slice(&line) {
-            Ok(Line { step: found }) if found > step => return Ok(length),
-            Ok(_) => length += line.len() as u64,
+            Ok(Line { step: found, .. }) if found > step => return Ok((length, evaluated)),
+            Ok(Line { step: found, val_loss }) => {
+                length += line.len() as u64;
+                evaluated = val_loss.map(|_| found).or(evaluated);
+            }
             Err(error) => {
                 let (path, message) = (path.to_owned(), error.to_string());
                 return Err(MetricsError::Line { path, line: number, message });
@@ -162,6 +172,7 @@ mod tests {
             fs::remove_file(&path).unwrap();
             fs::write(&path, &whole[..cut]).unwrap();
             let mut lines = JsonLines::resume(&path, 3).unwrap();
+            assert_eq!(lines.evaluated(), Some(3));
             for step in 4..=5 {
                 lines.write(&record(step)).unwrap();
                 lines.write(&EvalRecord { step, val_loss: 2.0 }).unwrap();

@@ -60,11 +60,13 @@ impl Log {
         Ok(())
     }
 
-    /// An evaluation.
+    /// An evaluation. One that was written before the run was resumed is not written again.
     pub fn eval(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        let record = EvalRecord { step, val_loss };
-        self.lines.write(&record)?;
-        self.events.eval(&record)?;
+        if self.lines.evaluated() != Some(step) {
+            let record = EvalRecord { step, val_loss };
+            self.lines.write(&record)?;
+            self.events.eval(&record)?;
+        }
         self.note(&format!("step {step}: validation loss {val_loss:.4}"))
     }
 
