@@ -10,6 +10,7 @@ use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::durable::IoError;
 use crate::metrics::MetricsError;
+use crate::optim::GroupError;
 
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -80,6 +81,9 @@ pub enum Error {
     /// The model failed outside of the pipeline.
     #[error(transparent)]
     Model(#[from] moe_model::Error),
+    /// Parameter groups do not fit the model.
+    #[error("optimizer.groups: {0}")]
+    Groups(#[from] GroupError),
     /// The mapping is illegal.
     #[error(transparent)]
     Topology(#[from] moe_topology::Error),

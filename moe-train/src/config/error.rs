@@ -3,6 +3,7 @@
 use moe_model::config::ConfigError as ModelError;
 
 use crate::durable::IoError;
+use crate::optim::GroupError;
 
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +79,12 @@ pub enum ConfigError {
     /// The model's fields do not fit together.
     #[error("[model] {0}")]
     Model(#[from] ModelError),
+    /// The model cannot be laid out.
+    #[error("[model] {0}")]
+    Tensors(moe_model::Error),
+    /// Parameter groups do not fit the model.
+    #[error("[[optimizer.groups]] {0}")]
+    Groups(#[from] GroupError),
     /// The mapping is illegal for this world, model or batch.
     #[error("[parallel] {0}")]
     Mapping(#[from] moe_topology::Error),

@@ -55,6 +55,7 @@ pub use sections::{
 };
 
 use crate::durable::Context;
+use crate::optim::{ParamGroups, model_tensors};
 use crate::schedule::{DecayStyle, LrSchedule, LrShape};
 use strict::{field_names, take, unknown};
 
@@ -238,7 +239,10 @@ impl RunConfig {
         // Below this a gradient that is pure rounding would move weights.
         require("optimizer.eps", o.eps, o.eps >= 1e-8 && finite(o.eps), "finite and at least 1e-8")?;
         require("optimizer.weight_decay", o.weight_decay, finite(o.weight_decay), "finite and at least 0")?;
-        require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")
+        require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")?;
+        let tensors = model_tensors(&self.model).map_err(ConfigError::Tensors)?;
+        ParamGroups::new(&o.groups, o.weight_decay, &tensors)?;
+        Ok(())
     }
 
     fn check_lr_schedule(&self) -> Result<(), ConfigError> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
+use crate::optim::ParamGroup;
 use crate::schedule::DecayStyle;
 
 /// `[parallel]`: how ranks are folded. Sizes are 1 unless given; `dp` and `edp` follow.
@@ -175,6 +176,9 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest gradient norm; 0 does not clip.
     pub clip_grad: f64,
+    /// `[[optimizer.groups]]`: tensors with a rate or decay of their own, or frozen; the first that matches wins.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<ParamGroup>,
 }
 
 impl Default for OptimizerConfig {
@@ -192,6 +196,7 @@ impl Default for OptimizerConfig {
             eps: 1e-8,
             weight_decay: 0.1,
             clip_grad: 1.0,
+            groups: Vec::new(),
         }
     }
 }

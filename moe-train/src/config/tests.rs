@@ -183,6 +183,34 @@ fn settings_of_another_learning_rate_schedule_are_refused() {
 }
 
 #[test]
+fn parameter_groups_are_checked_against_the_model() {
+    let groups = |text: &str| with(&[&format!("optimizer.groups=[{text}]")]);
+    let config =
+        groups("{match = '*.experts.*', lr_scale = 0.5}, {match = '*embed*', frozen = true}").unwrap();
+    assert_eq!((config.optimizer.groups.len(), config.optimizer.groups[1].frozen), (2, true));
+    let text = config.to_toml().unwrap();
+    assert!(text.contains("[[optimizer.groups]]\nmatch = \"*.experts.*\"\nlr_scale = 0.5\n"), "{text}");
+    assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+
+    for (text, refused) in [
+        (
+            "{match = 'model.layers.*.mlp.experts.*.w2.weight', frozen = true}",
+            "[[optimizer.groups]] match = \"model.layers.*.mlp.experts.*.w2.weight\" matches no tensor; the nearest are \
+             model.layers.*.block_sparse_moe.experts.*.w2.weight, ",
+        ),
+        ("{match = '*', frozen = true}", "[[optimizer.groups]] all tensors are frozen"),
+        (
+            "{match = '*', lr_scal = 2}",
+            "[optimizer] groups: unknown field `lr_scal`, expected one of `match`, ",
+        ),
+        ("{lr_scale = 2}", "[optimizer] groups: missing field `match`"),
+    ] {
+        let error = groups(text).unwrap_err().to_string();
+        assert!(error.starts_with(refused), "{error}");
+    }
+}
+
+#[test]
 fn later_milestones_are_refused_by_name() {
     assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
     assert!(refusal(&["parallel.vpp=2"]).starts_with("parallel.vpp = 2 is not supported"));

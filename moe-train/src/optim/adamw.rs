@@ -7,6 +7,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore};
 
+use super::groups::{ParamGroups, TensorHyper};
 use super::shard::{Shard, gather_weights, shards, sliced_parts, weights_from_master};
 use crate::Result;
 
@@ -19,7 +20,7 @@ pub struct Hyper {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay of matrices; vectors are not decayed.
+    /// Decoupled weight decay of matrices, unless their group has its own; vectors are not decayed.
     pub weight_decay: f64,
 }
 
@@ -28,15 +29,24 @@ pub struct Hyper {
 pub struct Optimizer<T: Float, D: Device> {
     hyper: Hyper,
     shards: Vec<Shard<T::Acc, D>>,
-    decay: Vec<Vec<(Range<usize>, bool)>>,
+    runs: Vec<Vec<(Range<usize>, TensorHyper)>>,
     updates: u64,
 }
 
 impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     /// Starting state: master weights as the weights start, moments zero.
-    pub fn new(hyper: Hyper, params: &ParamStore<T, D>, seed: u64, device: &D) -> Result<Self> {
-        let decay = params.buckets().iter().map(decay_runs).collect();
-        Ok(Optimizer { hyper, shards: shards(params, seed, device)?, decay, updates: 0 })
+    ///
+    /// # Errors
+    /// `groups` are not those of this model, or the device refuses.
+    pub fn new(
+        hyper: Hyper,
+        groups: &ParamGroups,
+        params: &ParamStore<T, D>,
+        seed: u64,
+        device: &D,
+    ) -> Result<Self> {
+        let runs = params.buckets().iter().map(|bucket| runs(bucket, groups)).collect::<Result<_>>()?;
+        Ok(Optimizer { hyper, shards: shards(params, seed, device)?, runs, updates: 0 })
     }
 
     /// Updates made so far.
@@ -58,17 +68,22 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         grad_scale: f64,
     ) -> Result<()> {
         self.updates += 1;
-        let Hyper { beta1, beta2, eps, weight_decay } = self.hyper;
+        let Hyper { beta1, beta2, eps, .. } = self.hyper;
         let mut slices = Vec::with_capacity(self.shards.len());
-        for ((shard, grad), runs) in self.shards.iter_mut().zip(grads).zip(&self.decay) {
+        for ((shard, grad), runs) in self.shards.iter_mut().zip(grads).zip(&self.runs) {
             let mut weights = Tensor::uninit(&cx.device, 1, grad.shape()[1])?;
-            for (run, decays) in runs {
+            for (run, TensorHyper { lr_scale, weight_decay, frozen }) in runs {
+                if *frozen {
+                    let master = shard.master.view().columns(run.clone())?;
+                    cx.device.narrow(weights.view_mut()?.columns(run.clone())?, master)?;
+                    continue;
+                }
                 let hyper = AdamW {
-                    lr,
+                    lr: lr * lr_scale,
                     beta1,
                     beta2,
                     eps,
-                    weight_decay: if *decays { weight_decay } else { 0.0 },
+                    weight_decay: *weight_decay,
                     step: self.updates,
                     grad_scale,
                 };
@@ -95,25 +110,32 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     }
 }
 
-/// The slice of a bucket as runs of elements that decay or do not, counted from the slice's start. Padding joins the run
+/// The slice of a bucket as runs of elements that are updated alike, counted from the slice's start. Padding joins the run
 /// before it: its gradient is 0 and its weight is 0, so nothing moves it.
-fn decay_runs(bucket: &BucketLayout) -> Vec<(Range<usize>, bool)> {
-    let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
+fn runs(bucket: &BucketLayout, groups: &ParamGroups) -> Result<Vec<(Range<usize>, TensorHyper)>> {
+    let mut runs: Vec<(Range<usize>, TensorHyper)> = Vec::new();
     for (part, range) in sliced_parts(bucket) {
         let end = range.end - bucket.slice.start;
+        let hyper = groups.of(&part.name)?;
         match runs.last_mut() {
-            Some((run, decays)) if *decays != part.vector => run.end = end,
+            Some((run, last)) if *last == hyper => run.end = end,
             Some((run, _)) => {
                 let start = run.end;
-                runs.push((start..end, !part.vector));
+                runs.push((start..end, hyper));
             }
-            None => runs.push((0..end, !part.vector)),
+            None => runs.push((0..end, hyper)),
         }
     }
     match runs.last_mut() {
         Some((run, _)) => run.end = bucket.slice.len(),
-        None if !bucket.slice.is_empty() => runs.push((0..bucket.slice.len(), false)),
+        // Padding alone: its weights are its master weights, 0.
+        None if !bucket.slice.is_empty() => {
+            runs.push((
+                0..bucket.slice.len(),
+                TensorHyper { lr_scale: 1.0, weight_decay: 0.0, frozen: true },
+            ));
+        }
         None => {}
     }
-    runs
+    Ok(runs)
 }

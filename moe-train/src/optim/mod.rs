@@ -5,9 +5,13 @@
 //! from the placements; this module knows no layer and no list of expert parameters.
 
 mod adamw;
+mod groups;
 mod norm;
 mod shard;
+mod tensors;
 
 pub use adamw::{Hyper, Optimizer};
+pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use norm::{GradNorm, ParamNames};
 pub use shard::{Moment, Shard, gather_weights, reduce_gradients, sliced_parts};
+pub use tensors::model_tensors;

@@ -10,7 +10,7 @@ use moe_topology::Attention;
 use super::shard::sliced_parts;
 use crate::Result;
 
-/// The names of all logical tensors of a model, sorted: the same on all ranks.
+/// The names of the logical tensors whose gradients the norm counts, sorted: the same on all ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParamNames(BTreeMap<String, usize>);
 
@@ -43,7 +43,7 @@ pub struct GradNorm(pub f64);
 
 impl GradNorm {
     /// From every rank's slices of the reduced gradients. Squares are summed in f64 per parameter, then over the world,
-    /// then in name order. Collective over the world.
+    /// then in name order. Tensors that are not in `names`, which are frozen, do not count. Collective over the world.
     pub fn of<T: Float, D: Backend<T>>(
         cx: &Cx<T, D>,
         grads: &[Tensor<T::Acc, D>],
@@ -53,11 +53,12 @@ impl GradNorm {
         let mut squares = vec![0.0; names.len()];
         for (bucket, grad) in cx.params.buckets().iter().zip(grads) {
             for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
+                let Some(&tensor) = names.0.get(&part.name) else { continue };
                 let at = range.start - bucket.slice.start;
                 let piece = grad.view().columns(at..at + range.len())?;
                 let mut sum = Tensor::<f64, D>::zeros(device, 1, 1)?;
                 device.dot(sum.view_mut()?, piece, piece)?;
-                squares[names.0[&part.name]] += sum.to_vec(device)?[0];
+                squares[tensor] += sum.to_vec(device)?[0];
             }
         }
         let squares = cx.comms.group(Attention::ALL)?.all_reduce_host(&squares, Reduction::Sum)?;

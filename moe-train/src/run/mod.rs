@@ -143,6 +143,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         sequence_length: config.train.sequence_length,
         optimizer: Hyper { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
         lr: config.lr_schedule(),
+        groups: o.groups.clone(),
         clip_grad: o.clip_grad,
     })
 }

@@ -7,13 +7,13 @@ use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
 use moe_pipeline::generate::{forward_only, one_f_one_b};
 use moe_pipeline::{Program, execute, lower, validate};
-use moe_topology::{Attention, Folding, Mapping};
+use moe_topology::{Attention, Folding};
 
 use super::report::Totals;
 use super::source::HostBatch;
 use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
-use crate::optim::{GradNorm, Optimizer, ParamNames, reduce_gradients};
+use crate::optim::{GradNorm, Optimizer, ParamGroups, ParamNames, model_tensors, reduce_gradients};
 
 /// A rank's layers, parameters, optimizer state and communicators.
 pub struct RankTrainer<T: Float, D: Backend<T>> {
@@ -33,8 +33,10 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let rank = world.rank();
         let (stage, layout) = build(&setup, &setup.folding, rank)?;
         let params = ParamStore::new(layout, setup.seed, &device)?;
-        let names = ParamNames::new(logical_names(&setup)?);
-        let optimizer = Optimizer::new(setup.optimizer, &params, setup.seed, &device)?;
+        let tensors = model_tensors(&setup.model)?;
+        let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
+        let names = ParamNames::new(groups.trained().map(str::to_owned));
+        let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
         let mut groups = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::DP);
         groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
         groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
@@ -160,11 +162,4 @@ fn build(setup: &Setup, folding: &Folding, rank: usize) -> Result<(DecoderStage,
     let mut params = ParamLayoutBuilder::new(folding, rank);
     let layers = DecoderStage::new(&mut params, &setup.model, setup.dispatcher)?;
     Ok((layers, params.build()))
-}
-
-/// The names of all logical tensors: those that one rank alone would hold.
-fn logical_names(setup: &Setup) -> Result<Vec<String>> {
-    let one = Folding::new(Mapping { world_size: 1, ..Mapping::default() })?;
-    let (_, layout) = build(setup, &one, 0)?;
-    Ok(layout.buckets().iter().flat_map(|bucket| bucket.parts.iter().map(|part| part.name.clone())).collect())
 }

@@ -4,7 +4,7 @@ use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
 use moe_topology::{Attention, Folding};
 
-use crate::optim::Hyper;
+use crate::optim::{Hyper, ParamGroup};
 use crate::schedule::LrSchedule;
 
 /// Everything that a rank needs to know to train, the same on all ranks.
@@ -26,6 +26,8 @@ pub struct Setup {
     pub sequence_length: usize,
     /// Constants of the optimizer.
     pub optimizer: Hyper,
+    /// Tensors that are updated in another way, or not at all.
+    pub groups: Vec<ParamGroup>,
     /// Learning rate by step.
     pub lr: LrSchedule,
     /// Largest gradient norm; 0 for no clipping.

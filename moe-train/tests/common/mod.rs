@@ -90,6 +90,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         micro_batch_size: 1,
         sequence_length: 12,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+        groups: Vec::new(),
         lr: LrSchedule {
             max: 0.01,
             min: 0.001,

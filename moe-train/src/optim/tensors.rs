@@ -1,0 +1,21 @@
+//! A model's logical tensors.
+
+use moe_dispatch::DispatcherKind;
+use moe_model::params::ParamLayoutBuilder;
+use moe_model::{DecoderStage, ModelConfig};
+use moe_topology::{Folding, Mapping};
+
+use super::groups::TensorName;
+
+/// All logical tensors of a model: those that one rank alone would hold. Nothing is allocated.
+///
+/// # Errors
+/// The model's fields do not fit together.
+pub fn model_tensors(model: &ModelConfig) -> moe_model::Result<Vec<TensorName>> {
+    let one = Folding::new(Mapping::default())?;
+    let mut layout = ParamLayoutBuilder::new(&one, 0);
+    DecoderStage::new(&mut layout, model, DispatcherKind::default())?;
+    let layout = layout.build();
+    let parts = layout.buckets().iter().flat_map(|bucket| &bucket.parts);
+    Ok(parts.map(|part| TensorName { name: part.name.clone(), vector: part.vector }).collect())
+}
