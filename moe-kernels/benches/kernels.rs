@@ -7,8 +7,8 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
-    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Gemm, GroupedGemm, Loss, Norm,
-    Op, Optim, Reduce, Rope, Rotation, Routing, Rows, ScoreFunction,
+    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, Rotation, Routing, Rows, ScoreFunction,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -140,14 +140,15 @@ fn rowwise(c: &mut Criterion) {
     measure(c, "swiglu", rows * FFN, |cpu| {
         let (x, p, mut y) = (matrix(cpu, rows, 2 * FFN), matrix(cpu, 1, rows), matrix(cpu, rows, FFN));
         let cpu = cpu.clone();
-        Box::new(move || cpu.swiglu(mutable!(y), x.view(), Some(p.view())).expect("swiglu"))
+        Box::new(move || cpu.glu(mutable!(y), x.view(), Some(p.view()), GateFunction::Silu).expect("glu"))
     });
     measure(c, "swiglu_backward", rows * FFN, |cpu| {
         let (x, p, dy) = (matrix(cpu, rows, 2 * FFN), matrix(cpu, 1, rows), matrix(cpu, rows, FFN));
         let (mut dx, mut dp, cpu) = (matrix(cpu, rows, 2 * FFN), matrix(cpu, 1, rows), cpu.clone());
         Box::new(move || {
             let (dx, dp) = (mutable!(dx), mutable!(dp));
-            cpu.swiglu_backward(dx, Some(dp), dy.view(), x.view(), Some(p.view())).expect("swiglu_backward");
+            cpu.glu_backward(dx, Some(dp), dy.view(), x.view(), Some(p.view()), GateFunction::Silu)
+                .expect("glu_backward");
         })
     });
     measure(c, "rms_norm", TOKENS * HIDDEN, |cpu| {

@@ -1,8 +1,8 @@
 //! The same call gives the same bits: again, and on any number of threads.
 
 use moe_kernels::family::{
-    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Embedding, Gemm, GroupedGemm,
-    Loss, Norm, Op, Optim, Reduce, Routing, ScoreFunction,
+    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Embedding, GateFunction, Gemm,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Routing, ScoreFunction,
 };
 use moe_kernels::{Cpu, Element, Result, Tensor};
 
@@ -95,12 +95,13 @@ fn run(cpu: &Cpu) -> Result<Bits> {
 
     let (p, gate_up) = (matrix(cpu, 1, n, 15)?, matrix(cpu, n, 2 * h, 16)?);
     let (mut dp, mut dgate_up) = (matrix(cpu, 1, n, 0)?, matrix(cpu, n, 2 * h, 0)?);
-    cpu.swiglu_backward(
+    cpu.glu_backward(
         dgate_up.view_mut()?,
         Some(dp.view_mut()?),
         dy.view(),
         gate_up.view(),
         Some(p.view()),
+        GateFunction::Silu,
     )?;
     bits.keep(cpu, "dp", &dp)?;
     bits.keep(cpu, "dgate_up", &dgate_up)?;

@@ -1,22 +1,33 @@
-//! A decoder block: attention, then experts.
+//! A decoder block: attention, then a dense feed-forward layer or experts.
 
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Float, Tensor};
 
 use crate::attention::SelfAttention;
 use crate::config::ModelConfig;
+use crate::dense::DenseMlp;
 use crate::layer::Layer;
 use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
-use crate::{Cx, Result};
+use crate::{Cx, Error, Result};
 
-/// `x → x + attention(norm(x)) → x + experts(norm(x))`.
+/// `x → x + attention(norm(x)) → x + mlp(norm(x))`.
 #[derive(Debug, Clone)]
 pub struct Block {
     /// The attention sublayer.
     pub attention: SelfAttention,
-    /// The expert sublayer.
-    pub mlp: MoeMlp,
+    /// The feed-forward sublayer.
+    pub mlp: Mlp,
+}
+
+/// The feed-forward sublayer of a block: [`ModelConfig::is_moe_layer`] says which.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one per layer
+pub enum Mlp {
+    /// One for all tokens.
+    Dense(DenseMlp),
+    /// Experts.
+    Moe(MoeMlp),
 }
 
 impl Block {
@@ -29,7 +40,10 @@ impl Block {
         stage: usize,
     ) -> Result<Self> {
         let attention = SelfAttention::new(params, config, layer, stage)?;
-        let mlp = MoeMlp::new(params, config, dispatcher, layer, stage)?;
+        let mlp = match config.is_moe_layer(layer) {
+            true => Mlp::Moe(MoeMlp::new(params, config, dispatcher, layer, stage)?),
+            false => Mlp::Dense(DenseMlp::new(params, config, layer, stage)?),
+        };
         Ok(Block { attention, mlp })
     }
 }
@@ -37,9 +51,64 @@ impl Block {
 type Saved<L, T, D> = <L as Layer<T, D>>::Saved;
 type Deferred<L, T, D> = <L as Layer<T, D>>::Deferred;
 
+/// A value that belongs to either kind of sublayer.
+#[derive(Debug)]
+pub enum Either<A, B> {
+    /// Of a dense one.
+    Dense(A),
+    /// Of experts.
+    Moe(B),
+}
+
+impl<T: Float, D: Backend<T>> Layer<T, D> for Mlp {
+    type Saved = Either<Saved<DenseMlp, T, D>, Saved<MoeMlp, T, D>>;
+    type Deferred = Either<Deferred<DenseMlp, T, D>, Deferred<MoeMlp, T, D>>;
+
+    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+        Ok(match self {
+            Mlp::Dense(mlp) => {
+                let (y, saved) = mlp.forward(m, x, cx)?;
+                (y, Either::Dense(saved))
+            }
+            Mlp::Moe(mlp) => {
+                let (y, saved) = mlp.forward(m, x, cx)?;
+                (y, Either::Moe(saved))
+            }
+        })
+    }
+
+    fn backward_input(
+        &self,
+        m: u32,
+        dy: Tensor<T, D>,
+        saved: Self::Saved,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, Self::Deferred)> {
+        match (self, saved) {
+            (Mlp::Dense(mlp), Either::Dense(saved)) => {
+                let (dx, deferred) = mlp.backward_input(m, dy, saved, cx)?;
+                Ok((dx, Either::Dense(deferred)))
+            }
+            (Mlp::Moe(mlp), Either::Moe(saved)) => {
+                let (dx, deferred) = mlp.backward_input(m, dy, saved, cx)?;
+                Ok((dx, Either::Moe(deferred)))
+            }
+            _ => Err(Error::OtherLayer),
+        }
+    }
+
+    fn backward_weight(&self, m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
+        match (self, deferred) {
+            (Mlp::Dense(mlp), Either::Dense(deferred)) => mlp.backward_weight(m, deferred, cx),
+            (Mlp::Moe(mlp), Either::Moe(deferred)) => mlp.backward_weight(m, deferred, cx),
+            _ => Err(Error::OtherLayer),
+        }
+    }
+}
+
 impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
-    type Saved = (Saved<SelfAttention, T, D>, Saved<MoeMlp, T, D>);
-    type Deferred = (Deferred<SelfAttention, T, D>, Deferred<MoeMlp, T, D>);
+    type Saved = (Saved<SelfAttention, T, D>, Saved<Mlp, T, D>);
+    type Deferred = (Deferred<SelfAttention, T, D>, Deferred<Mlp, T, D>);
 
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
         let (x, attention) = self.attention.forward(m, x, cx)?;

@@ -1,11 +1,12 @@
 //! What defines a model: the keys of a Hugging Face `config.json`.
 
-use moe_kernels::family::ScoreFunction;
+use moe_kernels::family::{GateFunction, ScoreFunction};
 use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
 
-/// A Mixtral-like decoder (arXiv 2401.04088). Fields carry the names of Hugging Face's `MixtralConfig`; those that have
-/// a default there have it here.
+/// A decoder with experts (Mixtral, arXiv 2401.04088, and what Qwen2-MoE, Qwen3-MoE, GLM-4-MoE and DeepSeek add to it). Fields
+/// carry the names of Hugging Face's `MixtralConfig` and of those models' configurations; what has a default in
+/// `MixtralConfig` has it here.
 ///
 /// ```
 /// use moe_model::config::ModelConfig;
@@ -25,8 +26,21 @@ pub struct ModelConfig {
     pub vocab_size: usize,
     /// Width of the residual stream, H.
     pub hidden_size: usize,
-    /// Inner width of one expert, I.
+    /// Inner width of dense layers; of one expert too unless `moe_intermediate_size` is given.
     pub intermediate_size: usize,
+    /// Inner width of one expert, I; `intermediate_size` unless given. See [`expert_width`](Self::expert_width).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_intermediate_size: Option<usize>,
+    /// Inner width of a shared expert with a sigmoid gate (Qwen2-MoE); none unless given. See
+    /// [`shared_expert_width`](Self::shared_expert_width).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_expert_intermediate_size: Option<usize>,
+    /// Width of a shared expert without gate (DeepSeek), in widths of an expert; none unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_shared_experts: Option<usize>,
+    /// What gated linear units apply to their gate; SiLU unless given.
+    #[serde(default)]
+    pub hidden_act: HiddenAct,
     /// Decoder layers, L.
     pub num_hidden_layers: usize,
     /// Query heads.
@@ -36,7 +50,16 @@ pub struct ModelConfig {
     /// Width of one head; `hidden_size / num_attention_heads` unless given. See [`head_dim`](Self::head_dim).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
-    /// Experts of each layer, E.
+    /// Layers without experts (Qwen2-MoE); none unless given. See [`is_moe_layer`](Self::is_moe_layer).
+    #[serde(default)]
+    pub mlp_only_layers: Vec<usize>,
+    /// Every so many-th layer has experts, the others are dense (Qwen2-MoE); 1 unless given.
+    #[serde(default = "default_decoder_sparse_step")]
+    pub decoder_sparse_step: usize,
+    /// So many first layers are dense (DeepSeek); 0 unless given.
+    #[serde(default)]
+    pub first_k_dense_replace: usize,
+    /// Experts of each MoE layer, E.
     pub num_local_experts: usize,
     /// Experts that each token goes to, K.
     pub num_experts_per_tok: usize,
@@ -66,6 +89,26 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
 }
 
+/// The activation of gated linear units, as Hugging Face names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HiddenAct {
+    /// SwiGLU.
+    #[default]
+    Silu,
+    /// GeGLU with the tanh approximation of GELU.
+    GeluPytorchTanh,
+}
+
+/// The inner width of the expert that every token goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedExpertWidth {
+    /// Its output is added as it is.
+    Plain(usize),
+    /// Its output is multiplied by a sigmoid of the token first.
+    Gated(usize),
+}
+
 /// From router logits to weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -75,6 +118,10 @@ pub enum RouterScore {
     SoftmaxPost,
     /// Softmax over all E logits; the chosen are divided by their sum if `norm_topk_prob`.
     SoftmaxPre,
+}
+
+fn default_decoder_sparse_step() -> usize {
+    1
 }
 
 fn default_rms_norm_eps() -> f64 {
@@ -143,7 +190,40 @@ impl ModelConfig {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
-    /// Standard deviation of the initial weights that write to the residual stream (`o_proj`, `w2`):
+    /// Inner width of one expert: `moe_intermediate_size`, or `intermediate_size`.
+    pub fn expert_width(&self) -> usize {
+        self.moe_intermediate_size.unwrap_or(self.intermediate_size)
+    }
+
+    /// The shared expert of each MoE layer, if there is one: `shared_expert_intermediate_size` with a gate, or
+    /// `n_shared_experts` times the width of an expert without.
+    pub fn shared_expert_width(&self) -> Option<SharedExpertWidth> {
+        let gated = self.shared_expert_intermediate_size.map(SharedExpertWidth::Gated);
+        gated.or(self.n_shared_experts.map(|n| SharedExpertWidth::Plain(n * self.expert_width())))
+    }
+
+    /// Whether layer `layer` has experts: it is none of `mlp_only_layers`, not among the first `first_k_dense_replace`,
+    /// and `layer + 1` is a multiple of `decoder_sparse_step`.
+    pub fn is_moe_layer(&self, layer: usize) -> bool {
+        !self.mlp_only_layers.contains(&layer)
+            && layer >= self.first_k_dense_replace
+            && (layer + 1).is_multiple_of(self.decoder_sparse_step)
+    }
+
+    /// The layers with experts, ascending.
+    pub fn moe_layers(&self) -> impl Iterator<Item = usize> {
+        (0..self.num_hidden_layers).filter(|&layer| self.is_moe_layer(layer))
+    }
+
+    /// The gate's function, as kernels take it.
+    pub fn gate_function(&self) -> GateFunction {
+        match self.hidden_act {
+            HiddenAct::Silu => GateFunction::Silu,
+            HiddenAct::GeluPytorchTanh => GateFunction::GeluTanh,
+        }
+    }
+
+    /// Standard deviation of the initial weights that write to the residual stream (`o_proj`, `w2`, `down_proj`):
     /// `initializer_range / sqrt(2L)`.
     pub fn residual_std(&self) -> f64 {
         self.initializer_range / (2.0 * self.num_hidden_layers as f64).sqrt()
@@ -162,11 +242,25 @@ impl ModelConfig {
     fn parameters_with(&self, experts: usize) -> u64 {
         let hidden = self.hidden_size as u64;
         let heads = (self.num_attention_heads + self.num_key_value_heads) as u64 * self.head_dim() as u64;
-        let attention = 2 * heads * hidden;
-        let experts = 3 * experts as u64 * self.intermediate_size as u64 * hidden;
+        let every_layer = 2 * heads * hidden + 2 * hidden;
+        let gated = |width: usize| 3 * width as u64 * hidden;
+        let shared = match self.shared_expert_width() {
+            None => 0,
+            Some(SharedExpertWidth::Plain(width)) => gated(width),
+            Some(SharedExpertWidth::Gated(width)) => gated(width) + hidden,
+        };
         let router = self.num_local_experts as u64 * hidden;
-        let layer = attention + experts + router + 2 * hidden;
-        self.num_hidden_layers as u64 * layer + 2 * self.vocab_size as u64 * hidden + hidden
+        let moe = experts as u64 * gated(self.expert_width()) + router + shared;
+        let (layers, moe_layers) = (self.num_hidden_layers as u64, self.moe_layers().count() as u64);
+        layers * every_layer
+            + moe_layers * moe
+            + (layers - moe_layers) * gated(self.intermediate_size)
+            + 2 * self.vocab_size as u64 * hidden
+            + hidden
+    }
+
+    fn has_dense_layers(&self) -> bool {
+        self.moe_layers().count() < self.num_hidden_layers
     }
 
     /// The router's score function, as kernels take it.
@@ -183,7 +277,11 @@ impl ModelConfig {
             num_attention_heads: Some(self.num_attention_heads),
             num_key_value_heads: Some(self.num_key_value_heads),
             num_experts: Some(self.num_local_experts),
-            moe_intermediate_size: Some(self.intermediate_size),
+            moe_intermediate_size: Some(self.expert_width()),
+            intermediate_size: self.has_dense_layers().then_some(self.intermediate_size),
+            shared_expert_intermediate_size: self.shared_expert_width().map(|width| match width {
+                SharedExpertWidth::Plain(width) | SharedExpertWidth::Gated(width) => width,
+            }),
             num_hidden_layers: Some(self.num_hidden_layers),
             ..Constraints::default()
         }
@@ -205,7 +303,15 @@ impl ModelConfig {
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
+            ("moe_intermediate_size", self.moe_intermediate_size.unwrap_or(1)),
+            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size.unwrap_or(1)),
+            ("n_shared_experts", self.n_shared_experts.unwrap_or(1)),
+            (
+                "n_shared_experts · moe_intermediate_size",
+                self.n_shared_experts.unwrap_or(1).saturating_mul(self.expert_width()),
+            ),
             ("num_hidden_layers", self.num_hidden_layers),
+            ("decoder_sparse_step", self.decoder_sparse_step),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim.unwrap_or(1)),
@@ -224,6 +330,21 @@ impl ModelConfig {
         let (chosen, experts) = (self.num_experts_per_tok as f64, self.num_local_experts);
         let allowed = format!("from 1 to num_local_experts = {experts}");
         in_range("num_experts_per_tok", chosen, 1.0..=experts as f64, &allowed)?;
+
+        let layers = self.num_hidden_layers;
+        let allowed = format!("less than num_hidden_layers = {layers}");
+        for &layer in &self.mlp_only_layers {
+            in_range("a layer of mlp_only_layers", layer as f64, 0.0..=(layers - 1) as f64, &allowed)?;
+        }
+        let allowed = format!("at most num_hidden_layers = {layers}");
+        let dense = self.first_k_dense_replace as f64;
+        in_range("first_k_dense_replace", dense, 0.0..=layers as f64, &allowed)?;
+        if self.shared_expert_intermediate_size.is_some() && self.n_shared_experts.is_some() {
+            return Err(ConfigError::Unsupported {
+                setting: "n_shared_experts beside shared_expert_intermediate_size",
+                why: "a layer has one shared expert: the former has no gate, the latter one",
+            });
+        }
 
         in_range("rms_norm_eps", self.rms_norm_eps, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
         in_range("rope_theta", self.rope_theta, 1.0..=f64::MAX, "finite and at least 1")?;
@@ -299,6 +420,13 @@ mod tests {
             vocab_size: 32000,
             hidden_size: 4096,
             intermediate_size: 14336,
+            moe_intermediate_size: None,
+            shared_expert_intermediate_size: None,
+            n_shared_experts: None,
+            hidden_act: HiddenAct::Silu,
+            mlp_only_layers: Vec::new(),
+            decoder_sparse_step: 1,
+            first_k_dense_replace: 0,
             num_hidden_layers: 32,
             num_attention_heads: 32,
             num_key_value_heads: 8,
@@ -379,6 +507,51 @@ mod tests {
             refusal(|c| c.num_experts_per_tok = 9),
             "num_experts_per_tok = 9, but num_experts_per_tok must be from 1 to num_local_experts = 8"
         );
+    }
+
+    #[test]
+    fn layers_are_dense_or_of_experts_in_any_pattern() {
+        let layers = |change: fn(&mut ModelConfig)| {
+            let mut config = ModelConfig { num_hidden_layers: 6, ..mixtral() };
+            change(&mut config);
+            config.check().unwrap();
+            config.moe_layers().collect::<Vec<_>>()
+        };
+        assert_eq!(layers(|_| ()), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(layers(|c| c.mlp_only_layers = vec![4, 0]), [1, 2, 3, 5]);
+        // As transformers' Qwen2MoeDecoderLayer: (layer + 1) % decoder_sparse_step == 0.
+        assert_eq!(layers(|c| c.decoder_sparse_step = 2), [1, 3, 5]);
+        assert_eq!(layers(|c| (c.decoder_sparse_step, c.mlp_only_layers) = (2, vec![3])), [1, 5]);
+        // As transformers' DeepseekV3DecoderLayer: layer >= first_k_dense_replace.
+        assert_eq!(layers(|c| c.first_k_dense_replace = 4), [4, 5]);
+        assert_eq!(layers(|c| c.first_k_dense_replace = 6), [0; 0]);
+        assert!(refusal(|c| c.mlp_only_layers = vec![32]).starts_with("a layer of mlp_only_layers = 32"));
+        assert!(refusal(|c| c.first_k_dense_replace = 33).starts_with("first_k_dense_replace = 33"));
+        assert!(refusal(|c| c.decoder_sparse_step = 0).starts_with("decoder_sparse_step = 0"));
+    }
+
+    #[test]
+    fn shared_experts_have_one_width() {
+        let config = ModelConfig { moe_intermediate_size: Some(768), ..mixtral() };
+        assert_eq!(config.shared_expert_width(), None);
+        let gated = ModelConfig { shared_expert_intermediate_size: Some(5632), ..config.clone() };
+        assert_eq!(gated.shared_expert_width(), Some(SharedExpertWidth::Gated(5632)));
+        let plain = ModelConfig { n_shared_experts: Some(2), ..config.clone() };
+        assert_eq!(plain.shared_expert_width(), Some(SharedExpertWidth::Plain(1536)));
+        assert_eq!(plain.parameters() - config.parameters(), 32 * 3 * 1536 * 4096);
+        assert_eq!(gated.parameters() - config.parameters(), 32 * (3 * 5632 + 1) * 4096);
+        let both = |c: &mut ModelConfig| {
+            (c.n_shared_experts, c.shared_expert_intermediate_size) = (Some(1), Some(64))
+        };
+        assert!(refusal(both).contains("a layer has one shared expert"));
+        assert!(refusal(|c| c.n_shared_experts = Some(0)).starts_with("n_shared_experts = 0"));
+    }
+
+    #[test]
+    fn only_the_tanh_approximation_of_gelu_is_there() {
+        let parse = |act: &str| serde_json::from_value::<HiddenAct>(act.into());
+        assert_eq!(parse("gelu_pytorch_tanh").unwrap(), HiddenAct::GeluPytorchTanh);
+        assert!(parse("gelu").unwrap_err().to_string().contains("gelu_pytorch_tanh"));
     }
 
     #[test]

@@ -45,6 +45,9 @@ pub enum Error {
         /// What is wrong.
         what: &'static str,
     },
+    /// Backward was given what another kind of layer had kept.
+    #[error("what a forward pass kept belongs to another kind of layer")]
+    OtherLayer,
     /// Gradients were asked for before they were allocated or after they were taken.
     #[error("there are no gradients now: they live from the start of a step to their reduction")]
     NoGradients,

@@ -61,7 +61,7 @@
 //!   with three functions.
 //! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
 //!
-//! Context parallelism (give it foldings with CP1), tied embeddings, capacities and shared experts are not built yet.
+//! Context parallelism (give it foldings with CP1), tied embeddings and capacities are not built yet.
 
 #![forbid(unsafe_code)]
 
@@ -70,6 +70,7 @@ pub mod axes;
 pub mod block;
 pub mod config;
 pub mod cx;
+pub mod dense;
 pub mod embedding;
 pub mod error;
 pub mod head;
@@ -78,6 +79,7 @@ pub mod moe;
 pub mod norm;
 pub mod params;
 pub mod rope;
+pub mod shared;
 pub mod stage;
 pub mod transport;
 

@@ -1,23 +1,26 @@
-//! The expert sublayer: router, dispatch, grouped SwiGLU experts, combine.
+//! The expert sublayer: router, dispatch, grouped gated experts, combine, shared expert.
 
 use moe_comm::Reduction;
 use moe_dispatch::{
     Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterSaved, RouterScales,
     RouterStats, TokenDispatcher, TokenDispatcherState,
 };
-use moe_kernels::family::Op;
+use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::config::ModelConfig;
 use crate::cx::MoeStats;
+use crate::dense::GatedMlpDeferred;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::shared::{SharedExpert, SharedExpertSaved};
 use crate::{Cx, Error, Result};
 
-/// `y = x + Σ_e p_e · W2_e(silu(W1_e h) ⊙ W3_e h)` over the experts that the router chose, with `h = norm(x)`.
+/// `y = x + Σ_e p_e · W2_e(f(W1_e h) ⊙ W3_e h) + shared(h)` over the experts that the router chose, with `h = norm(x)` and
+/// `f` the model's `hidden_act`.
 ///
 /// The router sees the rank's own tokens (sequence parallelism), so its weight's gradient is partial over all axes of the
 /// attention view; experts are sharded over EP, their inner dimension over ETP.
@@ -31,6 +34,8 @@ pub struct MoeMlp {
     grid: Grid,
     gate_up: ParamId,
     down: ParamId,
+    function: GateFunction,
+    shared: Option<SharedExpert>,
 }
 
 /// What backward needs of a forward pass.
@@ -44,6 +49,7 @@ pub struct MoeMlpSaved<T: Float, D: Device> {
     offsets: Tensor<i32, D>,
     gate_up: Tensor<T, D>,
     activated: Tensor<T, D>,
+    shared: Option<SharedExpertSaved<T, D>>,
 }
 
 /// What the weight gradients need.
@@ -54,6 +60,7 @@ pub struct MoeMlpDeferred<T: Float, D: Device> {
     d_gate_up: Tensor<T, D>,
     activated: Tensor<T, D>,
     d_out: Tensor<T, D>,
+    shared: Option<GatedMlpDeferred<T, D>>,
 }
 
 impl MoeMlp {
@@ -66,8 +73,7 @@ impl MoeMlp {
         stage: usize,
     ) -> Result<Self> {
         let prefix = format!("model.layers.{layer}");
-        let (hidden, inner, experts) =
-            (config.hidden_size, config.intermediate_size, config.num_local_experts);
+        let (hidden, inner, experts) = (config.hidden_size, config.expert_width(), config.num_local_experts);
         let owner = Owner::Stage(stage);
         let name = format!("{prefix}.post_attention_layernorm.weight");
         let norm = RmsNorm::new(params, name, hidden, config.rms_norm_eps, stage)?;
@@ -101,7 +107,8 @@ impl MoeMlp {
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
         let dispatcher = TokenDispatcher { kind: dispatcher, num_experts: experts };
-        Ok(MoeMlp { layer, norm, gate, router, dispatcher, grid, gate_up, down })
+        let (function, shared) = (config.gate_function(), SharedExpert::new(params, config, layer, stage)?);
+        Ok(MoeMlp { layer, norm, gate, router, dispatcher, grid, gate_up, down, function, shared })
     }
 
     /// Fresh statistics for a step.
@@ -148,15 +155,23 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             batch.offsets.view(),
         )?;
         let mut activated = Tensor::uninit(&device, n, inner)?;
-        device.swiglu(activated.view_mut()?, gate_up.view(), Some(batch.probs.view()))?;
+        device.glu(activated.view_mut()?, gate_up.view(), Some(batch.probs.view()), self.function)?;
         let mut out = Tensor::uninit(&device, n, x.shape()[1])?;
         device.grouped_gemm(out.view_mut()?, activated.view(), down_weight, Op::T, batch.offsets.view())?;
         let combined = self.dispatcher.combine(&fabric, out, &state)?;
 
         let mut y = Tensor::uninit(&device, x.shape()[0], x.shape()[1])?;
         device.add(y.view_mut()?, x.view(), combined.view())?;
+        let shared = match &self.shared {
+            Some(expert) => {
+                let (out, saved) = expert.forward(&h, cx)?;
+                device.add_assign(y.view_mut()?, out.view())?;
+                Some(saved)
+            }
+            None => None,
+        };
         let (x, probs, offsets) = (batch.x, batch.probs, batch.offsets);
-        Ok((y, MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated }))
+        Ok((y, MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated, shared }))
     }
 
     fn backward_input(
@@ -167,7 +182,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
-        let MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated } = saved;
+        let MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated, shared } = saved;
         let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
         let d_out = self.dispatcher.combine_backward(&fabric, &dy, &state)?;
         let (n, inner, hidden) = (d_out.shape()[0], activated.shape()[1], d_out.shape()[1]);
@@ -177,12 +192,13 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         device.grouped_gemm(d_activated.view_mut()?, d_out.view(), down_weight, Op::N, offsets.view())?;
         let mut d_gate_up = Tensor::uninit(&device, n, 2 * inner)?;
         let mut d_probs = Tensor::uninit(&device, 1, n)?;
-        device.swiglu_backward(
+        device.glu_backward(
             d_gate_up.view_mut()?,
             Some(d_probs.view_mut()?),
             d_activated.view(),
             gate_up.view(),
             Some(probs.view()),
+            self.function,
         )?;
         let gate_up_weight = cx.params.weight(self.gate_up)?;
         let mut dx_rows = Tensor::uninit(&device, n, hidden)?;
@@ -196,13 +212,21 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
         let d_router = self.router.backward(&device, &dweights, router, weight, grad, scales)?;
         device.add_assign(dh.view_mut()?, d_router.view())?;
+        let shared = match (&self.shared, shared) {
+            (Some(expert), Some(saved)) => {
+                let (d_shared, deferred) = expert.backward_input(&dy, saved, cx)?;
+                device.add_assign(dh.view_mut()?, d_shared.view())?;
+                Some(deferred)
+            }
+            _ => None,
+        };
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;
-        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out }))
+        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared }))
     }
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
-        let MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out } = deferred;
+        let MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared } = deferred;
         let device = &cx.device;
         device.grouped_gemm_acc(cx.params.grad(self.gate_up)?, d_gate_up.view(), x.view(), offsets.view())?;
         device.grouped_gemm_acc(
@@ -211,6 +235,9 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             activated.view(),
             offsets.view(),
         )?;
+        if let (Some(expert), Some(deferred)) = (&self.shared, shared) {
+            expert.backward_weight(deferred, cx)?;
+        }
         Ok(())
     }
 }

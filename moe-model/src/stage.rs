@@ -5,7 +5,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
 
-use crate::block::Block;
+use crate::block::{Block, Mlp};
 use crate::config::ModelConfig;
 use crate::cx::MoeStats;
 use crate::embedding::TokenEmbedding;
@@ -59,7 +59,13 @@ impl DecoderStage {
 
     /// Fresh statistics for a step.
     pub fn moe_stats(&self) -> Vec<MoeStats> {
-        self.blocks.iter().map(|block| block.mlp.stats()).collect()
+        self.blocks
+            .iter()
+            .filter_map(|block| match &block.mlp {
+                Mlp::Moe(mlp) => Some(mlp.stats()),
+                Mlp::Dense(_) => None,
+            })
+            .collect()
     }
 
     /// Through the embedding (or from `x`) and the blocks.

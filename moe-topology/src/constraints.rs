@@ -45,6 +45,10 @@ pub struct Constraints {
     pub num_experts: Option<usize>,
     /// Hidden size of one expert: a multiple of `etp`.
     pub moe_intermediate_size: Option<usize>,
+    /// Hidden size of dense layers: a multiple of `tp`.
+    pub intermediate_size: Option<usize>,
+    /// Hidden size of the shared expert, which is cut as dense layers are: a multiple of `tp`.
+    pub shared_expert_intermediate_size: Option<usize>,
     /// Decoder layers: at least `pp·vpp`.
     pub num_hidden_layers: Option<usize>,
     /// Tokens of a sequence: a multiple of `2·cp` if `cp > 1` (zig-zag chunks), and `sequence_length/cp` of `tp`.
@@ -70,6 +74,8 @@ impl Default for Constraints {
             num_key_value_heads: None,
             num_experts: None,
             moe_intermediate_size: None,
+            intermediate_size: None,
+            shared_expert_intermediate_size: None,
             num_hidden_layers: None,
             sequence_length: None,
             global_batch_size: None,
@@ -128,6 +134,9 @@ impl Constraints {
                 return Err(Rule::KeyValueHeads { num_key_value_heads: heads, tp });
             }
         }
+        multiple("intermediate_size", self.intermediate_size, &[("tp", tp)])?;
+        let shared = self.shared_expert_intermediate_size;
+        multiple("shared_expert_intermediate_size", shared, &[("tp", tp)])?;
         if cp > 1 {
             multiple("sequence_length", self.sequence_length, &[("2", 2), ("cp", cp)])?;
         }

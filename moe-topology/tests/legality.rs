@@ -124,6 +124,16 @@ fn each_constraint_says_what_it_needs() {
              (6 % 4 = 2, 4 % 6 = 4)",
         ),
         (
+            &legal,
+            Constraints { intermediate_size: Some(9), ..mixtral() },
+            "intermediate_size must be a multiple of tp, but 9 % 2 = 1",
+        ),
+        (
+            &legal,
+            Constraints { shared_expert_intermediate_size: Some(7), ..mixtral() },
+            "shared_expert_intermediate_size must be a multiple of tp, but 7 % 2 = 1",
+        ),
+        (
             &Mapping { etp: 2, ..legal.clone() },
             Constraints { etp: 1..=2, moe_intermediate_size: Some(9), ..mixtral() },
             "moe_intermediate_size must be a multiple of etp, but 9 % 2 = 1",

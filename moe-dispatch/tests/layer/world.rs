@@ -9,7 +9,7 @@ use moe_dispatch::{
     DispatchState, Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Router, RouterConfig, RouterScales,
     TokenDispatcher,
 };
-use moe_kernels::family::{Activation, Elementwise, GroupedGemm, Op};
+use moe_kernels::family::{Activation, Elementwise, GateFunction, GroupedGemm, Op};
 use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Attention, Expert, Folding};
 
@@ -143,7 +143,7 @@ where
     let mut pre = Tensor::uninit(device, rows, 2 * width)?;
     device.grouped_gemm(pre.view_mut()?, batch.x.view(), gate_up.view(), Op::T, offsets)?;
     let mut act = Tensor::uninit(device, rows, width)?;
-    Activation::<T>::swiglu(device, act.view_mut()?, pre.view(), Some(batch.probs.view()))?;
+    Activation::<T>::glu(device, act.view_mut()?, pre.view(), Some(batch.probs.view()), GateFunction::Silu)?;
     let mut out = Tensor::uninit(device, rows, hidden)?;
     device.grouped_gemm(out.view_mut()?, act.view(), down.view(), Op::T, offsets)?;
     let y = dispatcher.combine(&fabric, out, &state)?;
@@ -156,13 +156,14 @@ where
     device.grouped_gemm(dact.view_mut()?, dout.view(), down.view(), Op::N, offsets)?;
     let mut dpre = Tensor::uninit(device, rows, 2 * width)?;
     let mut dprobs = Tensor::uninit(device, 1, rows)?;
-    Activation::<T>::swiglu_backward(
+    Activation::<T>::glu_backward(
         device,
         dpre.view_mut()?,
         Some(dprobs.view_mut()?),
         dact.view(),
         pre.view(),
         Some(batch.probs.view()),
+        GateFunction::Silu,
     )?;
     let mut dgate_up = Tensor::<T::Acc, Cpu>::zeros(device, experts * 2 * width, hidden)?;
     GroupedGemm::<T>::grouped_gemm_acc(device, dgate_up.view_mut()?, dpre.view(), batch.x.view(), offsets)?;

@@ -7,18 +7,23 @@ use crate::family::{Attention, AttentionMask, AttentionShape};
 
 /// What a query of one head sees: `exp(score − lse)` per key, and the log-sum-exp.
 fn softmax(q: &Matrix, k: &Matrix, s: &AttentionShape, b: usize, h: usize, i: usize) -> (Vec<f64>, f64) {
-    let keys = match s.mask {
-        AttentionMask::Full => s.kv_len,
-        AttentionMask::Causal => s.kv_len.min(i + 1),
+    let sees = |j: usize| match s.mask {
+        AttentionMask::Full => true,
+        AttentionMask::Causal => j <= i,
+        AttentionMask::SlidingWindow { window } => j <= i && i < j + window,
     };
     let kv = h / (s.heads / s.kv_heads);
     let score = |j: usize| {
         let dot = |d| q.at(i * s.batch + b, h * s.head_dim + d) * k.at(j * s.batch + b, kv * s.head_dim + d);
         s.scale * (0..s.head_dim).map(dot).sum::<f64>()
     };
-    let scores: Vec<f64> = (0..keys).map(score).collect();
+    let scores: Vec<f64> =
+        (0..s.kv_len).map(|j| if sees(j) { score(j) } else { f64::NEG_INFINITY }).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let lse = if keys == 0 { max } else { max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln() };
+    if max == f64::NEG_INFINITY {
+        return (vec![0.0; s.kv_len], max);
+    }
+    let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
     (scores.iter().map(|s| (s - lse).exp()).collect(), lse)
 }
 
@@ -76,7 +81,8 @@ pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         (1, 200, 65, 6, 2, 8, false),
     ];
     for (batch, q_len, kv_len, heads, kv_heads, head_dim, affordable) in cases {
-        for mask in [AttentionMask::Full, AttentionMask::Causal] {
+        let windows = [2, 3, 64, 100].map(|window| AttentionMask::SlidingWindow { window });
+        for mask in [AttentionMask::Full, AttentionMask::Causal].into_iter().chain(windows) {
             let scale = 1.5 / (head_dim as f64).sqrt();
             let s = AttentionShape { batch, q_len, kv_len, heads, kv_heads, head_dim, scale, mask };
             let [n, m] = [q_len * batch, kv_len * batch];
@@ -108,6 +114,7 @@ pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         }
     }
     large_scores::<T, D>(device, tolerance);
+    window_of_one::<T, D>(device);
     ring::<T, D>(device, tolerance);
 }
 
@@ -178,8 +185,28 @@ fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &Atten
     attempt("kv_len", AttentionShape { kv_len: s.kv_len + 1, ..*s });
     attempt("batch 0", AttentionShape { batch: 0, ..*s });
     attempt("head_dim 0", AttentionShape { head_dim: 0, ..*s });
+    attempt("window 0", AttentionShape { mask: AttentionMask::SlidingWindow { window: 0 }, ..*s });
     attempt("kv_heads 0", AttentionShape { kv_heads: 0, ..*s });
     attempt("kv_heads that do not divide", AttentionShape { kv_heads: s.heads + 1, ..*s });
+}
+
+/// A query that sees itself alone gives its own value, exactly.
+fn window_of_one<T: Float, D: Attention<T>>(device: &D) {
+    let (len, dim) = (130, 3);
+    let s = AttentionShape {
+        batch: 1,
+        q_len: len,
+        kv_len: len,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: dim,
+        scale: 0.5,
+        mask: AttentionMask::SlidingWindow { window: 1 },
+    };
+    let mut random = Random::new(20);
+    let [q, k, v] = [(); 3].map(|()| random.matrix::<T>(len, dim));
+    let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
+    assert_close("o of a window of one", &run(device, &x, &s).0.read(), &v, 0.0);
 }
 
 /// Scores far beyond where `exp` overflows, their maximum in the last block of keys.

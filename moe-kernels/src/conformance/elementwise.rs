@@ -19,6 +19,16 @@ pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
         device.add_assign(y.view_mut(), pb.view()).expect("add_assign");
         assert_close("add_assign", &y.read(), &a.plus(&b), tolerance);
 
+        let row = random.matrix::<T>(1, cols);
+        let prow = place::<T, D>(device, &row);
+        let mut y = place::<T, D>(device, &a);
+        device.add_row(y.view_mut(), prow.view()).expect("add_row");
+        let want = Matrix::from_fn(rows, cols, |i, c| a.at(i, c) + row.at(0, c));
+        assert_close("add_row", &y.read(), &want, tolerance);
+        if rows != 1 {
+            assert_refused("row", device.add_row(y.view_mut(), pb.view()));
+        }
+
         let mut wide = output::<T::Acc, D>(device, rows, cols);
         device.widen(wide.view_mut(), pa.view()).expect("widen");
         assert_close("widen", &wide.read(), &a, 0.0);

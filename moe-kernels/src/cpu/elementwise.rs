@@ -26,6 +26,14 @@ simd! {
         }
     }
 
+    fn add_row<T>(y: MatMut<'_, T>, row: &[T]) {
+        for i in 0..y.rows() {
+            for (y, &x) in y.row(i).iter_mut().zip(row) {
+                *y += x;
+            }
+        }
+    }
+
     fn gather_sum<T>(y: MatMut<'_, T>, x: Mat<'_, T>, index: Mat<'_, i32>) {
         for i in 0..y.rows() {
             let y = y.row(i);
@@ -68,6 +76,15 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
             .map(|r| (y.take_rows(r.len()), x.row_range(r)))
             .collect();
         self.for_each(tasks, |(y, x)| add_assign(y, x))
+    }
+
+    fn add_row(&self, mut y: ViewMut<'_, T, Self>, row: View<'_, T, Self>) -> Result<()> {
+        let [n, cols] = y.shape();
+        check::shape("add_row", "row", [1, cols], row.shape())?;
+        let row = Mat::from(row).vector();
+        let mut y = MatMut::from(&mut y);
+        let tasks = blocks(n, rows_per_piece(cols)).map(|r| y.take_rows(r.len())).collect();
+        self.for_each(tasks, |y| add_row(y, row))
     }
 
     fn widen(&self, y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {

@@ -8,6 +8,11 @@ pub enum AttentionMask {
     Full,
     /// Key `j` is seen by query `i` if `j ≤ i`, both counted from the start of their block.
     Causal,
+    /// As [`Causal`](Self::Causal), but of those keys only the last `window` (at least 1): `i − window < j ≤ i`.
+    SlidingWindow {
+        /// Keys that a query sees, itself among them.
+        window: usize,
+    },
 }
 
 /// Sizes of one attention block.

@@ -8,6 +8,9 @@ pub trait Elementwise<T: Float>: Device {
     /// `y += x`.
     fn add_assign(&self, y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()>;
 
+    /// `y[i] += row` for every row. `y: [n, c]`, `row: [1, c]`: a bias.
+    fn add_row(&self, y: ViewMut<'_, T, Self>, row: View<'_, T, Self>) -> Result<()>;
+
     /// `y = x` in the accumulation type (exact).
     fn widen(&self, y: ViewMut<'_, T::Acc, Self>, x: View<'_, T, Self>) -> Result<()>;
 

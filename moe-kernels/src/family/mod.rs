@@ -18,7 +18,7 @@ mod rope;
 mod routing;
 mod rows;
 
-pub use activation::Activation;
+pub use activation::{Activation, GateFunction};
 pub use attention::{Attention, AttentionMask, AttentionShape};
 pub use elementwise::Elementwise;
 pub use embedding::Embedding;

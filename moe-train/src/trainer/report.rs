@@ -61,7 +61,8 @@ impl Totals {
             row[experts + 1] = layer.z;
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
-        let rows = || sums[1..].chunks_exact(width);
+        let all: Vec<_> = sums[1..].chunks_exact(width).collect();
+        let rows = || setup.model.moe_layers().map(|layer| all[layer]);
         Ok(Totals {
             loss: sums[0],
             counts: rows().map(|row| row[..experts].to_vec()).collect(),

@@ -3,7 +3,7 @@
 use faer::Accum;
 
 use super::softmax::{row_dots, softmax_backward};
-use super::{TILE, visible};
+use super::{TILE, meets};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
 use crate::family::AttentionMask;
@@ -56,7 +56,7 @@ impl<T: CpuFloat> HeadGradient<T> {
             let mut delta = [T::ZERO; TILE];
             row_dots(&mut delta[..n], d_o, o.row_range(queries.clone()));
             dq_tile.fill(T::ZERO);
-            for keys in blocks(self.keys, TILE).filter(|keys| visible(self.mask, queries.end - 1, keys) > 0) {
+            for keys in blocks(self.keys, TILE).filter(|keys| meets(self.mask, &queries, keys)) {
                 let cols = keys.len();
                 let part = keys.start * dim..keys.end * dim;
                 let k = Mat::new(&self.k[part.clone()], cols, dim).faer();

@@ -3,7 +3,7 @@
 use faer::Accum;
 
 use super::softmax::{normalise, softmax_step};
-use super::{TILE, visible};
+use super::{TILE, meets};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
 use crate::family::AttentionMask;
@@ -28,7 +28,7 @@ pub(super) fn forward_head<T: CpuFloat>(
         let q = Mat::new(&q, n, dim);
         let (mut max, mut sum) = ([T::NEG_INFINITY; TILE], [T::ZERO; TILE]);
         acc.fill(T::ZERO);
-        for keys in blocks(k.rows(), TILE).filter(|keys| visible(mask, queries.end - 1, keys) > 0) {
+        for keys in blocks(k.rows(), TILE).filter(|keys| meets(mask, &queries, keys)) {
             let scores = &mut scores[..n * keys.len()];
             let (k, v) = (k.row_range(keys.clone()), v.row_range(keys.clone()));
             let cols = keys.len();

@@ -19,13 +19,27 @@ use crate::{Result, View, ViewMut};
 /// Queries and keys of one tile.
 const TILE: usize = 64;
 
-/// Number of leading keys of `keys` that `query` sees.
+/// The keys that `query` sees.
 #[inline(always)]
-fn visible(mask: AttentionMask, query: usize, keys: &Range<usize>) -> usize {
+fn seen(mask: AttentionMask, query: usize) -> Range<usize> {
     match mask {
-        AttentionMask::Full => keys.len(),
-        AttentionMask::Causal => (query + 1).saturating_sub(keys.start).min(keys.len()),
+        AttentionMask::Full => 0..usize::MAX,
+        AttentionMask::Causal => 0..query + 1,
+        AttentionMask::SlidingWindow { window } => (query + 1).saturating_sub(window)..query + 1,
     }
+}
+
+/// Those of `keys` that `query` sees, counted from the first of `keys`.
+#[inline(always)]
+fn visible(mask: AttentionMask, query: usize, keys: &Range<usize>) -> Range<usize> {
+    let seen = seen(mask, query);
+    let within = |key: usize| key.clamp(keys.start, keys.end) - keys.start;
+    within(seen.start)..within(seen.end)
+}
+
+/// Whether any of `queries` sees any of `keys`; what is seen moves forward with the query and leaves no gap.
+fn meets(mask: AttentionMask, queries: &Range<usize>, keys: &Range<usize>) -> bool {
+    seen(mask, queries.start).start < keys.end && keys.start < seen(mask, queries.end - 1).end
 }
 
 /// The rows of one head of one sequence in a matrix of sequence-major rows.
@@ -48,6 +62,8 @@ fn check_shapes(
     check::argument(kernel, s.heads.is_multiple_of(s.kv_heads), || {
         format!("kv_heads {} does not divide heads {}", s.kv_heads, s.heads)
     })?;
+    let sees = s.mask != AttentionMask::SlidingWindow { window: 0 };
+    check::argument(kernel, sees, || "a window of 0 keys".to_owned())?;
     for &(what, got) in queries {
         check::shape(kernel, what, [s.q_len * s.batch, s.heads * s.head_dim], got)?;
     }

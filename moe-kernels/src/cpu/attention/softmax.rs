@@ -3,10 +3,19 @@
 use std::ops::Range;
 
 use super::visible;
+use crate::cpu::float::CpuFloat;
 use crate::cpu::lanes;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::simd::simd;
 use crate::family::AttentionMask;
+
+/// What of a row is in `range`; the rest becomes 0.
+#[inline(always)]
+fn keep<T: CpuFloat>(row: &mut [T], range: Range<usize>) -> &mut [T] {
+    row[..range.start].fill(T::ZERO);
+    row[range.end..].fill(T::ZERO);
+    &mut row[range]
+}
 
 simd! {
     /// One step of the streaming softmax for the scores of a tile of queries from `first` on: they become
@@ -21,8 +30,7 @@ simd! {
         keys: Range<usize>,
     ) {
         for i in 0..scores.rows() {
-            let (seen, hidden) = scores.row(i).split_at_mut(visible(mask, first + i, &keys));
-            hidden.fill(T::ZERO);
+            let seen = keep(scores.row(i), visible(mask, first + i, &keys));
             if seen.is_empty() {
                 continue;
             }
@@ -66,11 +74,9 @@ simd! {
     ) {
         for (i, (&lse, &delta)) in lse.iter().zip(delta).enumerate() {
             // A query that sees no key at all has no probabilities.
-            let count = if lse == T::NEG_INFINITY { 0 } else { visible(mask, first + i, &keys) };
-            let (seen, hidden) = scores.row(i).split_at_mut(count);
-            hidden.fill(T::ZERO);
-            let (dseen, dhidden) = dp.row(i).split_at_mut(count);
-            dhidden.fill(T::ZERO);
+            let range = if lse == T::NEG_INFINITY { 0..0 } else { visible(mask, first + i, &keys) };
+            let seen = keep(scores.row(i), range.clone());
+            let dseen = keep(dp.row(i), range);
             for (p, dp) in seen.iter_mut().zip(dseen) {
                 *p = (*p - lse).exp();
                 *dp = *p * (*dp - delta) * scale;

@@ -1,0 +1,186 @@
+//! The feed-forward sublayer of a dense layer.
+
+use moe_kernels::family::{GateFunction, Op};
+use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_topology::{Attention, Axes, Owner, Placement};
+
+use crate::axes::CP_DP;
+use crate::config::ModelConfig;
+use crate::layer::Layer;
+use crate::norm::{RmsNorm, RmsNormSaved};
+use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::{Cx, Result};
+
+/// `down(function(gate h) ⊙ up h)` (arXiv 2002.05202): `gate` and `up` column-parallel over TP, `down` row-parallel.
+///
+/// Rows are gathered over TP before, and the partial sums reduce-scattered after (sequence parallelism): each rank gives
+/// and gets the rows of its own tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct GatedMlp {
+    gate_up: ParamId,
+    down: ParamId,
+    function: GateFunction,
+}
+
+/// What backward needs of a forward pass.
+#[derive(Debug)]
+pub struct GatedMlpSaved<T: Float, D: Device> {
+    rows: Tensor<T, D>,
+    gate_up: Tensor<T, D>,
+    activated: Tensor<T, D>,
+}
+
+/// What the weight gradients need.
+#[derive(Debug)]
+pub struct GatedMlpDeferred<T: Float, D: Device> {
+    rows: Tensor<T, D>,
+    d_gate_up: Tensor<T, D>,
+    activated: Tensor<T, D>,
+    dy: Tensor<T, D>,
+}
+
+impl GatedMlp {
+    /// `{prefix}.gate_proj`, `up_proj` and `down_proj`, of inner width `inner`, on pipeline stage `stage`.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        prefix: &str,
+        inner: usize,
+        stage: usize,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let logical = |name: &str,
+                       dims: [usize; 2],
+                       shard: (usize, Axes<Attention>),
+                       std|
+         -> Result<Logical> {
+            Ok(Logical {
+                name: Name::One(format!("{prefix}.{name}.weight")),
+                placement: Placed::Attention(Placement::new(&dims, &[shard], CP_DP, Owner::Stage(stage))?),
+                init: Init::Normal(std),
+            })
+        };
+        let std = config.initializer_range;
+        let gate_up = params.add(&[
+            logical("gate_proj", [inner, hidden], (0, Attention::TP), std)?,
+            logical("up_proj", [inner, hidden], (0, Attention::TP), std)?,
+        ])?;
+        let down = params.add(&[logical(
+            "down_proj",
+            [hidden, inner],
+            (1, Attention::TP),
+            config.residual_std(),
+        )?])?;
+        Ok(GatedMlp { gate_up, down, function: config.gate_function() })
+    }
+
+    /// `h, y: [tokens of this rank, hidden]`.
+    pub fn forward<T: Float, D: Backend<T>>(
+        &self,
+        h: &Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, GatedMlpSaved<T, D>)> {
+        let device = &cx.device;
+        let tp = cx.group(Attention::TP)?;
+        let rows = tp.all_gather_rows(h)?;
+        let [n, hidden] = rows.shape();
+        let (gate_up_weight, down) = (cx.params.weight(self.gate_up)?, cx.params.weight(self.down)?);
+        let inner = down.shape()[1];
+        let mut gate_up = Tensor::uninit(device, n, 2 * inner)?;
+        device.gemm(gate_up.view_mut()?, rows.view(), Op::N, gate_up_weight, Op::T)?;
+        let mut activated = Tensor::uninit(device, n, inner)?;
+        device.glu(activated.view_mut()?, gate_up.view(), None, self.function)?;
+        let mut partial = Tensor::uninit(device, n, hidden)?;
+        device.gemm(partial.view_mut()?, activated.view(), Op::N, down, Op::T)?;
+        Ok((tp.reduce_scatter_rows(&partial)?, GatedMlpSaved { rows, gate_up, activated }))
+    }
+
+    /// The gradient of `h`.
+    pub fn backward_input<T: Float, D: Backend<T>>(
+        &self,
+        dy: &Tensor<T, D>,
+        saved: GatedMlpSaved<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, GatedMlpDeferred<T, D>)> {
+        let device = &cx.device;
+        let GatedMlpSaved { rows, gate_up, activated } = saved;
+        let tp = cx.group(Attention::TP)?;
+        let dy = tp.all_gather_rows(dy)?;
+        let [n, hidden] = dy.shape();
+        let inner = activated.shape()[1];
+        let mut d_activated = Tensor::uninit(device, n, inner)?;
+        device.gemm(d_activated.view_mut()?, dy.view(), Op::N, cx.params.weight(self.down)?, Op::N)?;
+        let mut d_gate_up = Tensor::uninit(device, n, 2 * inner)?;
+        let d_gate_up_view = d_gate_up.view_mut()?;
+        device.glu_backward(d_gate_up_view, None, d_activated.view(), gate_up.view(), None, self.function)?;
+        let mut d_rows = Tensor::uninit(device, n, hidden)?;
+        device.gemm(d_rows.view_mut()?, d_gate_up.view(), Op::N, cx.params.weight(self.gate_up)?, Op::N)?;
+        Ok((tp.reduce_scatter_rows(&d_rows)?, GatedMlpDeferred { rows, d_gate_up, activated, dy }))
+    }
+
+    /// Adds to the weight gradients.
+    pub fn backward_weight<T: Float, D: Backend<T>>(
+        &self,
+        deferred: GatedMlpDeferred<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        let GatedMlpDeferred { rows, d_gate_up, activated, dy } = deferred;
+        let device = &cx.device;
+        device.gemm_acc(cx.params.grad(self.gate_up)?, d_gate_up.view(), Op::T, rows.view(), Op::N)?;
+        device.gemm_acc(cx.params.grad(self.down)?, dy.view(), Op::T, activated.view(), Op::N)?;
+        Ok(())
+    }
+}
+
+/// The feed-forward sublayer of a dense layer: `y = x + mlp(norm(x))`.
+#[derive(Debug, Clone, Copy)]
+pub struct DenseMlp {
+    norm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+impl DenseMlp {
+    /// The feed-forward sublayer of layer `layer`, of width `intermediate_size`, on pipeline stage `stage`.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        layer: usize,
+        stage: usize,
+    ) -> Result<Self> {
+        let prefix = format!("model.layers.{layer}");
+        let name = format!("{prefix}.post_attention_layernorm.weight");
+        let norm = RmsNorm::new(params, name, config.hidden_size, config.rms_norm_eps, stage)?;
+        let mlp = GatedMlp::new(params, config, &format!("{prefix}.mlp"), config.intermediate_size, stage)?;
+        Ok(DenseMlp { norm, mlp })
+    }
+}
+
+impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
+    type Saved = (RmsNormSaved<T, D>, GatedMlpSaved<T, D>);
+    type Deferred = GatedMlpDeferred<T, D>;
+
+    fn forward(&self, _m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+        let (h, norm) = self.norm.forward(x.clone(), cx)?;
+        let (out, mlp) = self.mlp.forward(&h, cx)?;
+        let mut y = Tensor::uninit(&cx.device, x.shape()[0], x.shape()[1])?;
+        cx.device.add(y.view_mut()?, x.view(), out.view())?;
+        Ok((y, (norm, mlp)))
+    }
+
+    fn backward_input(
+        &self,
+        _m: u32,
+        dy: Tensor<T, D>,
+        (norm, mlp): Self::Saved,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, Self::Deferred)> {
+        let (dh, deferred) = self.mlp.backward_input(&dy, mlp, cx)?;
+        let mut dx = self.norm.backward(&dh, norm, cx)?;
+        cx.device.add_assign(dx.view_mut()?, dy.view())?;
+        Ok((dx, deferred))
+    }
+
+    fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
+        self.mlp.backward_weight(deferred, cx)
+    }
+}
