@@ -84,7 +84,7 @@ pub struct ModelConfig {
     /// Whether the chosen experts' weights are divided by their sum; true unless given.
     #[serde(default = "default_norm_topk_prob")]
     pub norm_topk_prob: bool,
-    /// Whether the head uses the embedding's weight. [`check`](Self::check) refuses `true`, which is not built yet.
+    /// Whether the head uses the embedding's weight; false unless given.
     #[serde(default)]
     pub tie_word_embeddings: bool,
 }
@@ -255,7 +255,7 @@ impl ModelConfig {
         layers * every_layer
             + moe_layers * moe
             + (layers - moe_layers) * gated(self.intermediate_size)
-            + 2 * self.vocab_size as u64 * hidden
+            + if self.tie_word_embeddings { 1 } else { 2 } * self.vocab_size as u64 * hidden
             + hidden
     }
 
@@ -354,12 +354,6 @@ impl ModelConfig {
             ("router_z_loss_coef", self.router_z_loss_coef),
         ] {
             in_range(name, value, 0.0..=f64::MAX, "finite and at least 0")?;
-        }
-        if self.tie_word_embeddings {
-            return Err(ConfigError::Unsupported {
-                setting: "tie_word_embeddings = true",
-                why: "the head has its own weight; set it to false",
-            });
         }
         if self.router_score == RouterScore::SoftmaxPost && !self.norm_topk_prob {
             return Err(ConfigError::Unsupported {
@@ -548,6 +542,13 @@ mod tests {
     }
 
     #[test]
+    fn a_tied_head_is_no_parameter() {
+        let tied = ModelConfig { tie_word_embeddings: true, ..mixtral() };
+        tied.check().unwrap();
+        assert_eq!(mixtral().parameters() - tied.parameters(), 32000 * 4096);
+    }
+
+    #[test]
     fn only_the_tanh_approximation_of_gelu_is_there() {
         let parse = |act: &str| serde_json::from_value::<HiddenAct>(act.into());
         assert_eq!(parse("gelu_pytorch_tanh").unwrap(), HiddenAct::GeluPytorchTanh);
@@ -565,7 +566,6 @@ mod tests {
             (refusal(|c| c.rope_theta = f64::INFINITY), "rope_theta = inf"),
             (refusal(|c| c.initializer_range = f64::NAN), "initializer_range = NaN"),
             (refusal(|c| c.router_aux_loss_coef = -0.5), "router_aux_loss_coef = -0.5"),
-            (refusal(|c| c.tie_word_embeddings = true), "tie_word_embeddings = true is not supported"),
             (refusal(|c| c.norm_topk_prob = false), "norm_topk_prob = false with router_score"),
         ] {
             assert!(refused.starts_with(name), "{refused}");

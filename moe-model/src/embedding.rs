@@ -15,16 +15,29 @@ pub struct TokenEmbedding {
     first: usize,
 }
 
-/// A vocabulary-parallel matrix `[vocab, hidden]`: its storage and the first row of this rank's block.
+/// The name of the embedding's matrix.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// The matrix `[vocab, hidden]` of the embedding (`own_name` is its name) or of the head, vocabulary-parallel: its storage
+/// and the first row of this rank's block. If the two are tied it is the embedding's, which the first and the last stage
+/// own together.
 pub(crate) fn vocabulary_matrix(
     params: &mut ParamLayoutBuilder<'_>,
     config: &ModelConfig,
-    name: &str,
+    own_name: &str,
     stage: usize,
 ) -> Result<(ParamId, usize)> {
     let dims = [config.vocab_size, config.hidden_size];
-    let placement = Placement::new(&dims, &[(0, Attention::TP)], CP_DP, Owner::Stage(stage))?;
+    let last_stage = params.folding().size(Attention::PP) - 1;
+    let (name, owner) = match config.tie_word_embeddings {
+        true => (EMBEDDING, Owner::Tied(0, last_stage)),
+        false => (own_name, Owner::Stage(stage)),
+    };
+    let placement = Placement::new(&dims, &[(0, Attention::TP)], CP_DP, owner)?;
     let first = placement.slice(params.folding(), params.rank())[0].start;
+    if let Some(id) = params.find(name) {
+        return Ok((id, first));
+    }
     let id = params.add(&[Logical {
         name: Name::One(name.to_owned()),
         placement: Placed::Attention(placement),
@@ -36,7 +49,7 @@ pub(crate) fn vocabulary_matrix(
 impl TokenEmbedding {
     /// On the first stage.
     pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
-        let (table, first) = vocabulary_matrix(params, config, "model.embed_tokens.weight", stage)?;
+        let (table, first) = vocabulary_matrix(params, config, EMBEDDING, stage)?;
         Ok(TokenEmbedding { table, first })
     }
 

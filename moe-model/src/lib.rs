@@ -61,7 +61,7 @@
 //!   with three functions.
 //! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
 //!
-//! Context parallelism (give it foldings with CP1), tied embeddings and capacities are not built yet.
+//! Context parallelism (give it foldings with CP1) and capacities are not built yet.
 
 #![forbid(unsafe_code)]
 

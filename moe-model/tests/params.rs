@@ -9,12 +9,16 @@ use moe_topology::{Attention, Folding, Mapping};
 use proptest::prelude::*;
 
 fn model() -> ModelConfig {
-    serde_json::from_str(
+    let mut model: ModelConfig = serde_json::from_str(
         r#"{"vocab_size": 37, "hidden_size": 10, "intermediate_size": 12, "num_hidden_layers": 3,
             "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 4,
             "num_local_experts": 8, "num_experts_per_tok": 2}"#,
     )
-    .unwrap()
+    .unwrap();
+    model.tie_word_embeddings = true;
+    model.mlp_only_layers = vec![1];
+    model.shared_expert_intermediate_size = Some(6);
+    model
 }
 
 fn layout(folding: &Folding, rank: usize) -> ParamLayout {

@@ -81,6 +81,13 @@ fn experts_in_every_second_layer() {
     check(model, &FOLDINGS[5..]);
 }
 
+/// One matrix for embedding and head: on one stage, and on the first and the last of several.
+#[test]
+fn tied_embeddings() {
+    let model = ModelConfig { tie_word_embeddings: true, ..tiny_model() };
+    check(model, &FOLDINGS);
+}
+
 /// No experts at all: what an MoE may be made from.
 #[test]
 fn a_dense_model() {

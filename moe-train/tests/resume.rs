@@ -39,7 +39,13 @@ const CASES: [Case; 6] = [
 
 fn case(((tp, dp, pp, etp, ep), dispatcher): Case) -> Setup {
     let mapping = Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, ..Mapping::default() };
-    Setup { dispatcher, global_batch_size: 8, ..setup(tiny_model(), mapping) }
+    let model = ModelConfig {
+        tie_word_embeddings: true,
+        mlp_only_layers: vec![1],
+        shared_expert_intermediate_size: Some(6),
+        ..tiny_model()
+    };
+    Setup { dispatcher, global_batch_size: 8, ..setup(model, mapping) }
 }
 
 /// A source that notes what it was asked: step, micro-batch, and how often.
@@ -246,9 +252,9 @@ fn a_checkpoint_of_another_model_is_refused_with_the_key() {
     let path = written::<f32>(folder.path());
     let before = hashes(folder.path());
     for (key, model) in [
-        ("num_local_experts", ModelConfig { num_local_experts: 4, ..tiny_model() }),
-        ("num_hidden_layers", ModelConfig { num_hidden_layers: 4, ..tiny_model() }),
-        ("router_aux_loss_coef", ModelConfig { router_aux_loss_coef: 0.5, ..tiny_model() }),
+        ("num_local_experts", ModelConfig { num_local_experts: 4, ..case(ONE).model }),
+        ("num_hidden_layers", ModelConfig { num_hidden_layers: 4, ..case(ONE).model }),
+        ("router_aux_loss_coef", ModelConfig { router_aux_loss_coef: 0.5, ..case(ONE).model }),
     ] {
         let setup = Setup { model, ..case(CASES[1]) };
         for refusal in refusals::<f32>(setup, &path) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Placement, View};
+use moe_topology::{Attention, Expert, Folding, GroupKey, Placement, View};
 
 use super::init::{Init, Stream};
 use crate::{Error, Result};
@@ -43,16 +43,18 @@ impl Placed {
     }
 
     fn reduction(&self, folding: &Folding, rank: usize) -> Reduction {
-        fn of<V: View>(axes: Axes<V>, folding: &Folding, rank: usize) -> Reduction {
+        fn of<V: View>(placement: &Placement<V>, folding: &Folding, rank: usize) -> Reduction {
+            let axes = placement.partial();
             Reduction {
                 group: axes.into(),
                 size: folding.size(axes),
                 position: folding.coordinate(rank, axes),
+                tied: placement.tied_ranks(folding, rank).is_some(),
             }
         }
         match self {
-            Placed::Attention(p) => of(p.partial(), folding, rank),
-            Placed::Expert(p) => of(p.partial(), folding, rank),
+            Placed::Attention(p) => of(p, folding, rank),
+            Placed::Expert(p) => of(p, folding, rank),
         }
     }
 }
@@ -63,6 +65,7 @@ struct Reduction {
     group: GroupKey,
     size: usize,
     position: usize,
+    tied: bool,
 }
 
 /// Name of a logical tensor, as the hub writes it.
@@ -152,6 +155,9 @@ pub(super) struct Slot {
 pub struct BucketLayout {
     /// What its gradients are reduced over, and what its optimizer state is cut over.
     pub group: GroupKey,
+    /// True if the first and the last stage hold a copy each of what is in it: after the reduction over `group` their
+    /// gradients are to be added. Both have the same slices, as nothing else is in the bucket.
+    pub tied: bool,
     /// Elements, padded so that every rank of the group has an equal slice.
     pub len: usize,
     /// The slice of this rank (ZeRO-1).
@@ -223,6 +229,13 @@ impl<'a> ParamLayoutBuilder<'a> {
         self.rank
     }
 
+    /// The storage tensor that holds the logical tensor `name` alone, if it was added: embedding and head share one that
+    /// is tied.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        let alone = |parts: &[Part]| matches!(parts, [part] if part.name == name);
+        self.storage.iter().position(|(.., parts)| alone(parts)).map(ParamId)
+    }
+
     /// A storage tensor: this rank's blocks of `logicals`, one below the other (for tensors per expert: all blocks of
     /// the first expert, then of the second, …). They must agree in columns and reduction.
     pub fn add(&mut self, logicals: &[Logical]) -> Result<ParamId> {
@@ -287,15 +300,19 @@ impl<'a> ParamLayoutBuilder<'a> {
 
     /// Lays the storage tensors out in buckets.
     pub fn build(self) -> ParamLayout {
-        let groups: BTreeMap<GroupKey, Reduction> =
-            self.storage.iter().map(|(reduction, ..)| (reduction.group, *reduction)).collect();
+        let groups: BTreeMap<(GroupKey, bool), Reduction> = self
+            .storage
+            .iter()
+            .map(|(reduction, ..)| ((reduction.group, reduction.tied), *reduction))
+            .collect();
         let mut slots = vec![Slot { bucket: 0, offset: 0, rows: 0, cols: 0 }; self.storage.len()];
         let mut buckets = Vec::with_capacity(groups.len());
-        for (bucket, Reduction { group, size, position }) in groups.into_values().enumerate() {
+        for (bucket, common) in groups.into_values().enumerate() {
+            let Reduction { group, size, position, tied } = common;
             let mut end = 0;
             let mut all = Vec::new();
             for (slot, (_, [rows, cols], parts)) in
-                slots.iter_mut().zip(&self.storage).filter(|(_, (reduction, ..))| reduction.group == group)
+                slots.iter_mut().zip(&self.storage).filter(|(_, (reduction, ..))| *reduction == common)
             {
                 let offset = end;
                 *slot = Slot { bucket, offset, rows: *rows, cols: *cols };
@@ -304,7 +321,7 @@ impl<'a> ParamLayoutBuilder<'a> {
             }
             let per_rank = end.div_ceil(size);
             let slice = position * per_rank..(position + 1) * per_rank;
-            buckets.push(BucketLayout { group, len: per_rank * size, slice, parts: all });
+            buckets.push(BucketLayout { group, tied, len: per_rank * size, slice, parts: all });
         }
         ParamLayout { slots, buckets }
     }

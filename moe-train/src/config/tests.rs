@@ -214,7 +214,6 @@ fn parameter_groups_are_checked_against_the_model() {
 fn later_milestones_are_refused_by_name() {
     assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
     assert!(refusal(&["parallel.vpp=2"]).starts_with("parallel.vpp = 2 is not supported"));
-    assert!(refusal(&["model.tie_word_embeddings=true"]).starts_with("[model] tie_word_embeddings = true"));
 }
 
 #[test]

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use moe_kernels::family::Elementwise;
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore, Part};
+use moe_topology::Attention;
 
 use crate::Result;
 
@@ -84,16 +86,35 @@ pub fn sliced_parts(bucket: &BucketLayout) -> impl Iterator<Item = (&Part, Range
     })
 }
 
-/// Sums every bucket's gradients over its group and returns this rank's slices, `[1, slice]` each.
+/// Sums every bucket's gradients over its group, and those of tied weights over the two stages that hold them, and returns
+/// this rank's slices, `[1, slice]` each.
 pub fn reduce_gradients<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>) -> Result<Vec<Tensor<T::Acc, D>>> {
     (0..cx.params.buckets().len())
         .map(|bucket| {
             let grads = cx.params.take_grads(bucket)?;
             let layout = &cx.params.buckets()[bucket];
             let group = cx.comms.keyed(layout.group)?;
-            Ok(group.reduce_scatter_rows(&grads.reshape(group.size(), layout.slice.len())?)?)
+            let slice = group.reduce_scatter_rows(&grads.reshape(group.size(), layout.slice.len())?)?;
+            if layout.tied { add_other_stage(cx, slice) } else { Ok(slice) }
         })
         .collect()
+}
+
+/// Adds the slice of the other end of the pipeline, which adds this one: a sum of two is the same on both.
+fn add_other_stage<T: Float, D: Backend<T>>(
+    cx: &Cx<T, D>,
+    slice: Tensor<T::Acc, D>,
+) -> Result<Tensor<T::Acc, D>> {
+    const TAG: u64 = 0; // nothing else is sent in this communicator
+    let stages = cx.comms.group(Attention::PP)?;
+    let other = stages.size() - 1 - stages.rank();
+    let [rows, cols] = slice.shape();
+    let sent = stages.send(other, TAG, &slice)?;
+    let received = stages.recv(other, TAG, rows, cols)?.wait()?;
+    sent.wait()?;
+    let mut sum = Tensor::uninit(&cx.device, rows, cols)?;
+    Elementwise::<T::Acc>::add(&cx.device, sum.view_mut()?, slice.view(), received.view())?;
+    Ok(sum)
 }
 
 /// Gathers the updated slices of every bucket over its group and makes them the weights.

@@ -37,7 +37,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
         let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
-        let mut groups = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::DP);
+        let mut groups =
+            Comms::<D>::builder().attention(Attention::ALL).attention(Attention::DP).attention(Attention::PP);
         groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
         groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
         let comms = groups.build(world, &device, &setup.folding)?;
