@@ -59,6 +59,17 @@ pub struct ModelConfig {
     /// So many first layers are dense (DeepSeek); 0 unless given.
     #[serde(default)]
     pub first_k_dense_replace: usize,
+    /// Whether queries and keys have a norm of each head before the rotation, as in Qwen3-MoE and GLM-4-MoE; false unless
+    /// given.
+    #[serde(default)]
+    pub use_qk_norm: bool,
+    /// Whether the projections of queries, keys and values have a bias, as in Qwen2-MoE and GLM-4-MoE; false unless
+    /// given. The output projection has none.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// Keys that a query sees, itself among them; all up to its own unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sliding_window: Option<usize>,
     /// Experts of each MoE layer, E.
     pub num_local_experts: usize,
     /// Experts that each token goes to, K.
@@ -242,7 +253,13 @@ impl ModelConfig {
     fn parameters_with(&self, experts: usize) -> u64 {
         let hidden = self.hidden_size as u64;
         let heads = (self.num_attention_heads + self.num_key_value_heads) as u64 * self.head_dim() as u64;
-        let every_layer = 2 * heads * hidden + 2 * hidden;
+        let head_dim = self.head_dim() as u64;
+        let norms = if self.use_qk_norm { 2 * head_dim } else { 0 };
+        let biases = match self.attention_bias {
+            true => heads + self.num_key_value_heads as u64 * head_dim,
+            false => 0,
+        };
+        let every_layer = 2 * heads * hidden + 2 * hidden + norms + biases;
         let gated = |width: usize| 3 * width as u64 * hidden;
         let shared = match self.shared_expert_width() {
             None => 0,
@@ -315,6 +332,7 @@ impl ModelConfig {
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim.unwrap_or(1)),
+            ("sliding_window", self.sliding_window.unwrap_or(1)),
             ("num_local_experts", self.num_local_experts),
             ("num_experts_per_tok", self.num_experts_per_tok),
         ] {
@@ -421,6 +439,9 @@ mod tests {
             mlp_only_layers: Vec::new(),
             decoder_sparse_step: 1,
             first_k_dense_replace: 0,
+            use_qk_norm: false,
+            attention_bias: false,
+            sliding_window: None,
             num_hidden_layers: 32,
             num_attention_heads: 32,
             num_key_value_heads: 8,
@@ -539,6 +560,15 @@ mod tests {
         };
         assert!(refusal(both).contains("a layer has one shared expert"));
         assert!(refusal(|c| c.n_shared_experts = Some(0)).starts_with("n_shared_experts = 0"));
+    }
+
+    #[test]
+    fn norms_of_heads_and_biases_are_parameters() {
+        let normed = ModelConfig { use_qk_norm: true, ..mixtral() };
+        assert_eq!(normed.parameters() - mixtral().parameters(), 32 * 2 * 128);
+        let biased = ModelConfig { attention_bias: true, ..mixtral() };
+        assert_eq!(biased.parameters() - mixtral().parameters(), 32 * (32 + 2 * 8) * 128);
+        assert!(refusal(|c| c.sliding_window = Some(0)).starts_with("sliding_window = 0"));
     }
 
     #[test]

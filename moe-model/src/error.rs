@@ -45,6 +45,17 @@ pub enum Error {
         /// What is wrong.
         what: &'static str,
     },
+    /// A sliding window was asked for where keys go round a ring, in blocks that are no runs of positions.
+    #[error(
+        "sliding_window = {window} is not supported on a context-parallel ring of {ranks} ranks; exchange heads by \
+         all-to-all instead (cp.inner = cp), or leave the window out"
+    )]
+    WindowOnRing {
+        /// Keys that a query sees.
+        window: usize,
+        /// Ranks of the ring, the outer digit of CP.
+        ranks: usize,
+    },
     /// Backward was given what another kind of layer had kept.
     #[error("what a forward pass kept belongs to another kind of layer")]
     OtherLayer,

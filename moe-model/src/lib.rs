@@ -78,6 +78,7 @@ pub mod layer;
 pub mod moe;
 pub mod norm;
 pub mod params;
+pub mod qkv;
 pub mod rope;
 pub mod shared;
 pub mod stage;

@@ -17,6 +17,7 @@ fn model() -> ModelConfig {
     .unwrap();
     model.tie_word_embeddings = true;
     model.mlp_only_layers = vec![1];
+    (model.use_qk_norm, model.attention_bias) = (true, true);
     model.shared_expert_intermediate_size = Some(6);
     model
 }
@@ -41,6 +42,22 @@ fn foldings() -> impl Strategy<Value = Folding> {
         let mapping = Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, order, ..Mapping::default() };
         Folding::new(mapping.split(Attention::TP_OUTER, tp.min(2))).ok()
     })
+}
+
+/// Keys of a ring come in two runs of positions each, which a window does not fit.
+#[test]
+fn a_window_on_a_ring_is_refused() {
+    let model = ModelConfig { sliding_window: Some(64), ..model() };
+    let folding =
+        Folding::new(Mapping { world_size: 2, cp: 2, ..Mapping::default() }.split(Attention::CP_OUTER, 2))
+            .unwrap();
+    let refused =
+        DecoderStage::new(&mut ParamLayoutBuilder::new(&folding, 0), &model, DispatcherKind::AllToAll);
+    let said = refused.unwrap_err().to_string();
+    assert!(
+        said.starts_with("sliding_window = 64 is not supported on a context-parallel ring of 2 ranks"),
+        "{said}"
+    );
 }
 
 proptest! {

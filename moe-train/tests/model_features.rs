@@ -81,6 +81,29 @@ fn experts_in_every_second_layer() {
     check(model, &FOLDINGS[5..]);
 }
 
+/// Norms of heads, biases and a window. A key's bias without a norm moves all scores of a query alike but for the
+/// rotation; with a norm it matters.
+#[test]
+fn norms_of_heads_biases_and_a_window() {
+    let normed = ModelConfig { use_qk_norm: true, attention_bias: true, ..tiny_model() };
+    check(ModelConfig { sliding_window: Some(5), ..normed.clone() }, &FOLDINGS);
+    check(ModelConfig { attention_bias: true, ..tiny_model() }, &FOLDINGS[..4]);
+    // Key and value heads on several ranks each.
+    let shared = ModelConfig { num_attention_heads: 8, num_key_value_heads: 2, ..normed };
+    check(shared, &[((4, 1, 1, 1, 2), AllToAll), ((4, 2, 2, 2, 4), AllToAll)]);
+}
+
+/// A window is not what all keys are, unless it holds them all.
+#[test]
+fn a_window_hides_what_is_before_it() {
+    let loss = |sliding_window| {
+        let model = ModelConfig { sliding_window, ..tiny_model() };
+        train(setup(model, Mapping::default()), 1).reports[0].loss.unwrap()
+    };
+    assert_eq!(loss(Some(12)), loss(None));
+    assert_ne!(loss(Some(11)), loss(None));
+}
+
 /// One matrix for embedding and head: on one stage, and on the first and the last of several.
 #[test]
 fn tied_embeddings() {

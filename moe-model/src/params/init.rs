@@ -8,6 +8,8 @@
 pub enum Init {
     /// All ones: norm weights.
     Ones,
+    /// All zeros: biases.
+    Zeros,
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
 }
@@ -38,6 +40,7 @@ impl Stream {
     pub fn element(&self, n: u64) -> f64 {
         match self.init {
             Init::Ones => 1.0,
+            Init::Zeros => 0.0,
             Init::Normal(std) => std * self.normal(n),
         }
     }

@@ -1,0 +1,214 @@
+//! From rows to queries, keys and values of this rank's heads: projections, biases, norms, rotation.
+
+use moe_kernels::family::{Elementwise, Op, Reduce, Rotation};
+use moe_kernels::{Backend, Device, Float, Tensor, View, ViewMut};
+use moe_topology::{Attention, Axes, Owner, Placement};
+
+use crate::axes::{CP_DP, SHARED_KV};
+use crate::config::ModelConfig;
+use crate::norm::{RmsNorm, RmsNormSaved};
+use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::{Cx, Result};
+
+/// `q = rope(norm(W_q h + b_q))`, `k = rope(norm(W_k h + b_k))`, `v = W_v h + b_v`, column-parallel: biases with
+/// `attention_bias`, norms of each head with `use_qk_norm`.
+///
+/// With fewer KV heads than TP ranks, neighbouring ranks (the inner digit of TP) hold the same KV head and their gradients
+/// are summed.
+#[derive(Debug, Clone, Copy)]
+pub struct Qkv {
+    q: ParamId,
+    kv: ParamId,
+    biases: Option<Biases>,
+    norms: Option<Norms>,
+    head_dim: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Biases {
+    q: ParamId,
+    kv: ParamId,
+}
+
+/// Their weights `[head_dim]` are on every rank: each TP rank sees other heads, so their gradients are partial over TP too.
+/// (Ranks that share a KV head see other queries of it: their gradients of the head are partial, so these are as well.)
+#[derive(Debug, Clone, Copy)]
+struct Norms {
+    q: RmsNorm,
+    k: RmsNorm,
+}
+
+/// What backward needs of a forward pass.
+#[derive(Debug)]
+pub struct QkvSaved<T: Float, D: Device> {
+    rows: Tensor<T, D>,
+    norms: Option<[RmsNormSaved<T, D>; 2]>,
+}
+
+/// Queries, keys beside values, and what backward needs.
+pub type Projected<T, D> = (Tensor<T, D>, Tensor<T, D>, QkvSaved<T, D>);
+
+/// What the weight gradients need.
+#[derive(Debug)]
+pub struct QkvDeferred<T: Float, D: Device> {
+    rows: Tensor<T, D>,
+    dq: Tensor<T, D>,
+    dkv: Tensor<T, D>,
+}
+
+impl Qkv {
+    /// The projections of the attention whose tensors are `{prefix}.…`, on pipeline stage `stage`.
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        prefix: &str,
+        stage: usize,
+    ) -> Result<Self> {
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim());
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        // The inner digit of TP tells apart ranks that hold the same KV head (size 1 unless heads are fewer than TP).
+        let queries = (heads * head_dim, Attention::TP, CP_DP);
+        let keys = (kv_heads * head_dim, Attention::TP_OUTER, SHARED_KV);
+        type Sharded = (usize, Axes<Attention>, Axes<Attention>);
+        let logical = |name: &str, dims: &[usize], (_, axes, partial): Sharded, init| -> Result<Logical> {
+            Ok(Logical {
+                name: Name::One(format!("{prefix}.{name}")),
+                placement: Placed::Attention(Placement::new(
+                    dims,
+                    &[(0, axes)],
+                    partial,
+                    Owner::Stage(stage),
+                )?),
+                init,
+            })
+        };
+        let weight = |name: &str, of: Sharded| {
+            let init = Init::Normal(config.initializer_range);
+            logical(&format!("{name}.weight"), &[of.0, hidden], of, init)
+        };
+        let bias = |name: &str, of: Sharded| logical(&format!("{name}.bias"), &[of.0], of, Init::Zeros);
+        let q = params.add(&[weight("q_proj", queries)?])?;
+        let kv = params.add(&[weight("k_proj", keys)?, weight("v_proj", keys)?])?;
+        let biases = match config.attention_bias {
+            true => Some(Biases {
+                q: params.add(&[bias("q_proj", queries)?])?,
+                kv: params.add(&[bias("k_proj", keys)?, bias("v_proj", keys)?])?,
+            }),
+            false => None,
+        };
+        let mut norm = |name: &str| {
+            RmsNorm::new(params, format!("{prefix}.{name}.weight"), head_dim, config.rms_norm_eps, stage)
+        };
+        let norms = match config.use_qk_norm {
+            true => Some(Norms { q: norm("q_norm")?, k: norm("k_norm")? }),
+            false => None,
+        };
+        Ok(Qkv { q, kv, biases, norms, head_dim })
+    }
+
+    /// `rows: [n, hidden]` of micro-batch `m`, gathered over TP; returns `q: [n, heads · head_dim]` and, keys before
+    /// values, `kv: [n, 2 · kv_heads · head_dim]`.
+    pub fn forward<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        rows: Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Projected<T, D>> {
+        let (device, n) = (&cx.device, rows.shape()[0]);
+        let (q_weight, kv_weight) = (cx.params.weight(self.q)?, cx.params.weight(self.kv)?);
+        let (q_width, kv_width) = (q_weight.shape()[0], kv_weight.shape()[0] / 2);
+        let (keys, values) = (0..kv_width, kv_width..2 * kv_width);
+        let project = |mut y: ViewMut<'_, T, D>, weight: View<'_, T, D>, bias: Option<View<'_, T, D>>| {
+            device.gemm(y.reborrow(), rows.view(), Op::N, weight, Op::T)?;
+            if let Some(bias) = bias {
+                device.add_row(y, bias)?;
+            }
+            Result::Ok(())
+        };
+        let [q_bias, k_bias, v_bias] = match self.biases {
+            None => [None; 3],
+            Some(Biases { q, kv }) => {
+                let kv = cx.params.weight(kv)?;
+                [Some(cx.params.weight(q)?), Some(kv.rows(0..1)?), Some(kv.rows(1..2)?)]
+            }
+        };
+        let (mut q_raw, mut k_raw) =
+            (Tensor::uninit(device, n, q_width)?, Tensor::uninit(device, n, kv_width)?);
+        let (mut q, mut kv) = (Tensor::uninit(device, n, q_width)?, Tensor::uninit(device, n, 2 * kv_width)?);
+        project(q_raw.view_mut()?, q_weight, q_bias)?;
+        project(k_raw.view_mut()?, kv_weight.rows(keys.clone())?, k_bias)?;
+        project(kv.view_mut()?.columns(values.clone())?, kv_weight.rows(values)?, v_bias)?;
+
+        let mut norms = None;
+        if let Some(Norms { q, k }) = self.norms {
+            let (q_normed, q_saved) = q.forward(self.by_head(&q_raw)?, cx)?;
+            let (k_normed, k_saved) = k.forward(self.by_head(&k_raw)?, cx)?;
+            (q_raw, k_raw) = (q_normed.reshape(n, q_width)?, k_normed.reshape(n, kv_width)?);
+            norms = Some([q_saved, k_saved]);
+        }
+        let batch = cx.batch(m)?;
+        cx.rope.apply(device, q.view_mut()?, q_raw.view(), batch, Rotation::Forward)?;
+        cx.rope.apply(device, kv.view_mut()?.columns(keys)?, k_raw.view(), batch, Rotation::Forward)?;
+        Ok((q, kv, QkvSaved { rows, norms }))
+    }
+
+    /// This rank's part of the gradient of the rows; adds to the gradients of the norms' weights.
+    pub fn backward_input<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        [dq, dk, dv]: [Tensor<T, D>; 3],
+        saved: QkvSaved<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, QkvDeferred<T, D>)> {
+        let device = cx.device.clone();
+        let QkvSaved { rows, norms } = saved;
+        let ([n, hidden], q_width, kv_width) = (rows.shape(), dq.shape()[1], dk.shape()[1]);
+        let (mut dq_raw, mut dk_raw) =
+            (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, kv_width)?);
+        let batch = cx.batch(m)?;
+        cx.rope.apply(&device, dq_raw.view_mut()?, dq.view(), batch, Rotation::Backward)?;
+        cx.rope.apply(&device, dk_raw.view_mut()?, dk.view(), batch, Rotation::Backward)?;
+        if let (Some(Norms { q, k }), Some([q_saved, k_saved])) = (self.norms, norms) {
+            dq_raw = q.backward(&self.by_head(&dq_raw)?, q_saved, cx)?.reshape(n, q_width)?;
+            dk_raw = k.backward(&self.by_head(&dk_raw)?, k_saved, cx)?.reshape(n, kv_width)?;
+        }
+        let mut dkv = Tensor::uninit(&device, n, 2 * kv_width)?;
+        device.copy_rows(dkv.view_mut()?.columns(0..kv_width)?, dk_raw.view())?;
+        device.copy_rows(dkv.view_mut()?.columns(kv_width..2 * kv_width)?, dv.view())?;
+
+        let mut d_rows = Tensor::uninit(&device, n, hidden)?;
+        device.gemm(d_rows.view_mut()?, dq_raw.view(), Op::N, cx.params.weight(self.q)?, Op::N)?;
+        let mut d_rows_kv = Tensor::uninit(&device, n, hidden)?;
+        device.gemm(d_rows_kv.view_mut()?, dkv.view(), Op::N, cx.params.weight(self.kv)?, Op::N)?;
+        device.add_assign(d_rows.view_mut()?, d_rows_kv.view())?;
+        Ok((d_rows, QkvDeferred { rows, dq: dq_raw, dkv }))
+    }
+
+    /// Adds to the gradients of weights and biases.
+    pub fn backward_weight<T: Float, D: Backend<T>>(
+        &self,
+        deferred: QkvDeferred<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        let QkvDeferred { rows, dq, dkv } = deferred;
+        let device = cx.device.clone();
+        device.gemm_acc(cx.params.grad(self.q)?, dq.view(), Op::T, rows.view(), Op::N)?;
+        device.gemm_acc(cx.params.grad(self.kv)?, dkv.view(), Op::T, rows.view(), Op::N)?;
+        if let Some(biases) = self.biases {
+            for (bias, dy) in [(biases.q, dq), (biases.kv, dkv)] {
+                let width = dy.shape()[1];
+                let mut sums = Tensor::uninit(&device, 1, width)?;
+                Reduce::<T>::column_sums(&device, sums.view_mut()?, dy.view())?;
+                let grad = cx.params.grad(bias)?.reshape(1, width)?;
+                Elementwise::<T::Acc>::add_assign(&device, grad, sums.view())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A row for each head of each token.
+    fn by_head<T: Float, D: Device>(&self, x: &Tensor<T, D>) -> Result<Tensor<T, D>> {
+        let [n, width] = x.shape();
+        Ok(x.reshape(n * width / self.head_dim, self.head_dim)?)
+    }
+}
