@@ -1,4 +1,4 @@
-//! Two training steps against PyTorch in float64 (`fixtures/make_golden.py`).
+//! Two training steps against PyTorch in float64 (`fixtures/make_golden.py`, `fixtures/make_golden_features.py`).
 
 mod common;
 
@@ -10,32 +10,41 @@ use serde_json::Value;
 #[test]
 fn two_steps_equal_pytorch() {
     let golden: Value = serde_json::from_str(include_str!("fixtures/golden.json")).unwrap();
-    let train = &golden["train"];
-    let number = |key: &str| train[key].as_f64().unwrap();
     for run in golden["runs"].as_array().unwrap() {
         let mut model = golden["model"].clone();
         model["router_score"] = run["score_function"].clone();
         model["norm_topk_prob"] = Value::Bool(false);
-        let model: ModelConfig = serde_json::from_value(model).unwrap();
-        let mut setup = common::setup(model, Default::default());
-        setup.seed = train["seed"].as_u64().unwrap();
-        setup.global_batch_size = number("global_batch_size") as usize;
-        setup.micro_batch_size = number("micro_batch_size") as usize;
-        setup.sequence_length = number("sequence_length") as usize;
-        setup.lr.max = number("lr");
-        setup.lr.min = number("min_lr");
-        setup.lr.warmup_steps = number("warmup_steps") as u64;
-        let decay_steps = number("decay_steps") as u64;
-        setup.lr.shape = LrShape::Decay { decay_steps, style: DecayStyle::Cosine };
-        setup.clip_grad = number("clip_grad");
-        let steps = run["steps"].as_array().unwrap();
-        let ours = common::train_on(
-            setup.clone(),
-            steps.len() as u64,
-            Recorded(run["steps"].clone(), setup.micro_batch_size),
-        );
-        assert_equal(&ours, &expected(run), &setup, run["score_function"].as_str().unwrap());
+        equals_pytorch(model, &golden["train"], run, run["score_function"].as_str().unwrap());
     }
+}
+
+/// Dense layers, shared experts, norms of heads, biases, GeGLU, a window, tied embeddings.
+#[test]
+fn every_kind_of_layer_equals_pytorch() {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_features.json")).unwrap();
+    for run in golden["runs"].as_array().unwrap() {
+        equals_pytorch(run["model"].clone(), &golden["train"], run, run["name"].as_str().unwrap());
+    }
+}
+
+fn equals_pytorch(model: Value, train: &Value, run: &Value, what: &str) {
+    let number = |key: &str| train[key].as_f64().unwrap();
+    let model: ModelConfig = serde_json::from_value(model).unwrap();
+    let mut setup = common::setup(model, Default::default());
+    setup.seed = train["seed"].as_u64().unwrap();
+    setup.global_batch_size = number("global_batch_size") as usize;
+    setup.micro_batch_size = number("micro_batch_size") as usize;
+    setup.sequence_length = number("sequence_length") as usize;
+    setup.lr.max = number("lr");
+    setup.lr.min = number("min_lr");
+    setup.lr.warmup_steps = number("warmup_steps") as u64;
+    let decay_steps = number("decay_steps") as u64;
+    setup.lr.shape = LrShape::Decay { decay_steps, style: DecayStyle::Cosine };
+    setup.clip_grad = number("clip_grad");
+    let steps = run["steps"].as_array().unwrap();
+    let source = Recorded(run["steps"].clone(), setup.micro_batch_size);
+    let ours = common::train_on(setup.clone(), steps.len() as u64, source);
+    assert_equal(&ours, &expected(run), &setup, what);
 }
 
 /// The sequences that PyTorch saw.
