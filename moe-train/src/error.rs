@@ -66,6 +66,24 @@ pub enum Error {
         /// What was saved.
         checkpoint: PathBuf,
     },
+    /// Too many steps in a row whose loss or gradient is not finite.
+    #[error(
+        "the loss or the gradient of step {step} is not finite{}; its samples are {samples:?} of data/train.tokens. \
+         The state before it is {}: --resume makes the step again; lower the learning rate, or let \
+         train.non_finite = \"skip\" with a train.non_finite_limit above {skipped} pass over it",
+        if *skipped > 0 { format!(", nor were those of the {skipped} before it") } else { String::new() },
+        checkpoint.display()
+    )]
+    NonFinite {
+        /// The step.
+        step: u64,
+        /// Steps in a row that were skipped before it.
+        skipped: u64,
+        /// Its samples.
+        samples: Vec<u64>,
+        /// What was saved: the state before the step.
+        checkpoint: PathBuf,
+    },
     /// Ranks did not say what they agreed to.
     #[error("{what}")]
     Protocol {

@@ -5,12 +5,16 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{Checkpoint, CheckpointError};
 use crate::config::RunConfig;
+use crate::trainer::SkippedSteps;
 
 /// The state of a run that is no tensor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
     /// Updates that the optimizer made: fewer than steps if gradients were not finite.
     pub updates: u64,
+    /// Steps that were skipped because their loss or gradient was not finite.
+    #[serde(default)]
+    pub skipped: SkippedSteps,
     /// The next global sample index, which is all the state of the data order.
     pub cursor: u64,
     /// The configuration of the run that wrote it.

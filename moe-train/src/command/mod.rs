@@ -7,6 +7,8 @@ mod topology;
 mod train;
 
 use clap::{Parser, Subcommand};
+use moe_model::Error::RouterNotANumber;
+use moe_pipeline::ExecuteError;
 
 use crate::{Error, Result};
 
@@ -50,12 +52,15 @@ impl Cli {
 }
 
 /// The process's exit status for an error: 2 for what the user asked (configuration, mapping, a run that it cannot be
-/// asked of), 3 for data, 4 for checkpoints, 5 for a run that failed, 130 for one that was interrupted.
+/// asked of), 3 for data, 4 for checkpoints, 5 for a run that failed, 6 for one that stopped because numbers are not finite, 130
+/// for one that was interrupted.
 pub fn exit_status(error: &Error) -> u8 {
     match error {
         Error::Config(_) | Error::Topology(_) | Error::RunExists { .. } | Error::Resume { .. } => 2,
         Error::Data(_) => 3,
         Error::Checkpoint(_) => 4,
+        Error::NonFinite { .. }
+        | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. }) => 6,
         Error::Interrupted { .. } => 130,
         // What the first rank to fail met is what went wrong.
         Error::World(world) => {

@@ -50,8 +50,8 @@ use toml::Table;
 
 pub use error::ConfigError;
 pub use sections::{
-    DataConfig, DeviceKind, Dispatcher, LrScheduleKind, OptimizerConfig, ParallelConfig, SampleConfig,
-    TokenizerKind, TrainConfig, TrainDType,
+    DataConfig, DeviceKind, Dispatcher, LrScheduleKind, NonFinite, OptimizerConfig, ParallelConfig,
+    SampleConfig, TokenizerKind, TrainConfig, TrainDType,
 };
 
 use crate::durable::Context;
@@ -119,6 +119,9 @@ impl RunConfig {
             data: take(&mut root, "data", &sections)?,
             sample: take(&mut root, "sample", &sections)?,
         };
+        if config.train.non_finite == NonFinite::Skip {
+            config.train.non_finite_limit.get_or_insert(config.train.non_finite_limit());
+        }
         if config.optimizer.lr_schedule.ends() {
             config.optimizer.decay_steps.get_or_insert(config.train.steps);
         }
@@ -216,6 +219,15 @@ impl RunConfig {
             ("train.log_interval", train.log_interval),
         ] {
             require(setting, value, (1..=i64::MAX as u64).contains(&value), "at least 1")?;
+        }
+        match (train.non_finite, train.non_finite_limit) {
+            (NonFinite::Stop, Some(_)) => {
+                let (setting, problem) = ("train.non_finite_limit", "has no meaning");
+                let (other, fix) = ("train.non_finite = \"stop\"".to_owned(), "remove it".to_owned());
+                return Err(ConfigError::Conflict { setting, problem, other, fix });
+            }
+            (_, Some(limit)) => require("train.non_finite_limit", limit, limit >= 1, "at least 1")?,
+            (_, None) => {}
         }
         let deadline = train.deadline_seconds;
         require(

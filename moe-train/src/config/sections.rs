@@ -74,6 +74,12 @@ pub struct TrainConfig {
     pub micro_batch_size: usize,
     /// Tokens of a sequence, S.
     pub sequence_length: usize,
+    /// What happens to a step whose loss or gradient is not finite. No weight changes either way.
+    #[serde(default)]
+    pub non_finite: NonFinite,
+    /// Steps in a row that are skipped; one more stops the run. 10 unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub non_finite_limit: Option<u64>,
     /// Folder of the run.
     pub output: PathBuf,
     /// Steps between evaluations; 0 evaluates after the last step only.
@@ -94,6 +100,27 @@ pub struct TrainConfig {
     /// Seconds after which a rank that waits for others gives up.
     #[serde(default = "default_deadline_seconds")]
     pub deadline_seconds: f64,
+}
+
+impl TrainConfig {
+    /// Steps in a row whose loss or gradient may be not finite.
+    pub fn non_finite_limit(&self) -> u64 {
+        match self.non_finite {
+            NonFinite::Skip => self.non_finite_limit.unwrap_or(10),
+            NonFinite::Stop => 0,
+        }
+    }
+}
+
+/// What happens to a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFinite {
+    /// It is skipped and counted.
+    #[default]
+    Skip,
+    /// The run stops.
+    Stop,
 }
 
 fn one() -> usize {

@@ -183,6 +183,25 @@ fn settings_of_another_learning_rate_schedule_are_refused() {
 }
 
 #[test]
+fn non_finite_steps_have_a_limit_if_they_are_skipped() {
+    let limit = |overrides: &[&str]| with(overrides).unwrap().train.non_finite_limit();
+    assert_eq!(limit(&[]), 10);
+    assert_eq!(limit(&["train.non_finite_limit=3"]), 3);
+    assert_eq!(limit(&["train.non_finite=stop"]), 0);
+    assert_eq!(
+        refusal(&["train.non_finite=stop", "train.non_finite_limit=3"]),
+        "train.non_finite_limit has no meaning with train.non_finite = \"stop\": remove it"
+    );
+    assert_eq!(
+        refusal(&["train.non_finite_limit=0"]),
+        "train.non_finite_limit = 0, but it must be at least 1"
+    );
+    assert!(
+        refusal(&["train.non_finite=ignore"]).contains("unknown variant `ignore`, expected `skip` or `stop`")
+    );
+}
+
+#[test]
 fn parameter_groups_are_checked_against_the_model() {
     let groups = |text: &str| with(&[&format!("optimizer.groups=[{text}]")]);
     let config =

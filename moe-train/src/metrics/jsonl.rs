@@ -135,6 +135,7 @@ mod tests {
             aux_loss: 1.0,
             z_loss: 2.0 / 3.0,
             dropped_tokens: 0,
+            skipped_steps: 0,
             expert_load: vec![vec![0.75, 0.25]],
         }
     }

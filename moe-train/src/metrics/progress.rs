@@ -129,6 +129,7 @@ mod tests {
             aux_loss: 1.0,
             z_loss: 1.0,
             dropped_tokens: 0,
+            skipped_steps: 0,
             expert_load: vec![vec![0.3, 0.2, 0.25, 0.25]],
         }
     }

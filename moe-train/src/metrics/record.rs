@@ -25,6 +25,8 @@ pub struct StepRecord {
     pub z_loss: f64,
     /// Dropped (token, expert) pairs of all layers.
     pub dropped_tokens: u64,
+    /// Steps of the run so far that were skipped because their loss or gradient was not finite.
+    pub skipped_steps: u64,
     /// Share of the choices that each expert got, `[MoE layers][experts]`.
     pub expert_load: Vec<Vec<f64>>,
 }
@@ -50,6 +52,7 @@ impl StepRecord {
             ("train/lr", Some(self.lr)),
             ("train/tokens", Some(self.tokens as f64)),
             ("train/tokens_per_second", Some(self.tokens_per_second)),
+            ("train/skipped_steps", Some(self.skipped_steps as f64)),
             ("moe/aux_loss", Some(self.aux_loss)),
             ("moe/z_loss", Some(self.z_loss)),
             ("moe/dropped_tokens", Some(self.dropped_tokens as f64)),

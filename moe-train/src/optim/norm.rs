@@ -69,11 +69,6 @@ impl GradNorm {
     pub fn clip_factor(self, max: f64) -> f64 {
         if max > 0.0 { (max / (self.0 + 1e-6)).min(1.0) } else { 1.0 }
     }
-
-    /// Whether an update may be made; the same on every rank, as the norm is.
-    pub fn is_finite(self) -> bool {
-        self.0.is_finite()
-    }
 }
 
 #[cfg(test)]
@@ -129,6 +124,5 @@ mod tests {
         assert_eq!(GradNorm(0.5).clip_factor(1.0), 1.0);
         assert!((GradNorm(4.0).clip_factor(1.0) - 1.0 / 4.000001).abs() < 1e-15);
         assert_eq!(GradNorm(4.0).clip_factor(0.0), 1.0);
-        assert!(!GradNorm(f64::NAN).is_finite());
     }
 }

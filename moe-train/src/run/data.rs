@@ -79,6 +79,11 @@ pub struct TextSource {
 }
 
 impl TextSource {
+    /// The samples of a step: `n` is the tokens `n·S ..= n·S + S` of `data/train.tokens`.
+    pub fn samples(&self, step: u64) -> Vec<u64> {
+        (self.sampler.cursor(step)..self.sampler.cursor(step + 1)).map(|g| self.sampler.sample(g)).collect()
+    }
+
     /// The global index of the first sample after `step` steps.
     pub fn cursor_after(&self, step: u64) -> u64 {
         self.sampler.cursor(step + 1)

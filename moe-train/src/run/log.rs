@@ -7,7 +7,7 @@ use crate::Result;
 use crate::config::RunConfig;
 use crate::durable::Context;
 use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, StepRecord};
-use crate::trainer::StepReport;
+use crate::trainer::{SkippedSteps, StepReport};
 
 /// Writes on one rank what all ranks measured.
 pub(super) struct Log {
@@ -18,13 +18,13 @@ pub(super) struct Log {
 }
 
 impl Log {
-    /// For a run that has made `step` steps.
-    pub fn open(config: &RunConfig, folder: &RunFolder, step: u64) -> Result<Self> {
-        let lines = match step {
-            0 => JsonLines::create(&folder.metrics())?,
-            _ => JsonLines::resume(&folder.metrics(), step)?,
+    /// For a run that starts, or goes on after step `resumed`.
+    pub fn open(config: &RunConfig, folder: &RunFolder, resumed: Option<u64>) -> Result<Self> {
+        let lines = match resumed {
+            None => JsonLines::create(&folder.metrics())?,
+            Some(step) => JsonLines::resume(&folder.metrics(), step)?,
         };
-        let events = EventFile::create(&folder.tensorboard(), step + 1)?;
+        let events = EventFile::create(&folder.tensorboard(), resumed.unwrap_or(0) + 1)?;
         let tokens_per_step = (config.train.global_batch_size * config.train.sequence_length) as u64;
         let out = std::io::stdout();
         let terminal = out.is_terminal();
@@ -33,8 +33,8 @@ impl Log {
         Ok(Log { lines, events, progress, tokens_per_step })
     }
 
-    /// A step that took `seconds`.
-    pub fn step(&mut self, report: &StepReport, seconds: f64) -> Result<()> {
+    /// A step that took `seconds`, and the steps that were skipped so far.
+    pub fn step(&mut self, report: &StepReport, seconds: f64, skipped: SkippedSteps) -> Result<()> {
         let record = StepRecord {
             step: report.step,
             loss: report.loss,
@@ -46,18 +46,20 @@ impl Log {
             aux_loss: report.aux_loss,
             z_loss: report.z_loss,
             dropped_tokens: report.dropped_tokens,
+            skipped_steps: skipped.total,
             expert_load: report.expert_load.clone(),
         };
         self.lines.write(&record)?;
         self.events.step(&record)?;
         self.progress.step(&record).context("write", "standard output".as_ref())?;
-        if !report.updated {
-            self.note(&format!(
-                "step {}: the gradient is not finite, or no token counts: no update",
-                report.step
-            ))?;
+        let step = report.step;
+        match (report.updated, report.is_finite()) {
+            (true, _) => Ok(()),
+            (false, true) => self.note(&format!("step {step}: no token counts: no update")),
+            (false, false) => {
+                self.note(&format!("step {step}: the loss or the gradient is not finite: no update"))
+            }
         }
-        Ok(())
     }
 
     /// An evaluation. One that was written before the run was resumed is not written again.

@@ -24,7 +24,7 @@ use crate::infer::{Sampling, generate};
 use crate::optim::Hyper;
 use crate::trainer::{RankTrainer, Setup};
 use crate::{Error, Result};
-use rank::{Outcome, Plan};
+use rank::{End, Outcome, Plan};
 
 /// Trains as `config` says, from the start or from the newest checkpoint of its folder.
 ///
@@ -59,11 +59,12 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         println!("resuming after step {}", checkpoint.step());
     }
 
+    let train = Arc::new(data.train);
     let plan = Plan {
         setup,
         config: config.clone(),
         folder: folder.clone(),
-        train: Arc::new(data.train),
+        train: train.clone(),
         held_out: Arc::new(data.held_out),
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
         interrupted: interrupt::flag(),
@@ -72,8 +73,14 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         TrainDType::F32 => launch::<f32>(plan)?,
         TrainDType::F64 => launch::<f64>(plan)?,
     };
-    if outcome.interrupted {
-        return Err(Error::Interrupted { step: outcome.step, checkpoint: outcome.checkpoint });
+    let Outcome { step, checkpoint, .. } = outcome.clone();
+    match outcome.end {
+        End::Complete => {}
+        End::Interrupted => return Err(Error::Interrupted { step, checkpoint }),
+        End::NonFinite { skipped } => {
+            let samples = train.samples(step + 1);
+            return Err(Error::NonFinite { step: step + 1, skipped, samples, checkpoint });
+        }
     }
     report(config, &outcome, data.unigram_entropy)
 }

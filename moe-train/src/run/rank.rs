@@ -15,7 +15,7 @@ use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
 use crate::checkpoint::{Meta, restore, save};
 use crate::config::RunConfig;
-use crate::trainer::{RankTrainer, Setup};
+use crate::trainer::{RankTrainer, Setup, SkippedSteps};
 
 /// A run, the same on all ranks.
 pub(super) struct Plan {
@@ -35,58 +35,77 @@ pub(super) struct Outcome {
     pub step: u64,
     pub val_loss: Option<f64>,
     pub checkpoint: PathBuf,
-    pub interrupted: bool,
+    pub end: End,
+}
+
+/// Why it ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum End {
+    /// After the last step.
+    Complete,
+    /// Someone asked.
+    Interrupted,
+    /// The loss or gradient of the next step was not finite, after `skipped` others in a row.
+    NonFinite { skipped: u64 },
 }
 
 /// Trains on one rank until the last step or an interruption, then saves.
 pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
     let mut trainer = RankTrainer::<T, D>::new(plan.setup.clone(), world, device)?;
-    let mut step = match &plan.checkpoint {
+    let (mut step, mut skipped) = match &plan.checkpoint {
         Some(path) => {
             let checkpoint = Checkpoint::open(path)?;
-            restore(&mut trainer, &checkpoint)?;
-            checkpoint.step()
+            let meta = restore(&mut trainer, &checkpoint)?;
+            (checkpoint.step(), meta.skipped)
         }
-        None => 0,
+        None => (0, SkippedSteps::default()),
     };
     let mut saved = plan.checkpoint.is_some().then_some(step);
     let mut evaluated = None;
-    let mut log = (world.rank() == 0).then(|| Log::open(&plan.config, &plan.folder, step)).transpose()?;
+    let mut log = (world.rank() == 0).then(|| Log::open(&plan.config, &plan.folder, saved)).transpose()?;
     let (last, eval_interval, save_interval) =
         (plan.config.train.steps, plan.config.train.eval_interval, plan.config.train.save_interval);
     let due = |interval: u64, step: u64| interval > 0 && step.is_multiple_of(interval);
 
-    let mut interrupted = false;
-    while step < last && !interrupted {
-        step += 1;
+    let mut end = End::Complete;
+    while step < last && matches!(end, End::Complete) {
         let start = Instant::now();
-        let report = trainer.step(step, &*plan.train)?;
+        let report = trainer.step(step + 1, &*plan.train)?;
         let seconds = start.elapsed().as_secs_f64();
+        let go_on = skipped.count(&report, plan.config.train.non_finite_limit());
         if let Some(log) = &mut log {
-            log.step(&report, seconds)?;
+            log.step(&report, seconds, skipped)?;
         }
-        interrupted = agreed(&trainer, plan.interrupted.load(Ordering::Relaxed))?;
+        if !go_on {
+            // What is saved below is the state before the step, so that a resume makes it again.
+            end = End::NonFinite { skipped: skipped.in_a_row };
+            break;
+        }
+        step += 1;
+        if agreed(&trainer, plan.interrupted.load(Ordering::Relaxed))? {
+            end = End::Interrupted;
+        }
         if due(eval_interval, step) && step < last {
             evaluated = Some(step);
             evaluate(&mut trainer, plan, step, &mut log)?;
         }
-        if due(save_interval, step) && step < last && !interrupted {
-            write(&trainer, plan, step)?;
+        if due(save_interval, step) && step < last && matches!(end, End::Complete) {
+            write(&trainer, plan, step, skipped)?;
             saved = Some(step);
         }
     }
 
-    let val_loss = match interrupted || evaluated == Some(step) {
-        true => None,
-        false => evaluate(&mut trainer, plan, step, &mut log)?,
+    let val_loss = match end {
+        End::Complete if evaluated != Some(step) => evaluate(&mut trainer, plan, step, &mut log)?,
+        _ => None,
     };
     if saved != Some(step) {
-        write(&trainer, plan, step)?;
+        write(&trainer, plan, step, skipped)?;
     }
     if let Some(log) = &mut log {
         log.end()?;
     }
-    Ok(Outcome { step, val_loss, checkpoint: step_folder(&plan.folder.checkpoints(), step), interrupted })
+    Ok(Outcome { step, val_loss, checkpoint: step_folder(&plan.folder.checkpoints(), step), end })
 }
 
 /// Whether any rank says so. Collective.
@@ -108,9 +127,15 @@ fn evaluate<T: Float, D: Backend<T>>(
     Ok(val_loss)
 }
 
-fn write<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, plan: &Plan, step: u64) -> Result<()> {
+fn write<T: Float, D: Backend<T>>(
+    trainer: &RankTrainer<T, D>,
+    plan: &Plan,
+    step: u64,
+    skipped: SkippedSteps,
+) -> Result<()> {
     let meta = Meta {
         updates: trainer.optimizer().updates(),
+        skipped,
         cursor: plan.train.cursor_after(step),
         config: plan.config.clone(),
     };

@@ -3,9 +3,11 @@
 mod rank;
 mod report;
 mod setup;
+mod skipped;
 mod source;
 
 pub use rank::RankTrainer;
 pub use report::StepReport;
 pub use setup::Setup;
+pub use skipped::SkippedSteps;
 pub use source::{BatchSource, Sequence};

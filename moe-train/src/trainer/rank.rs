@@ -106,13 +106,14 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
 
         let grads = reduce_gradients(&mut self.cx)?;
         let norm = GradNorm::of(&self.cx, &grads, &self.names)?;
-        let updated = norm.is_finite() && total_weight > 0.0;
-        if updated {
-            let scale = norm.clip_factor(self.setup.clip_grad);
-            self.optimizer.update(&mut self.cx, &grads, self.setup.lr.at(step), scale)?;
-        }
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
-        Ok(totals.report(&self.setup, step, total_weight, norm.0, updated))
+        let mut report = totals.report(&self.setup, step, total_weight, norm.0);
+        report.updated = report.is_finite() && total_weight > 0.0;
+        if report.updated {
+            let scale = norm.clip_factor(self.setup.clip_grad);
+            self.optimizer.update(&mut self.cx, &grads, report.lr, scale)?;
+        }
+        Ok(report)
     }
 
     /// Mean loss over `micro_batches` micro-batches of held-out sequences (a multiple of DP; fill up with sequences of

@@ -29,8 +29,15 @@ pub struct StepReport {
     pub dropped_tokens: u64,
     /// Share of the choices that each expert got, per MoE layer.
     pub expert_load: Vec<Vec<f64>>,
-    /// False if the gradient was not finite or no token counted: weights stayed as they were.
+    /// False if the loss or the gradient was not finite, or no token counted: weights stayed as they were.
     pub updated: bool,
+}
+
+impl StepReport {
+    /// Whether the loss and the gradient are finite. Where no token counts there is no loss, which is no fault.
+    pub fn is_finite(&self) -> bool {
+        self.grad_norm.is_finite() && self.loss.is_none_or(f64::is_finite)
+    }
 }
 
 /// Sums over the world of a step's forward passes.
@@ -76,21 +83,15 @@ impl Totals {
         self.loss
     }
 
-    /// The report of a step.
-    pub fn report(
-        &self,
-        setup: &Setup,
-        step: u64,
-        total_weight: f64,
-        grad_norm: f64,
-        updated: bool,
-    ) -> StepReport {
+    /// The report of a step, not updated yet.
+    pub fn report(&self, setup: &Setup, step: u64, total_weight: f64, grad_norm: f64) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
         let units = setup.micro_batches() as f64;
         let tokens = (setup.global_batch_size * setup.sequence_length) as f64;
         let aux = self.aux.iter().sum::<f64>() / units;
         let z = self.z.iter().sum::<f64>() / tokens;
-        let loss = (total_weight > 0.0).then(|| self.loss / total_weight);
+        // Loss weights whose sum is not a number are a fault, not the absence of tokens.
+        let loss = (total_weight > 0.0 || total_weight.is_nan()).then(|| self.loss / total_weight);
         let model = &setup.model;
         StepReport {
             step,
@@ -109,7 +110,7 @@ impl Totals {
                     counts.iter().map(|c| if sum > 0.0 { c / sum } else { 0.0 }).collect()
                 })
                 .collect(),
-            updated,
+            updated: false,
         }
     }
 }

@@ -30,7 +30,7 @@ pub fn meta(setup: &Setup, step: u64, updates: u64) -> Meta {
     ";
     let mut config = RunConfig::parse(text, "a test", &[] as &[&str]).unwrap();
     config.model = setup.model.clone();
-    Meta { updates, cursor: step * setup.global_batch_size as u64, config }
+    Meta { updates, skipped: Default::default(), cursor: step * setup.global_batch_size as u64, config }
 }
 
 /// All tensors of a checkpoint by name and kind, byte for byte.
