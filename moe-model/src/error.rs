@@ -37,6 +37,46 @@ pub enum Error {
         /// Why it does not fit.
         what: String,
     },
+    /// Layers that cannot fill the stages.
+    #[error("{layers} layers are fewer than the {stages} stages")]
+    FewLayers {
+        /// Layers of the model.
+        layers: usize,
+        /// Stages of the pipeline.
+        stages: usize,
+    },
+    /// Stages that cannot be dealt to the ranks evenly.
+    #[error("{stages} stages cannot be dealt to {ranks} pipeline ranks: give a multiple of {ranks}")]
+    StageCount {
+        /// Stages of the layout.
+        stages: usize,
+        /// Pipeline ranks.
+        ranks: usize,
+    },
+    /// A stage that would pass on what it gets.
+    #[error(
+        "stage {stage} has no layer: only the first stage (with the embedding) and the last (with the head) may have none"
+    )]
+    EmptyStage {
+        /// The stage.
+        stage: usize,
+    },
+    /// A layout of another number of layers.
+    #[error("the stages have {got} layers, but the model has {layers}")]
+    LayerCount {
+        /// Layers of all stages.
+        got: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
+    /// A layout for another number of pipeline ranks.
+    #[error("the layout is for {ranks} pipeline ranks, but the folding has {pp}")]
+    LayoutRanks {
+        /// Ranks of the layout.
+        ranks: usize,
+        /// Pipeline ranks of the folding.
+        pp: usize,
+    },
     /// A stage got what it does not take.
     #[error("stage {stage}: {what}")]
     Stage {

@@ -1,7 +1,7 @@
 //! Mixture-of-Experts decoder layers and pipeline stages, with explicit forward and backward, under any folding.
 //!
 //! A [`ModelConfig`] has the keys of a Hugging Face `config.json` of a Mixtral-like model. A [`DecoderStage`] is what one
-//! rank runs of it: its pipeline stage, sharded over tensor parallelism (with sequence parallelism) outside of the experts,
+//! rank runs of it: a pipeline stage, or one of several virtual ones, sharded over tensor parallelism (with sequence parallelism) outside of the experts,
 //! over expert and expert tensor parallelism inside.
 //!
 //! - **Layers hold no tensors.** One [`ParamStore`](params::ParamStore) per rank owns weights and gradients, flat by reduction
@@ -20,7 +20,7 @@
 //! ```
 //! use moe_dispatch::DispatcherKind;
 //! use moe_model::params::ParamLayoutBuilder;
-//! use moe_model::{DecoderStage, ModelConfig};
+//! use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
 //! use moe_topology::{Attention, Expert, Folding, Mapping};
 //!
 //! let config: ModelConfig = serde_json::from_str(
@@ -35,8 +35,9 @@
 //!
 //! // Rank 5: the second of four ranks of the last stage.
 //! let mut params = ParamLayoutBuilder::new(&folding, 5);
-//! let stage = DecoderStage::new(&mut params, &config, DispatcherKind::AllToAll)?;
-//! assert_eq!(stage.moe_stats().len(), 1); // layer 1
+//! let layout = PipelineLayout::even(config.num_hidden_layers, 2, 1)?;
+//! let stages = DecoderStage::of_rank(&mut params, &config, DispatcherKind::AllToAll, &layout)?;
+//! assert_eq!(stages[0].moe_stats().len(), 1); // layer 1
 //!
 //! let layout = params.build();
 //! let find = |name: &str| {
@@ -78,6 +79,7 @@ pub mod layer;
 pub mod moe;
 pub mod norm;
 pub mod params;
+pub mod pipeline;
 pub mod qkv;
 pub mod rope;
 pub mod shared;
@@ -89,6 +91,7 @@ pub use config::ModelConfig;
 pub use cx::{Cx, MicroBatch, MoeStats, Objective, Stats};
 pub use error::{Error, Result};
 pub use layer::Layer;
+pub use pipeline::PipelineLayout;
 pub use rope::RopeTable;
 pub use stage::{DecoderStage, TypedStage};
 pub use transport::CommTransport;

@@ -12,10 +12,10 @@ use crate::embedding::TokenEmbedding;
 use crate::head::{Head, HeadDeferred, HeadSaved};
 use crate::layer::Layer;
 use crate::params::ParamLayoutBuilder;
+use crate::pipeline::PipelineLayout;
 use crate::{Cx, Error, Result};
 
-/// Layers `floor(s·L/P) .. floor((s+1)·L/P)` of stage `s` of `P`, with the embedding on the first and the head on the
-/// last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
+/// The layers of one stage of a [`PipelineLayout`], with the embedding on the first stage and the head on the last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
 #[derive(Debug)]
 pub struct DecoderStage {
     stage: usize,
@@ -40,21 +40,38 @@ pub struct StageDeferred<T: Float, D: Backend<T>> {
 }
 
 impl DecoderStage {
-    /// The stage of the rank that `params` is for; adds its parameters to them.
-    pub fn new(
+    /// The stages of the rank that `params` is for, ascending; adds their parameters to it.
+    ///
+    /// # Errors
+    /// `layout` is for another number of layers or pipeline ranks, or a size of the model does not divide.
+    pub fn of_rank(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
         dispatcher: DispatcherKind,
-    ) -> Result<Self> {
-        let (folding, rank) = (params.folding(), params.rank());
-        let (stage, stages) = (folding.stage(rank), folding.size(Attention::PP));
-        let layers = config.num_hidden_layers;
-        let embedding = (stage == 0).then(|| TokenEmbedding::new(params, config, stage)).transpose()?;
-        let blocks = (stage * layers / stages..(stage + 1) * layers / stages)
-            .map(|layer| Block::new(params, config, dispatcher, layer, stage))
-            .collect::<Result<Vec<_>>>()?;
-        let head = (stage + 1 == stages).then(|| Head::new(params, config, stage)).transpose()?;
-        Ok(DecoderStage { stage, embedding, blocks, head })
+        layout: &PipelineLayout,
+    ) -> Result<Vec<Self>> {
+        let (got, layers) = (layout.num_layers(), config.num_hidden_layers);
+        if got != layers {
+            return Err(Error::LayerCount { got, layers });
+        }
+        let (ranks, pp) = (layout.ranks(), params.folding().size(Attention::PP));
+        if ranks != pp {
+            return Err(Error::LayoutRanks { ranks, pp });
+        }
+        let owner = params.folding().stage(params.rank());
+        layout
+            .stages_of(owner)
+            .map(|stage| {
+                let (first, last) = (stage == 0, stage + 1 == layout.stages());
+                let embedding = first.then(|| TokenEmbedding::new(params, config, owner)).transpose()?;
+                let blocks = layout
+                    .layers(stage)
+                    .map(|layer| Block::new(params, config, dispatcher, layer, owner))
+                    .collect::<Result<Vec<_>>>()?;
+                let head = last.then(|| Head::new(params, config, owner)).transpose()?;
+                Ok(DecoderStage { stage, embedding, blocks, head })
+            })
+            .collect()
     }
 
     /// Fresh statistics for a step.

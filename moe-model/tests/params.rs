@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use moe_dispatch::DispatcherKind;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder};
-use moe_model::{DecoderStage, ModelConfig};
+use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Folding, Mapping};
 use proptest::prelude::*;
 
 fn model() -> ModelConfig {
     let mut model: ModelConfig = serde_json::from_str(
-        r#"{"vocab_size": 37, "hidden_size": 10, "intermediate_size": 12, "num_hidden_layers": 3,
+        r#"{"vocab_size": 37, "hidden_size": 10, "intermediate_size": 12, "num_hidden_layers": 6,
             "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 4,
             "num_local_experts": 8, "num_experts_per_tok": 2}"#,
     )
@@ -22,9 +22,20 @@ fn model() -> ModelConfig {
     model
 }
 
+/// Even with one stage per rank, or uneven with two, as the size of a stage is even or odd.
+fn pipeline(folding: &Folding) -> PipelineLayout {
+    let pp = folding.size(Attention::PP);
+    match (folding.world_size() / pp) % 2 {
+        0 => PipelineLayout::even(6, pp, 1).unwrap(),
+        _ => PipelineLayout::new(6, pp, &[&[0][..], &vec![1; 2 * pp - 2], &[8 - 2 * pp]].concat()).unwrap(),
+    }
+}
+
 fn layout(folding: &Folding, rank: usize) -> ParamLayout {
     let mut params = ParamLayoutBuilder::new(folding, rank);
-    DecoderStage::new(&mut params, &model(), DispatcherKind::AllToAll).unwrap();
+    let stages =
+        DecoderStage::of_rank(&mut params, &model(), DispatcherKind::AllToAll, &pipeline(folding)).unwrap();
+    assert_eq!(stages.len(), pipeline(folding).virtual_stages());
     params.build()
 }
 
@@ -51,8 +62,8 @@ fn a_window_on_a_ring_is_refused() {
     let folding =
         Folding::new(Mapping { world_size: 2, cp: 2, ..Mapping::default() }.split(Attention::CP_OUTER, 2))
             .unwrap();
-    let refused =
-        DecoderStage::new(&mut ParamLayoutBuilder::new(&folding, 0), &model, DispatcherKind::AllToAll);
+    let mut params = ParamLayoutBuilder::new(&folding, 0);
+    let refused = DecoderStage::of_rank(&mut params, &model, DispatcherKind::AllToAll, &pipeline(&folding));
     let said = refused.unwrap_err().to_string();
     assert!(
         said.starts_with("sliding_window = 64 is not supported on a context-parallel ring of 2 ranks"),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use moe_comm::{ThreadWorld, World};
 use moe_dispatch::DispatcherKind;
 use moe_kernels::Cpu;
-use moe_model::ModelConfig;
+use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::Hyper;
 use moe_train::schedule::{LrSchedule, LrShape};
@@ -38,11 +38,14 @@ fn time(
     steps: u64,
 ) -> Result<f64, Box<dyn std::error::Error>> {
     let model = model()?;
+    let pipeline = PipelineLayout::even(model.num_hidden_layers, mapping.pp, 1)?;
     let folding = Folding::new(model.split_tp(mapping))?;
     let world_size = folding.world_size();
     let setup = Setup {
         model,
         folding,
+        pipeline,
+        micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         seed: 0,
         global_batch_size: BATCH,

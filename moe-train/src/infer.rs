@@ -7,7 +7,7 @@ use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, DType, Float, Tensor};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, DecoderStage, MicroBatch, Objective, RopeTable, Stats};
+use moe_model::{Cx, DecoderStage, MicroBatch, Objective, PipelineLayout, RopeTable, Stats};
 use moe_topology::{Folding, Mapping};
 
 use crate::checkpoint::Meta;
@@ -51,7 +51,7 @@ struct Decoder<T: Float>
 where
     Cpu: Backend<T>,
 {
-    stage: DecoderStage,
+    stages: Vec<DecoderStage>,
     cx: Cx<T, Cpu>,
     window: usize,
 }
@@ -66,7 +66,8 @@ where
         let device = Cpu::default();
         let folding = Folding::new(Mapping::default())?;
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
-        let stage = DecoderStage::new(&mut layout, &model, DispatcherKind::default())?;
+        let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
+        let stages = DecoderStage::of_rank(&mut layout, &model, DispatcherKind::default(), &whole)?;
         let mut params = ParamStore::new(layout.build(), config.train.seed, &device)?;
         for bucket in 0..params.buckets().len() {
             let layout = &params.buckets()[bucket];
@@ -87,7 +88,7 @@ where
         let rope = RopeTable::new(&device, window, model.head_dim(), model.rope_theta)?;
         let objective = Objective { micro_batches: 1, tokens: window };
         let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
-        Ok(Decoder { stage, cx, window })
+        Ok(Decoder { stages, cx, window })
     }
 
     /// Adds tokens, each from the logits after those before it, of which at most a training sequence is looked at.
@@ -108,7 +109,11 @@ where
         let batch =
             MicroBatch::new(&self.cx.device, 1, &ids, &positions, &unused, &vec![0.0; ids.len()], 0.0)?;
         self.cx.batches = vec![batch];
-        let logits = self.stage.infer(0, None, &mut self.cx)?;
+        let mut x = None;
+        for stage in &self.stages {
+            x = Some(stage.infer(0, x, &mut self.cx)?);
+        }
+        let logits = x.ok_or(Error::Protocol { what: "a model without a stage" })?;
         let last = logits.shape()[0] - 1;
         Ok(logits.rows(last..last + 1)?.to_f64(&self.cx.device)?)
     }

@@ -8,16 +8,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use common::checkpoints::{meta, rewrite, tensors};
-use common::{DEADLINE, Outcome, RandomBatches, assert_equal, gather, pieces, setup, tiny_model};
+use common::{
+    DEADLINE, Outcome, RandomBatches, assert_equal, assert_same_bits, gather, pieces, setup, tiny_model,
+};
 use moe_comm::{ThreadWorld, World, WorldError};
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_model::ModelConfig;
+use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
-use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport};
+use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
 /// The step after which runs are cut, and their last one.
 const CUT: u64 = 2;
@@ -126,26 +128,6 @@ where
     Ended { outcome: gather(ranks), asked }
 }
 
-/// Every float of a report, as bits.
-fn bits(report: &StepReport) -> Vec<u64> {
-    let StepReport { loss, total_loss, grad_norm, lr, aux_loss, z_loss, expert_load, .. } = report;
-    let floats = [loss.unwrap(), total_loss.unwrap(), *grad_norm, *lr, *aux_loss, *z_loss];
-    floats.iter().chain(expert_load.iter().flatten()).map(|x| x.to_bits()).collect()
-}
-
-fn assert_same_bits(a: &Outcome, b: &Outcome, what: &str) {
-    assert_eq!(a.reports.len(), b.reports.len(), "{what}");
-    for (x, y) in a.reports.iter().zip(&b.reports) {
-        assert_eq!((x, bits(x)), (y, bits(y)), "{what}: step {}", x.step);
-    }
-    assert!(a.state.keys().eq(b.state.keys()), "{what}: other tensors");
-    for (name, tensor) in &a.state {
-        let bits = |state: &[Vec<f64>; 3]| state.each_ref().map(|t| t.iter().map(|x| x.to_bits()).collect());
-        let (x, y): ([Vec<u64>; 3], _) = (bits(tensor), bits(&b.state[name]));
-        assert!(x == y, "{what}: {name}");
-    }
-}
-
 /// The reports and micro-batches of the steps after the cut.
 fn after_cut(ended: Ended) -> Ended {
     let Ended { mut outcome, mut asked } = ended;
@@ -220,6 +202,30 @@ fn any_folding_goes_on_from_any_other() {
     }
 }
 
+/// The same for layers dealt otherwise to the ranks: nothing of it is in a checkpoint.
+#[test]
+fn any_layout_of_layers_goes_on_from_any_other() {
+    let one = case(ONE);
+    let whole = after_cut(run::<f64>(&one, Leg { last: LAST, ..Leg::default() }));
+    let layouts: [&[usize]; 3] = [&[1, 2], &[0, 1, 2, 0], &[1, 1, 1, 0]];
+    let dealt =
+        |layers: &[usize]| Setup { pipeline: PipelineLayout::new(3, 2, layers).unwrap(), ..case(CASES[1]) };
+    for writer in layouts {
+        let folder = tempfile::tempdir().unwrap();
+        run::<f64>(&dealt(writer), Leg { last: CUT, saves: vec![(CUT, folder.path())], ..Leg::default() });
+        let path = folder.path().join(format!("step-{CUT}"));
+        let written = tensors(&path);
+        for reader in layouts {
+            let what = format!("{writer:?} to {reader:?}");
+            let again = tempfile::tempdir().unwrap();
+            let leg = Leg { from: Some(&path), last: LAST, saves: vec![(CUT, again.path())] };
+            let resumed = run::<f64>(&dealt(reader), leg);
+            assert!(tensors(&again.path().join(format!("step-{CUT}"))) == written, "{what}");
+            assert_equal(&resumed.outcome, &whole.outcome, &one, &what);
+        }
+    }
+}
+
 /// A checkpoint of `CASES[1]` after one step in `T`.
 fn written<T: Float>(root: &Path) -> PathBuf
 where
@@ -256,7 +262,8 @@ fn a_checkpoint_of_another_model_is_refused_with_the_key() {
         ("num_hidden_layers", ModelConfig { num_hidden_layers: 4, ..case(ONE).model }),
         ("router_aux_loss_coef", ModelConfig { router_aux_loss_coef: 0.5, ..case(ONE).model }),
     ] {
-        let setup = Setup { model, ..case(CASES[1]) };
+        let pipeline = PipelineLayout::even(model.num_hidden_layers, 2, 1).unwrap();
+        let setup = Setup { model, pipeline, ..case(CASES[1]) };
         for refusal in refusals::<f32>(setup, &path) {
             assert!(refusal.contains(&format!("is of another model: {key} is ")), "{refusal}");
         }

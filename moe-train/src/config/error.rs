@@ -85,6 +85,12 @@ pub enum ConfigError {
     /// Parameter groups do not fit the model.
     #[error("[[optimizer.groups]] {0}")]
     Groups(#[from] GroupError),
+    /// Layers do not fit the stages of the pipeline.
+    #[error("[parallel] layers_per_stage: {0}")]
+    Layers(moe_model::Error),
+    /// The pipeline's schedule does not take so many micro-batches.
+    #[error("[parallel] {0}, where a step has global_batch_size / (micro_batch_size · dp) micro-batches")]
+    Schedule(#[from] moe_pipeline::Error),
     /// The mapping is illegal for this world, model or batch.
     #[error("[parallel] {0}")]
     Mapping(#[from] moe_topology::Error),

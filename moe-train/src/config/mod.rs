@@ -43,8 +43,10 @@ mod strict;
 
 use std::path::Path;
 
+use moe_model::PipelineLayout;
 use moe_model::config::ModelConfig;
-use moe_topology::{Constraints, Folding, Mapping};
+use moe_pipeline::generate::interleaved_1f1b;
+use moe_topology::{Attention, Constraints, Folding, Mapping};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -192,18 +194,48 @@ impl RunConfig {
         Ok(Folding::new(self.model.split_tp(mapping))?)
     }
 
+    /// Which layers are on which pipeline rank.
+    ///
+    /// # Errors
+    /// `layers_per_stage` does not fit.
+    pub fn pipeline(&self) -> Result<PipelineLayout, ConfigError> {
+        let ParallelConfig { pp, vpp, layers_per_stage, .. } = &self.parallel;
+        let layers = self.model.num_hidden_layers;
+        match layers_per_stage {
+            None => PipelineLayout::even(layers, *pp, *vpp),
+            Some(list) if list.len() != pp * vpp => {
+                let (value, allowed) =
+                    (format!("{list:?}"), format!("a list of pp·vpp = {} numbers", pp * vpp));
+                return Err(ConfigError::Range { setting: "parallel.layers_per_stage", value, allowed });
+            }
+            Some(list) => PipelineLayout::new(layers, *pp, list),
+        }
+        .map_err(ConfigError::Layers)
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         self.model.check()?;
         self.check_train()?;
         self.check_optimizer()?;
         self.check_data()?;
-        for (name, size) in [("cp", self.parallel.cp), ("vpp", self.parallel.vpp)] {
-            if size > 1 {
-                let setting = format!("parallel.{name} = {size}");
-                return Err(ConfigError::Unsupported { setting, fix: "set it to 1" });
-            }
+        if self.parallel.cp > 1 {
+            let setting = format!("parallel.cp = {}", self.parallel.cp);
+            return Err(ConfigError::Unsupported { setting, fix: "set it to 1" });
         }
-        self.folding()?;
+        let folding = self.folding()?;
+        self.pipeline()?;
+        self.check_schedule(&folding)
+    }
+
+    /// That the micro-batches of a step can go through the virtual stages.
+    fn check_schedule(&self, folding: &Folding) -> Result<(), ConfigError> {
+        let &ParallelConfig { pp, vpp, micro_batch_group_size: group, .. } = &self.parallel;
+        if let Some(group) = group {
+            require("parallel.micro_batch_group_size", group, vpp > 1, "left out where parallel.vpp = 1")?;
+        }
+        let TrainConfig { global_batch_size, micro_batch_size, .. } = self.train;
+        let micro_batches = global_batch_size / (micro_batch_size * folding.size(Attention::DP));
+        interleaved_1f1b(pp as u32, vpp as u32, micro_batches as u32, group.map(|group| group as u32))?;
         Ok(())
     }
 

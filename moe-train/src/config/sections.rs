@@ -25,8 +25,14 @@ pub struct ParallelConfig {
     pub ep: usize,
     /// Tensor parallelism inside an expert.
     pub etp: usize,
-    /// Virtual stages per rank.
+    /// Virtual stages per pipeline rank.
     pub vpp: usize,
+    /// Layers of each of the pp·vpp stages, of which rank r has r, r + pp, …; even unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_per_stage: Option<Vec<usize>>,
+    /// Micro-batches that go through one virtual stage of a rank before the next; pp unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_group_size: Option<usize>,
     /// The axes, the one with stride 1 first.
     pub order: String,
     /// How tokens reach their experts.
@@ -37,7 +43,19 @@ impl Default for ParallelConfig {
     fn default() -> Self {
         let Mapping { world_size, tp, cp, pp, ep, etp, order, .. } = Mapping::default();
         let (order, dispatcher) = (order.to_string(), Dispatcher::default());
-        Self { world_size, tp, cp, pp, ep, etp, vpp: 1, order, dispatcher }
+        Self {
+            world_size,
+            tp,
+            cp,
+            pp,
+            ep,
+            etp,
+            vpp: 1,
+            layers_per_stage: None,
+            micro_batch_group_size: None,
+            order,
+            dispatcher,
+        }
     }
 }
 

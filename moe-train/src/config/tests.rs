@@ -232,7 +232,54 @@ fn parameter_groups_are_checked_against_the_model() {
 #[test]
 fn later_milestones_are_refused_by_name() {
     assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
-    assert!(refusal(&["parallel.vpp=2"]).starts_with("parallel.vpp = 2 is not supported"));
+}
+
+#[test]
+fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
+    // Two micro-batches per data-parallel rank.
+    assert_eq!(with(&["parallel.vpp=2"]).unwrap().pipeline().unwrap().virtual_stages(), 2);
+    let uneven = with(&["parallel.vpp=2", "parallel.layers_per_stage=[1, 1, 2, 0]"]).unwrap();
+    assert_eq!(uneven.pipeline().unwrap().layers(2), 2..4);
+    assert_eq!(with(&["parallel.layers_per_stage=[3, 1]"]).unwrap().pipeline().unwrap().layers(0), 0..3);
+    for (overrides, text) in [
+        (
+            &["parallel.pp=1", "parallel.vpp=2"][..],
+            "[parallel] illegal mapping: vpp > 1 (interleaved stages) needs pp > 1",
+        ),
+        (
+            &["parallel.vpp=3"],
+            "[parallel] illegal mapping: num_hidden_layers must be at least pp·vpp, but 4 < 2·3 = 6",
+        ),
+        (
+            &["parallel.vpp=2", "train.global_batch_size=4"],
+            "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches in groups of 2: a group has at least 2 (the \
+             ranks), at most all micro-batches, and the last one no fewer than 2; the nearest numbers of micro-batches: 2, \
+             where a step has global_batch_size / (micro_batch_size · dp) micro-batches",
+        ),
+        (
+            &["parallel.vpp=2", "parallel.micro_batch_group_size=3"],
+            "[parallel] 2 virtual stages on 2 ranks cannot take 2",
+        ),
+        (
+            &["parallel.micro_batch_group_size=2"],
+            "parallel.micro_batch_group_size = 2, but it must be left out where parallel.vpp = 1",
+        ),
+        (
+            &["parallel.layers_per_stage=[1, 1, 2, 0]"],
+            "parallel.layers_per_stage = [1, 1, 2, 0], but it must be a list of pp·vpp = 2 numbers",
+        ),
+        (
+            &["parallel.layers_per_stage=[1, 2]"],
+            "[parallel] layers_per_stage: the stages have 3 layers, but the model has 4",
+        ),
+        (
+            &["parallel.vpp=2", "parallel.layers_per_stage=[2, 0, 1, 1]"],
+            "[parallel] layers_per_stage: stage 1 has no layer",
+        ),
+    ] {
+        let error = refusal(overrides);
+        assert!(error.starts_with(text), "{overrides:?}: {error}");
+    }
 }
 
 #[test]

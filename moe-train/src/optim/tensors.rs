@@ -2,7 +2,7 @@
 
 use moe_dispatch::DispatcherKind;
 use moe_model::params::ParamLayoutBuilder;
-use moe_model::{DecoderStage, ModelConfig};
+use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
 use moe_topology::{Folding, Mapping};
 
 use super::groups::TensorName;
@@ -14,7 +14,8 @@ use super::groups::TensorName;
 pub fn model_tensors(model: &ModelConfig) -> moe_model::Result<Vec<TensorName>> {
     let one = Folding::new(Mapping::default())?;
     let mut layout = ParamLayoutBuilder::new(&one, 0);
-    DecoderStage::new(&mut layout, model, DispatcherKind::default())?;
+    let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
+    DecoderStage::of_rank(&mut layout, model, DispatcherKind::default(), &whole)?;
     let layout = layout.build();
     let parts = layout.buckets().iter().flat_map(|bucket| &bucket.parts);
     Ok(parts.map(|part| TensorName { name: part.name.clone(), vector: part.vector }).collect())

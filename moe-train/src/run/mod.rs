@@ -140,6 +140,8 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
     Ok(Setup {
         model: config.model.clone(),
         folding: config.folding()?,
+        pipeline: config.pipeline()?,
+        micro_batch_group_size: config.parallel.micro_batch_group_size,
         dispatcher: match config.parallel.dispatcher {
             Dispatcher::AllToAll => moe_dispatch::DispatcherKind::AllToAll,
             Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,

@@ -4,9 +4,8 @@ use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
-use moe_pipeline::generate::{forward_only, one_f_one_b};
-use moe_pipeline::{Program, execute, lower, validate};
+use moe_model::{CommTransport, Cx, DecoderStage, Objective, PipelineLayout, RopeTable, Stats, TypedStage};
+use moe_pipeline::{Program, execute};
 use moe_topology::{Attention, Folding};
 
 use super::report::Totals;
@@ -20,7 +19,7 @@ pub struct RankTrainer<T: Float, D: Backend<T>> {
     setup: Setup,
     rank: usize,
     cx: Cx<T, D>,
-    stage: TypedStage<T, D>,
+    stages: Vec<TypedStage<T, D>>,
     transport: CommTransport<D>,
     program: Program,
     optimizer: Optimizer<T, D>,
@@ -31,7 +30,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
         let rank = world.rank();
-        let (stage, layout) = build(&setup, &setup.folding, rank)?;
+        let (stages, layout) = build(&setup, &setup.folding, rank, &setup.pipeline)?;
         let params = ParamStore::new(layout, setup.seed, &device)?;
         let tensors = model_tensors(&setup.model)?;
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
@@ -51,14 +50,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             micro_batches: setup.micro_batches(),
             tokens: setup.global_batch_size * setup.sequence_length,
         };
-        let (stages, micro_batches) = (setup.folding.size(Attention::PP), setup.micro_batches_per_rank());
-        let program = validate(lower(&one_f_one_b(stages as u32, micro_batches as u32)?)?, None)?;
+        let program = setup.training_program()?;
         let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
         Ok(RankTrainer {
             setup,
             rank,
             cx,
-            stage: TypedStage::new(stage),
+            stages: stages.into_iter().map(TypedStage::new).collect(),
             transport,
             program,
             optimizer,
@@ -95,13 +93,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
         let total_weight = self.load(self.setup.micro_batches_per_rank(), |u| source.micro_batch(step, u))?;
         self.cx.params.zero_grads(&self.cx.device)?;
-        execute(
-            &self.program,
-            self.pipeline_rank(),
-            std::slice::from_ref(&self.stage),
-            &mut self.transport,
-            &mut self.cx,
-        )?;
+        execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
 
         let grads = reduce_gradients(&mut self.cx)?;
@@ -125,15 +117,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     ) -> Result<Option<f64>> {
         let per_rank = micro_batches / self.setup.folding.size(Attention::DP);
         let total_weight = self.load(per_rank, micro_batch)?;
-        let stages = self.setup.folding.size(Attention::PP) as u32;
-        let program = validate(lower(&forward_only(stages, per_rank as u32)?)?, None)?;
-        execute(
-            &program,
-            self.pipeline_rank(),
-            std::slice::from_ref(&self.stage),
-            &mut self.transport,
-            &mut self.cx,
-        )?;
+        let program = self.setup.evaluation_program(per_rank)?;
+        execute(&program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
         Ok((total_weight > 0.0).then(|| totals.loss_sum() / total_weight))
@@ -154,14 +139,20 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let total = self.cx.comms.group(Attention::DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
         self.cx.batches =
             host.iter().map(|batch| batch.upload(&self.cx.device, total)).collect::<Result<_>>()?;
-        self.cx.stats = Stats { loss: 0.0, moe: self.stage.moe_stats() };
+        let moe = self.stages.iter().flat_map(|stage| stage.moe_stats()).collect();
+        self.cx.stats = Stats { loss: 0.0, moe };
         Ok(total)
     }
 }
 
 /// The layers and parameters of one rank under a folding.
-fn build(setup: &Setup, folding: &Folding, rank: usize) -> Result<(DecoderStage, ParamLayout)> {
+fn build(
+    setup: &Setup,
+    folding: &Folding,
+    rank: usize,
+    pipeline: &PipelineLayout,
+) -> Result<(Vec<DecoderStage>, ParamLayout)> {
     let mut params = ParamLayoutBuilder::new(folding, rank);
-    let layers = DecoderStage::new(&mut params, &setup.model, setup.dispatcher)?;
-    Ok((layers, params.build()))
+    let stages = DecoderStage::of_rank(&mut params, &setup.model, setup.dispatcher, pipeline)?;
+    Ok((stages, params.build()))
 }

@@ -1,7 +1,10 @@
 //! What defines a training computation, apart from data and files.
 
 use moe_dispatch::DispatcherKind;
+use moe_model::PipelineLayout;
 use moe_model::config::ModelConfig;
+use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
+use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
 
 use crate::optim::{Hyper, ParamGroup};
@@ -14,6 +17,10 @@ pub struct Setup {
     pub model: ModelConfig,
     /// Which rank does what.
     pub folding: Folding,
+    /// Which layers are on which pipeline rank.
+    pub pipeline: PipelineLayout,
+    /// Micro-batches that go through one virtual stage of a rank before the next; PP unless given.
+    pub micro_batch_group_size: Option<usize>,
     /// How tokens reach their experts.
     pub dispatcher: DispatcherKind,
     /// Seed of the initial weights.
@@ -43,5 +50,29 @@ impl Setup {
     /// Micro-batches of a step on one data-parallel rank.
     pub fn micro_batches_per_rank(&self) -> usize {
         self.micro_batches() / self.folding.size(Attention::DP)
+    }
+
+    /// The passes of a training step over the pipeline: 1F1B, interleaved if ranks have several stages.
+    ///
+    /// # Errors
+    /// Interleaved stages cannot work in such groups of so many micro-batches.
+    pub fn training_program(&self) -> moe_pipeline::Result<Program> {
+        let (ranks, stages) = self.ranks_and_stages();
+        let group = self.micro_batch_group_size.map(|group| group as u32);
+        let schedule = interleaved_1f1b(ranks, stages, self.micro_batches_per_rank() as u32, group)?;
+        validate(lower(&schedule)?, None)
+    }
+
+    /// The passes of an evaluation of `micro_batches` micro-batches per data-parallel rank.
+    ///
+    /// # Errors
+    /// There is no micro-batch.
+    pub fn evaluation_program(&self, micro_batches: usize) -> moe_pipeline::Result<Program> {
+        let (ranks, stages) = self.ranks_and_stages();
+        validate(lower(&interleaved_forward_only(ranks, stages, micro_batches as u32)?)?, None)
+    }
+
+    fn ranks_and_stages(&self) -> (u32, u32) {
+        (self.pipeline.ranks() as u32, self.pipeline.virtual_stages() as u32)
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_model::ModelConfig;
+use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
@@ -90,10 +90,13 @@ pub fn tiny_model() -> ModelConfig {
 
 /// A setup of `model` under `mapping`.
 pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
+    let pipeline = PipelineLayout::even(model.num_hidden_layers, mapping.pp, 1).unwrap();
     let folding = Folding::new(model.split_tp(mapping)).unwrap();
     Setup {
         model,
         folding,
+        pipeline,
+        micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         seed: 5,
         global_batch_size: 16,
@@ -231,5 +234,26 @@ pub fn assert_equal(a: &Outcome, b: &Outcome, setup: &Setup, what: &str) {
                 moment.name()
             );
         }
+    }
+}
+
+/// Every float of a report, as bits.
+fn bits(report: &StepReport) -> Vec<u64> {
+    let StepReport { loss, total_loss, grad_norm, lr, aux_loss, z_loss, expert_load, .. } = report;
+    let floats = [loss.unwrap(), total_loss.unwrap(), *grad_norm, *lr, *aux_loss, *z_loss];
+    floats.iter().chain(expert_load.iter().flatten()).map(|x| x.to_bits()).collect()
+}
+
+/// Reports and state are the same bit for bit.
+pub fn assert_same_bits(a: &Outcome, b: &Outcome, what: &str) {
+    assert_eq!(a.reports.len(), b.reports.len(), "{what}");
+    for (x, y) in a.reports.iter().zip(&b.reports) {
+        assert_eq!((x, bits(x)), (y, bits(y)), "{what}: step {}", x.step);
+    }
+    assert!(a.state.keys().eq(b.state.keys()), "{what}: other tensors");
+    for (name, tensor) in &a.state {
+        let bits = |state: &[Vec<f64>; 3]| state.each_ref().map(|t| t.iter().map(|x| x.to_bits()).collect());
+        let (x, y): ([Vec<u64>; 3], _) = (bits(tensor), bits(&b.state[name]));
+        assert!(x == y, "{what}: {name}");
     }
 }

@@ -1,0 +1,140 @@
+//! Which layers each pipeline stage has, and which rank it lives on.
+
+use std::ops::Range;
+
+use crate::{Error, Result};
+
+/// Consecutive layers cut into PP·VPP stages; stage `s` is on pipeline rank `s mod PP`, so with several virtual stages a
+/// rank has layers from all over the model. The embedding is on the first stage, the head on the last.
+///
+/// ```
+/// use moe_model::PipelineLayout;
+///
+/// let even = PipelineLayout::even(7, 2, 2)?; // 7 layers, PP2, VPP2
+/// assert_eq!((0..4).map(|stage| even.layers(stage)).collect::<Vec<_>>(), [0..1, 1..3, 3..5, 5..7]);
+/// assert_eq!(even.stages_of(1).collect::<Vec<_>>(), [1, 3]);
+///
+/// // Fewer layers beside the embedding and the head.
+/// let uneven = PipelineLayout::new(7, 2, &[1, 3, 3, 0])?;
+/// assert_eq!(uneven.layers(2), 4..7);
+/// # Ok::<(), moe_model::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PipelineLayout {
+    ranks: usize,
+    /// Where each stage begins, and the number of layers.
+    bounds: Vec<usize>,
+}
+
+impl PipelineLayout {
+    /// Layers `floor(s·L/P) .. floor((s+1)·L/P)` on stage `s` of `P = ranks·virtual_stages`.
+    ///
+    /// # Errors
+    /// No stage, or fewer layers than stages.
+    pub fn even(layers: usize, ranks: usize, virtual_stages: usize) -> Result<Self> {
+        let stages = ranks * virtual_stages;
+        if stages == 0 || layers < stages {
+            return Err(Error::FewLayers { layers, stages });
+        }
+        Ok(PipelineLayout { ranks, bounds: (0..=stages).map(|stage| stage * layers / stages).collect() })
+    }
+
+    /// `layers_per_stage[s]` of `layers` layers on stage `s`. The first and the last stage may have none.
+    ///
+    /// # Errors
+    /// A number of stages that is no multiple of the ranks, a stage between others without a layer, or another sum.
+    pub fn new(layers: usize, ranks: usize, layers_per_stage: &[usize]) -> Result<Self> {
+        let stages = layers_per_stage.len();
+        if stages == 0 || ranks == 0 || !stages.is_multiple_of(ranks) {
+            return Err(Error::StageCount { stages, ranks });
+        }
+        if let Some(stage) = (1..stages - 1).find(|&stage| layers_per_stage[stage] == 0) {
+            return Err(Error::EmptyStage { stage });
+        }
+        let mut bounds = vec![0];
+        for &layers in layers_per_stage {
+            bounds.push(bounds[bounds.len() - 1] + layers);
+        }
+        match bounds[stages] {
+            got if got == layers => Ok(PipelineLayout { ranks, bounds }),
+            got => Err(Error::LayerCount { got, layers }),
+        }
+    }
+
+    /// Pipeline ranks, PP.
+    pub fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    /// Stages, PP·VPP.
+    pub fn stages(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// Stages per rank, VPP.
+    pub fn virtual_stages(&self) -> usize {
+        self.stages() / self.ranks
+    }
+
+    /// The layers of a stage.
+    pub fn layers(&self, stage: usize) -> Range<usize> {
+        self.bounds[stage]..self.bounds[stage + 1]
+    }
+
+    /// All layers.
+    pub fn num_layers(&self) -> usize {
+        self.bounds[self.stages()]
+    }
+
+    /// The stages of a pipeline rank, ascending.
+    pub fn stages_of(&self, rank: usize) -> impl Iterator<Item = usize> {
+        (rank..self.stages()).step_by(self.ranks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_layer_is_on_one_stage_and_every_stage_on_one_rank() {
+        for ranks in 1..=5 {
+            for virtual_stages in 1..=4 {
+                let stages = ranks * virtual_stages;
+                for layers in stages..stages + 12 {
+                    let layout = PipelineLayout::even(layers, ranks, virtual_stages).unwrap();
+                    assert_eq!((layout.stages(), layout.virtual_stages()), (stages, virtual_stages));
+                    let all: Vec<usize> = (0..stages).flat_map(|stage| layout.layers(stage)).collect();
+                    assert_eq!(all, (0..layers).collect::<Vec<_>>());
+                    let sizes = (0..stages).map(|stage| layout.layers(stage).len());
+                    assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1);
+                    let mut dealt: Vec<usize> = (0..ranks).flat_map(|rank| layout.stages_of(rank)).collect();
+                    dealt.sort_unstable();
+                    assert_eq!(dealt, (0..stages).collect::<Vec<_>>());
+                    let sizes: Vec<usize> = (0..stages).map(|stage| layout.layers(stage).len()).collect();
+                    assert_eq!(PipelineLayout::new(layers, ranks, &sizes).unwrap(), layout);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_values() {
+        let refusal =
+            |layers, ranks, list: &[usize]| PipelineLayout::new(layers, ranks, list).unwrap_err().to_string();
+        assert_eq!(
+            refusal(6, 2, &[2, 2, 2]),
+            "3 stages cannot be dealt to 2 pipeline ranks: give a multiple of 2"
+        );
+        assert_eq!(refusal(6, 2, &[]), "0 stages cannot be dealt to 2 pipeline ranks: give a multiple of 2");
+        assert_eq!(refusal(6, 2, &[2, 3]), "the stages have 5 layers, but the model has 6");
+        assert_eq!(
+            refusal(6, 2, &[3, 0, 3, 0]),
+            "stage 1 has no layer: only the first stage (with the embedding) and the last (with the head) may have none"
+        );
+        assert_eq!(
+            PipelineLayout::even(3, 2, 2).unwrap_err().to_string(),
+            "3 layers are fewer than the 4 stages"
+        );
+    }
+}
