@@ -1,11 +1,12 @@
-//! Causal self-attention with grouped-query heads, rotary positions, tensor parallelism and sequence parallelism.
+//! Causal self-attention with grouped-query heads, rotary positions, tensor, sequence and context parallelism.
 
-use moe_kernels::family::{AttentionMask, AttentionShape, Op};
+use moe_kernels::family::{AttentionMask, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Attention, Owner, Placement};
 
 use crate::axes::CP_DP;
 use crate::config::ModelConfig;
+use crate::context::{ContextAttention, ContextAttentionSaved};
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -21,10 +22,7 @@ pub struct SelfAttention {
     norm: RmsNorm,
     qkv: Qkv,
     out: ParamId,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    mask: AttentionMask,
+    core: ContextAttention,
 }
 
 /// What backward needs of a forward pass.
@@ -32,10 +30,8 @@ pub struct SelfAttention {
 pub struct SelfAttentionSaved<T: Float, D: Device> {
     norm: RmsNormSaved<T, D>,
     qkv: QkvSaved<T, D>,
-    q: Tensor<T, D>,
-    kv: Tensor<T, D>,
     o: Tensor<T, D>,
-    lse: Tensor<T::Acc, D>,
+    core: ContextAttentionSaved<T, D>,
 }
 
 /// What the weight gradients need.
@@ -50,7 +46,7 @@ impl SelfAttention {
     /// The attention of layer `layer` on pipeline stage `stage`.
     ///
     /// # Errors
-    /// [`Error::WindowOnRing`]; a size of the model does not divide.
+    /// [`Error::WindowOnRing`], [`Error::Heads`]; a size of the model does not divide.
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
@@ -81,28 +77,10 @@ impl SelfAttention {
             placement: Placed::Attention(placement),
             init: Init::Normal(config.residual_std()),
         }])?;
-        Ok(SelfAttention {
-            norm,
-            qkv,
-            out,
-            heads: heads / folding.size(Attention::TP),
-            kv_heads: kv_heads / folding.size(Attention::TP_OUTER),
-            head_dim,
-            mask,
-        })
-    }
-
-    fn shape(&self, batch: usize, seq_len: usize) -> AttentionShape {
-        AttentionShape {
-            batch,
-            q_len: seq_len,
-            kv_len: seq_len,
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            scale: (self.head_dim as f64).sqrt().recip(),
-            mask: self.mask,
-        }
+        let (heads, kv_heads) =
+            (heads / folding.size(Attention::TP), kv_heads / folding.size(Attention::TP_OUTER));
+        let core = ContextAttention::new(heads, kv_heads, head_dim, mask, folding)?;
+        Ok(SelfAttention { norm, qkv, out, core })
     }
 }
 
@@ -115,22 +93,15 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let tp = cx.group(Attention::TP)?;
         let (q, kv, qkv) = self.qkv.forward(m, tp.all_gather_rows(&h)?, cx)?;
-        let ([n, q_width], kv_width) = (q.shape(), kv.shape()[1] / 2);
-
-        let mut o = Tensor::uninit(&device, n, q_width)?;
-        let mut lse = Tensor::uninit(&device, n, self.heads)?;
-        let batch = cx.batch(m)?;
-        let shape = self.shape(batch.batch, batch.seq_len);
-        let (k, v) = (kv.view().columns(0..kv_width)?, kv.view().columns(kv_width..2 * kv_width)?);
-        device.attention(o.view_mut()?, lse.view_mut()?, q.view(), k, v, &shape)?;
+        let (o, core) = self.core.forward(m, q, kv, cx)?;
 
         let [tokens, hidden] = x.shape();
-        let mut partial = Tensor::uninit(&device, n, hidden)?;
+        let mut partial = Tensor::uninit(&device, o.shape()[0], hidden)?;
         device.gemm(partial.view_mut()?, o.view(), Op::N, cx.params.weight(self.out)?, Op::T)?;
         let attended = tp.reduce_scatter_rows(&partial)?;
         let mut y = Tensor::uninit(&device, tokens, hidden)?;
         device.add(y.view_mut()?, x.view(), attended.view())?;
-        Ok((y, SelfAttentionSaved { norm, qkv, q, kv, o, lse }))
+        Ok((y, SelfAttentionSaved { norm, qkv, o, core }))
     }
 
     fn backward_input(
@@ -141,31 +112,15 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
-        let SelfAttentionSaved { norm, qkv, q, kv, o, lse } = saved;
+        let SelfAttentionSaved { norm, qkv, o, core } = saved;
         let dy_rows = cx.group(Attention::TP)?.all_gather_rows(&dy)?;
-        let ([n, q_width], kv_width) = (q.shape(), kv.shape()[1] / 2);
 
+        let [n, q_width] = o.shape();
         let mut d_o = Tensor::uninit(&device, n, q_width)?;
         device.gemm(d_o.view_mut()?, dy_rows.view(), Op::N, cx.params.weight(self.out)?, Op::N)?;
 
-        let batch = cx.batch(m)?;
-        let shape = self.shape(batch.batch, batch.seq_len);
-        let mut dq = Tensor::uninit(&device, n, q_width)?;
-        let mut dk = Tensor::uninit(&device, n, kv_width)?;
-        let mut dv = Tensor::uninit(&device, n, kv_width)?;
-        device.attention_backward(
-            dq.view_mut()?,
-            dk.view_mut()?,
-            dv.view_mut()?,
-            d_o.view(),
-            q.view(),
-            kv.view().columns(0..kv_width)?,
-            kv.view().columns(kv_width..2 * kv_width)?,
-            o.view(),
-            lse.view(),
-            &shape,
-        )?;
-        let (d_rows, qkv) = self.qkv.backward_input(m, [dq, dk, dv], qkv, cx)?;
+        let gradients = self.core.backward(m, d_o, core, cx)?;
+        let (d_rows, qkv) = self.qkv.backward_input(m, gradients, qkv, cx)?;
         let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;

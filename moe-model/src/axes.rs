@@ -20,7 +20,8 @@ pub const SHARED_KV: Axes<Attention> = Attention::TP_INNER.union(CP_DP);
 pub const ETP_EP: Axes<Expert> = Expert::ETP.union(Expert::EP);
 
 /// The attention groups that layers and reductions call.
-pub const ATTENTION_GROUPS: [Axes<Attention>; 5] = [Attention::TP, TP_CP, CP_DP, TP_CP_DP, SHARED_KV];
+pub const ATTENTION_GROUPS: [Axes<Attention>; 7] =
+    [Attention::TP, Attention::CP_INNER, Attention::CP_OUTER, TP_CP, CP_DP, TP_CP_DP, SHARED_KV];
 
 /// The expert groups that layers and reductions call.
 pub const EXPERT_GROUPS: [Axes<Expert>; 4] = [Expert::EP, Expert::ETP, ETP_EP, Expert::EDP];

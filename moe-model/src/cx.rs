@@ -47,8 +47,9 @@ pub struct Objective {
     pub tokens: usize,
 }
 
-/// Sequences that go through the pipeline together, the part of this rank's context-parallel coordinate, sequence-major:
-/// the token at position `s` of sequence `b` is row `s · batch + b`.
+/// Sequences that go through the pipeline together, the part of this context-parallel rank
+/// ([`positions`](crate::context::positions)), sequence-major: the `s`-th of its tokens of sequence `b` is row
+/// `s · batch + b`.
 #[derive(Debug)]
 pub struct MicroBatch<T: Float, D: Device> {
     /// Sequences.

@@ -110,6 +110,27 @@ pub enum Error {
         /// Micro-batches of this rank.
         batches: usize,
     },
+    /// A sequence cannot be cut into zig-zag chunks.
+    #[error("a sequence of {seq_len} tokens is not {chunks} (2·cp) equal chunks: {seq_len} % {chunks} = {}", seq_len % chunks)]
+    Chunks {
+        /// Tokens of the sequence.
+        seq_len: usize,
+        /// Chunks, two for each context-parallel rank.
+        chunks: usize,
+    },
+    /// The heads of a tensor-parallel rank cannot be cut over the ranks of an all-to-all.
+    #[error(
+        "{heads} heads with {kv_heads} key-value heads on a tensor-parallel rank cannot be cut over {ulysses} ranks \
+         (cp.inner, Ulysses): it must divide the heads, and divide the key-value heads or be a multiple of them"
+    )]
+    Heads {
+        /// Query heads of the rank.
+        heads: usize,
+        /// Key and value heads of the rank.
+        kv_heads: usize,
+        /// Ranks of the all-to-all, the inner digit of CP.
+        ulysses: usize,
+    },
     /// A weight was set from a buffer of another size.
     #[error("bucket of {expected} {dtype} elements was given {got}")]
     BucketLength {

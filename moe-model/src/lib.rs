@@ -62,7 +62,7 @@
 //!   with three functions.
 //! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
 //!
-//! Context parallelism (give it foldings with CP1) and capacities are not built yet.
+//! A sliding window with ring attention and capacities are not built yet.
 
 #![forbid(unsafe_code)]
 
@@ -70,6 +70,7 @@ pub mod attention;
 pub mod axes;
 pub mod block;
 pub mod config;
+pub mod context;
 pub mod cx;
 pub mod dense;
 pub mod embedding;

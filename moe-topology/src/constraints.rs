@@ -37,9 +37,12 @@ pub struct Constraints {
     pub etp: RangeInclusive<usize>,
     /// Virtual stages per rank; more than 1 (interleaving) needs `pp > 1`.
     pub vpp: usize,
-    /// Attention heads: a multiple of `tp`.
+    /// Ranks of `cp` that exchange heads by all-to-all (Ulysses): a divisor of `cp`.
+    pub cp_ulysses: usize,
+    /// Attention heads: a multiple of `tp·cp_ulysses`.
     pub num_attention_heads: Option<usize>,
-    /// Key-value heads: a multiple of `tp`, or a divisor (each then has `tp/heads` replicas).
+    /// Key-value heads: a multiple of `tp`, or a divisor (each then has `tp/heads` replicas); and the same of
+    /// `tp·cp_ulysses`.
     pub num_key_value_heads: Option<usize>,
     /// Routed experts: a multiple of `ep`.
     pub num_experts: Option<usize>,
@@ -70,6 +73,7 @@ impl Default for Constraints {
             ep: any.clone(),
             etp: any,
             vpp: 1,
+            cp_ulysses: 1,
             num_attention_heads: None,
             num_key_value_heads: None,
             num_experts: None,
@@ -125,14 +129,15 @@ impl Constraints {
     pub(crate) fn check_attention(&self, tp: usize, cp: usize, dp: usize) -> Result<(), Rule> {
         inside("tp", tp, &self.tp)?;
         inside("cp", cp, &self.cp)?;
-        multiple("num_attention_heads", self.num_attention_heads, &[("tp", tp)])?;
-        if let Some(heads) = self.num_key_value_heads {
-            if heads == 0 {
-                return Err(Rule::Zero { name: "num_key_value_heads" });
-            }
-            if heads % tp != 0 && !tp.is_multiple_of(heads) {
-                return Err(Rule::KeyValueHeads { num_key_value_heads: heads, tp });
-            }
+        if self.cp_ulysses == 0 {
+            return Err(Rule::Zero { name: "cp_ulysses" });
+        }
+        let mut by_head = vec![("tp", tp)];
+        self.check_heads(&by_head)?;
+        if self.cp_ulysses > 1 {
+            multiple("cp", Some(cp), &[("cp_ulysses", self.cp_ulysses)])?;
+            by_head.push(("cp_ulysses", self.cp_ulysses));
+            self.check_heads(&by_head)?;
         }
         multiple("intermediate_size", self.intermediate_size, &[("tp", tp)])?;
         let shared = self.shared_expert_intermediate_size;
@@ -149,6 +154,19 @@ impl Constraints {
             self.global_batch_size,
             &[("micro_batch_size", self.micro_batch_size), ("dp", dp)],
         )
+    }
+
+    /// Heads are cut over the product of `factors`.
+    fn check_heads(&self, factors: &[(&'static str, usize)]) -> Result<(), Rule> {
+        multiple("num_attention_heads", self.num_attention_heads, factors)?;
+        let of = Product::new(factors);
+        match (self.num_key_value_heads, of.value()) {
+            (Some(0), _) => Err(Rule::Zero { name: "num_key_value_heads" }),
+            (Some(heads), Some(ranks)) if heads % ranks != 0 && !ranks.is_multiple_of(heads) => {
+                Err(Rule::KeyValueHeads { num_key_value_heads: heads, of })
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn check_expert(&self, etp: usize, ep: usize) -> Result<(), Rule> {

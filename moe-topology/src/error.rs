@@ -148,12 +148,13 @@ pub enum Rule {
         /// What it must reach.
         least: Product,
     },
-    /// Key-value heads are divided by `tp`, or divide it (then each has replicas).
+    /// Key-value heads are divided by the ranks that heads are cut over (`tp`, or `tp·cp_ulysses`), or divide them
+    /// (then each has replicas).
     KeyValueHeads {
         /// Number of key-value heads.
         num_key_value_heads: usize,
-        /// Tensor parallelism.
-        tp: usize,
+        /// The ranks that heads are cut over.
+        of: Product,
     },
     /// A size is outside what was allowed.
     Outside {
@@ -199,10 +200,14 @@ impl fmt::Display for Rule {
             Self::AtLeast { name, value, least } => {
                 write!(f, "{name} must be at least {}, but {value} < {least}", least.names())
             }
-            Self::KeyValueHeads { num_key_value_heads: heads, tp } => {
-                write!(f, "tp must divide num_key_value_heads or be a multiple of it, but tp = {tp} and ")?;
-                write!(f, "num_key_value_heads = {heads} ({heads} % {tp} = {}, ", heads % tp)?;
-                write!(f, "{tp} % {heads} = {})", tp % heads)
+            Self::KeyValueHeads { num_key_value_heads: heads, of } => {
+                let (names, ranks) = (of.names(), of.value().unwrap_or(usize::MAX));
+                write!(
+                    f,
+                    "{names} must divide num_key_value_heads or be a multiple of it, but {names} = {of} and "
+                )?;
+                write!(f, "num_key_value_heads = {heads} ({heads} % {ranks} = {}, ", heads % ranks)?;
+                write!(f, "{ranks} % {heads} = {})", ranks % heads)
             }
             Self::Outside { name, size, allowed } => match (*allowed.start(), *allowed.end()) {
                 (least, usize::MAX) => write!(f, "{name} must be at least {least}, but is {size}"),

@@ -134,6 +134,23 @@ fn each_constraint_says_what_it_needs() {
             "shared_expert_intermediate_size must be a multiple of tp, but 7 % 2 = 1",
         ),
         (
+            &long,
+            Constraints { num_attention_heads: Some(24), cp_ulysses: 4, ..mixtral() },
+            "num_attention_heads must be a multiple of tp·cp_ulysses, but 24 % (4·4 = 16) = 8",
+        ),
+        (
+            &long,
+            Constraints { num_key_value_heads: Some(12), cp_ulysses: 2, ..mixtral() },
+            "tp·cp_ulysses must divide num_key_value_heads or be a multiple of it, but tp·cp_ulysses = 4·2 = 8 and \
+             num_key_value_heads = 12 (12 % 8 = 4, 8 % 12 = 8)",
+        ),
+        (
+            &long,
+            Constraints { cp_ulysses: 3, ..mixtral() },
+            "cp must be a multiple of cp_ulysses, but 4 % 3 = 1",
+        ),
+        (&long, Constraints { cp_ulysses: 0, ..mixtral() }, "cp_ulysses must be at least 1, but is 0"),
+        (
             &Mapping { etp: 2, ..legal.clone() },
             Constraints { etp: 1..=2, moe_intermediate_size: Some(9), ..mixtral() },
             "moe_intermediate_size must be a multiple of etp, but 9 % 2 = 1",

@@ -236,7 +236,7 @@ impl Counts {
         use Phase::{Evaluate, Forward, SecondStep, Step};
         let tp_cp = Attention::TP.union(Attention::CP);
         vec![
-            self.site("loss weights", "all_reduce", Attention::DP, Forward, 0),
+            self.site("loss weights", "all_reduce", CP_DP, Forward, 0),
             self.site("receive an activation", "recv", Attention::PP, Forward, 0),
             self.site("gather over TP, forward", "all_gather", Attention::TP, Forward, 0),
             self.site("scatter over TP, forward", "reduce_scatter", Attention::TP, Forward, 0),
@@ -267,7 +267,7 @@ impl Counts {
 fn communicator(group: GroupKey) -> GroupKey {
     let folding = folded().folding;
     let ranks = |key| folding.ranks(FAULTY, key).iter().collect::<Vec<_>>();
-    let attention = ATTENTION_GROUPS.into_iter().chain([Attention::ALL, Attention::DP]).map(GroupKey::from);
+    let attention = ATTENTION_GROUPS.into_iter().chain([Attention::ALL]).map(GroupKey::from);
     let made = attention.chain(EXPERT_GROUPS.map(GroupKey::from));
     made.filter(|&key| ranks(key) == ranks(group)).min().unwrap_or(group)
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{assert_equal, setup, tiny_model, train};
+use common::tiny_model;
 use moe_dispatch::DispatcherKind;
 use moe_model::ModelConfig;
 use moe_model::config::RouterScore;
@@ -23,18 +23,8 @@ fn check(
     foldings: &[(Sizes, &str, DispatcherKind)],
     tweak: impl Fn(&mut moe_train::trainer::Setup),
 ) {
-    let with = |mapping, dispatcher| {
-        let mut setup = setup(model.clone(), mapping);
-        tweak(&mut setup);
-        setup.dispatcher = dispatcher;
-        setup
-    };
-    let one = with(Mapping::default(), DispatcherKind::AllToAll);
-    let reference = train(one.clone(), STEPS);
-    for &(sizes, order, dispatcher) in foldings {
-        let folded = train(with(mapping(sizes, order), dispatcher), STEPS);
-        assert_equal(&folded, &reference, &one, &format!("{sizes:?} {order} {dispatcher}"));
-    }
+    let foldings = foldings.iter().map(|&(sizes, order, dispatcher)| (mapping(sizes, order), dispatcher));
+    common::check(model, foldings, STEPS, tweak);
 }
 
 const PP_LAST: &str = "tp-cp-ep-dp-pp";

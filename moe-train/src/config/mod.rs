@@ -177,6 +177,7 @@ impl RunConfig {
     pub fn constraints(&self) -> Constraints {
         Constraints {
             vpp: self.parallel.vpp,
+            cp_ulysses: self.parallel.cp_ulysses,
             sequence_length: Some(self.train.sequence_length),
             global_batch_size: Some(self.train.global_batch_size),
             micro_batch_size: self.train.micro_batch_size,
@@ -184,14 +185,16 @@ impl RunConfig {
         }
     }
 
-    /// The folding, legal for this model and batch, its TP split as [`ModelConfig::split_tp`] does.
+    /// The folding, legal for this model and batch, its TP split as [`ModelConfig::split_tp`] does, and its CP in Ulysses
+    /// (the inner digit) and ring.
     ///
     /// # Errors
     /// The equation that is broken, the values and the nearest legal mappings.
     pub fn folding(&self) -> Result<Folding, ConfigError> {
         let mapping = self.mapping()?;
         self.constraints().fold(mapping.clone())?;
-        Ok(Folding::new(self.model.split_tp(mapping))?)
+        let split = self.model.split_tp(mapping).split(Attention::CP_INNER, self.parallel.cp_ulysses);
+        Ok(Folding::new(split)?)
     }
 
     /// Which layers are on which pipeline rank.
@@ -218,9 +221,13 @@ impl RunConfig {
         self.check_train()?;
         self.check_optimizer()?;
         self.check_data()?;
-        if self.parallel.cp > 1 {
-            let setting = format!("parallel.cp = {}", self.parallel.cp);
-            return Err(ConfigError::Unsupported { setting, fix: "set it to 1" });
+        let (cp, ulysses) = (self.parallel.cp, self.parallel.cp_ulysses);
+        if let Some(window) = self.model.sliding_window.filter(|_| cp != ulysses) {
+            let setting = format!(
+                "model.sliding_window = {window} with parallel.cp = {cp} and parallel.cp_ulysses = {ulysses}"
+            );
+            let fix = "set parallel.cp_ulysses to parallel.cp (all-to-all alone), or leave the window out";
+            return Err(ConfigError::Unsupported { setting, fix });
         }
         let folding = self.folding()?;
         self.pipeline()?;

@@ -17,8 +17,11 @@ pub struct ParallelConfig {
     pub world_size: usize,
     /// Tensor parallelism of everything outside of the experts, with sequence parallelism.
     pub tp: usize,
-    /// Context parallelism.
+    /// Context parallelism: each sequence is cut over this many ranks.
     pub cp: usize,
+    /// Ranks of `cp` among which attention is cut by head, by all-to-all (Ulysses): a divisor of `cp`. The
+    /// `cp / cp_ulysses` groups of them form a ring. 1 is a ring alone, `cp` all-to-all alone.
+    pub cp_ulysses: usize,
     /// Pipeline stages.
     pub pp: usize,
     /// Expert parallelism.
@@ -47,6 +50,7 @@ impl Default for ParallelConfig {
             world_size,
             tp,
             cp,
+            cp_ulysses: 1,
             pp,
             ep,
             etp,

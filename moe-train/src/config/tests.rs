@@ -1,3 +1,5 @@
+use moe_topology::Attention;
+
 use super::*;
 
 const SMALL: &str = r#"
@@ -231,7 +233,13 @@ fn parameter_groups_are_checked_against_the_model() {
 
 #[test]
 fn later_milestones_are_refused_by_name() {
-    assert_eq!(refusal(&["parallel.cp=2"]), "parallel.cp = 2 is not supported in training yet: set it to 1");
+    let window = ["parallel.cp=2", "model.sliding_window=8"];
+    assert_eq!(
+        refusal(&window),
+        "model.sliding_window = 8 with parallel.cp = 2 and parallel.cp_ulysses = 1 is not supported in training yet: \
+         set parallel.cp_ulysses to parallel.cp (all-to-all alone), or leave the window out"
+    );
+    with(&[&window[..], &["parallel.cp_ulysses=2"]].concat()).unwrap();
 }
 
 #[test]
@@ -279,6 +287,36 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
     ] {
         let error = refusal(overrides);
         assert!(error.starts_with(text), "{overrides:?}: {error}");
+    }
+}
+
+#[test]
+fn context_parallelism_is_a_ring_unless_ulysses_is_asked_for() {
+    let folding = |overrides: &[&str]| with(overrides).unwrap().folding().unwrap();
+    for (overrides, ulysses, ring) in [
+        (&["parallel.cp=2"][..], 1, 2),
+        (&["parallel.cp=2", "parallel.cp_ulysses=2"], 2, 1),
+        (&["parallel.tp=1", "parallel.cp=4", "parallel.cp_ulysses=2"], 2, 2),
+    ] {
+        let folding = folding(overrides);
+        assert_eq!(folding.size(Attention::CP_INNER), ulysses);
+        assert_eq!(folding.size(Attention::CP_OUTER), ring);
+    }
+    assert!(refusal(&["parallel.cp_ulysses=0"]).contains("cp_ulysses must be at least 1, but is 0\n"));
+    for (overrides, rule) in [
+        (
+            &["parallel.cp=2", "train.sequence_length=66"][..],
+            "sequence_length must be a multiple of 2·cp, but 66 % (2·2 = 4) = 2",
+        ),
+        (&["parallel.cp=2", "parallel.cp_ulysses=4"], "cp must be a multiple of cp_ulysses, but 2 % 4 = 2"),
+        (
+            &["parallel.cp=2", "parallel.cp_ulysses=2", "model.num_attention_heads=6", "model.head_dim=16"],
+            "num_attention_heads must be a multiple of tp·cp_ulysses, but 6 % (2·2 = 4) = 2",
+        ),
+    ] {
+        let error = refusal(overrides);
+        assert!(error.starts_with(&format!("[parallel] illegal mapping: {rule}\n")), "{error}");
+        assert!(error.contains("nearest legal mappings of world_size 8:"), "{error}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{CommTransport, Cx, DecoderStage, Objective, PipelineLayout, RopeTable, Stats, TypedStage};
 use moe_pipeline::{Program, execute};
@@ -36,8 +36,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
         let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
-        let mut groups =
-            Comms::<D>::builder().attention(Attention::ALL).attention(Attention::DP).attention(Attention::PP);
+        let mut groups = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::PP);
         groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
         groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
         let comms = groups.build(world, &device, &setup.folding)?;
@@ -128,15 +127,17 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         self.setup.folding.stage(self.rank) as u32
     }
 
-    /// Puts this data-parallel rank's micro-batches on the device and resets the statistics; returns the sum of loss
-    /// weights over all ranks.
+    /// Puts this rank's part of its micro-batches on the device and resets the statistics; returns the sum of loss
+    /// weights over the whole step.
     fn load(&mut self, count: usize, micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>) -> Result<f64> {
         let folding = &self.setup.folding;
-        let (dp, d) = (folding.size(Attention::DP), folding.coordinate(self.rank, Attention::DP));
-        let host =
-            (0..count).map(|j| Ok(HostBatch::new(&micro_batch(j * dp + d)?))).collect::<Result<Vec<_>>>()?;
+        let place = |axes| (folding.size(axes), folding.coordinate(self.rank, axes));
+        let ((dp, d), (cp, c)) = (place(Attention::DP), place(Attention::CP));
+        let host = (0..count)
+            .map(|j| HostBatch::new(&micro_batch(j * dp + d)?, cp, c))
+            .collect::<Result<Vec<_>>>()?;
         let own: f64 = host.iter().map(HostBatch::total_weight).sum();
-        let total = self.cx.comms.group(Attention::DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
+        let total = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
         self.cx.batches =
             host.iter().map(|batch| batch.upload(&self.cx.device, total)).collect::<Result<_>>()?;
         let moe = self.stages.iter().flat_map(|stage| stage.moe_stats()).collect();

@@ -2,6 +2,7 @@
 
 use moe_kernels::{Device, Float};
 use moe_model::MicroBatch;
+use moe_model::context::positions;
 
 use crate::Result;
 
@@ -28,7 +29,8 @@ pub trait BatchSource {
     fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>>;
 }
 
-/// Sequences in rows: sequence-major, so that the token at position `s` of sequence `b` is row `s · batch + b`.
+/// One context-parallel rank's part of sequences in rows: sequence-major, so that its `s`-th token of sequence `b` is row
+/// `s · batch + b`.
 #[derive(Debug)]
 pub(crate) struct HostBatch {
     batch: usize,
@@ -39,18 +41,19 @@ pub(crate) struct HostBatch {
 }
 
 impl HostBatch {
-    /// All sequences must have the same length.
-    pub fn new(sequences: &[Sequence]) -> Self {
+    /// The part of rank `rank` of `cp`. All sequences must have the same length.
+    pub fn new(sequences: &[Sequence], cp: usize, rank: usize) -> Result<Self> {
         let batch = sequences.len();
         let seq_len = sequences.first().map_or(0, |s| s.weights.len());
+        let capacity = batch * seq_len / cp;
         let mut rows = HostBatch {
             batch,
-            ids: Vec::with_capacity(batch * seq_len),
-            positions: Vec::with_capacity(batch * seq_len),
-            labels: Vec::with_capacity(batch * seq_len),
-            weights: Vec::with_capacity(batch * seq_len),
+            ids: Vec::with_capacity(capacity),
+            positions: Vec::with_capacity(capacity),
+            labels: Vec::with_capacity(capacity),
+            weights: Vec::with_capacity(capacity),
         };
-        for position in 0..seq_len {
+        for position in positions(seq_len, cp, rank)? {
             for sequence in sequences {
                 rows.ids.push(sequence.tokens[position] as i32);
                 rows.positions.push(position as i32);
@@ -58,7 +61,7 @@ impl HostBatch {
                 rows.weights.push(sequence.weights[position]);
             }
         }
-        rows
+        Ok(rows)
     }
 
     /// Sum of the loss weights.

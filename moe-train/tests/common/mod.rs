@@ -114,6 +114,27 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
     }
 }
 
+/// Trains `model` for `steps` steps under each folding and holds it to what one rank gives.
+pub fn check(
+    model: &ModelConfig,
+    foldings: impl IntoIterator<Item = (Mapping, DispatcherKind)>,
+    steps: u64,
+    tweak: impl Fn(&mut Setup),
+) {
+    let with = |mapping, dispatcher| {
+        let mut setup = setup(model.clone(), mapping);
+        tweak(&mut setup);
+        setup.dispatcher = dispatcher;
+        setup
+    };
+    let one = with(Mapping::default(), DispatcherKind::AllToAll);
+    let reference = train(one.clone(), steps);
+    for (mapping, dispatcher) in foldings {
+        let what = format!("{mapping}, {dispatcher}, world {}", mapping.world_size);
+        assert_equal(&train(with(mapping, dispatcher), steps), &reference, &one, &what);
+    }
+}
+
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Trains for `steps` steps in f64 on random batches and gathers everything.

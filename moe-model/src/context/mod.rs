@@ -1,0 +1,159 @@
+//! Context parallelism: attention over sequences that are cut over the CP ranks.
+//!
+//! A sequence is cut into `2·CP` chunks of which CP rank `c` holds `c` and `2·CP − 1 − c` ([`zigzag`]), so that all
+//! ranks see equally many keys under a causal mask. CP is two digits, and attention crosses each in its own way:
+//!
+//! - **`CP_INNER`, all-to-all** (DeepSpeed-Ulysses, arXiv 2309.14509): what was cut by sequence becomes cut by head, and
+//!   back.
+//! - **`CP_OUTER`, ring** (arXiv 2310.01889): keys and values go round, results are merged by their log-sum-exp.
+//!
+//! The chunks that an all-to-all group holds together are two runs of the sequence, and these are the zig-zag chunks of a
+//! ring of `CP_OUTER` ranks. So the two compose: the ring sees no difference between a rank and a group.
+
+mod ring;
+#[cfg(test)]
+mod tests;
+mod ulysses;
+
+use moe_kernels::family::{AttentionMask, AttentionShape};
+use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_topology::{Attention, Folding};
+
+use self::ring::Ring;
+use self::ulysses::Exchange;
+use crate::{Cx, Error, Result};
+
+/// The two chunks, of `2·ranks`, that `rank` holds, in this order.
+pub const fn zigzag(ranks: usize, rank: usize) -> [usize; 2] {
+    [rank, 2 * ranks - 1 - rank]
+}
+
+/// The positions of a sequence of `seq_len` tokens that `rank` of `cp` ranks holds, in order.
+///
+/// # Errors
+/// [`Error::Chunks`] if the sequence cannot be cut into `2·cp` equal chunks.
+pub fn positions(seq_len: usize, cp: usize, rank: usize) -> Result<impl Iterator<Item = usize>> {
+    let chunks = 2 * cp;
+    // One rank holds both halves, in order: the whole, of any length.
+    if cp > 1 && !seq_len.is_multiple_of(chunks) {
+        return Err(Error::Chunks { seq_len, chunks });
+    }
+    let start = move |chunk: usize| chunk * seq_len / chunks;
+    Ok(zigzag(cp, rank).into_iter().flat_map(move |chunk| start(chunk)..start(chunk + 1)))
+}
+
+/// Causal attention of the heads of one tensor-parallel rank over all ranks of its CP group.
+#[derive(Debug, Clone, Copy)]
+pub struct ContextAttention {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    mask: AttentionMask,
+    /// Ranks of an all-to-all.
+    ulysses: usize,
+}
+
+/// What backward needs of a forward pass, as the ring saw it.
+#[derive(Debug)]
+pub struct ContextAttentionSaved<T: Float, D: Device> {
+    q: Tensor<T, D>,
+    kv: Tensor<T, D>,
+    o: Tensor<T, D>,
+    lse: Tensor<T::Acc, D>,
+}
+
+impl ContextAttention {
+    /// `mask` is that of the whole sequence, causal where there is a ring. `heads` and `kv_heads` are those of one tensor-parallel rank. The inner digit of CP, over which they are cut
+    /// further, must divide the heads; and divide the key-value heads or be a multiple of them: then several ranks get
+    /// the same one, and their gradients are added.
+    ///
+    /// # Errors
+    /// [`Error::Heads`] if they cannot be cut so.
+    pub fn new(
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        mask: AttentionMask,
+        folding: &Folding,
+    ) -> Result<Self> {
+        let ulysses = folding.size(Attention::CP_INNER);
+        let shared = kv_heads > 0 && ulysses.is_multiple_of(kv_heads);
+        if !heads.is_multiple_of(ulysses) || !(kv_heads.is_multiple_of(ulysses) || shared) {
+            return Err(Error::Heads { heads, kv_heads, ulysses });
+        }
+        Ok(ContextAttention { heads, kv_heads, head_dim, mask, ulysses })
+    }
+
+    /// `q: [n, heads · head_dim]` and `kv: [n, 2 · kv_heads · head_dim]`, keys before values, of this rank's tokens of
+    /// micro-batch `m`; returns `o`, of the shape of `q`.
+    pub fn forward<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        q: Tensor<T, D>,
+        kv: Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, ContextAttentionSaved<T, D>)> {
+        let (device, ring) = (&cx.device, self.ring(m, cx)?);
+        if self.ulysses == 1 {
+            let (o, lse) = ring.forward(&q, &kv)?;
+            return Ok((o.clone(), ContextAttentionSaved { q, kv, o, lse }));
+        }
+        let comm = cx.group(Attention::CP_INNER)?;
+        let (queries, keys) = (self.exchange(self.heads), self.exchange(self.kv_heads));
+        let width = kv.shape()[1] / 2;
+        let parts = [kv.columns(0..width)?, kv.columns(width..2 * width)?];
+        let kv = keys.start_to_heads(device, comm, &parts)?;
+        let q = queries.start_to_heads(device, comm, &[q])?;
+        let kv = keys.finish_to_heads(device, &kv.wait()?)?;
+        let q = queries.finish_to_heads(device, &q.wait()?)?;
+        let (o, lse) = ring.forward(&q, &kv)?;
+        let own = queries.start_to_rows(device, comm, std::slice::from_ref(&o))?;
+        Ok((queries.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { q, kv, o, lse }))
+    }
+
+    /// The gradients of queries, keys and values.
+    pub fn backward<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        d_o: Tensor<T, D>,
+        saved: ContextAttentionSaved<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<[Tensor<T, D>; 3]> {
+        let ContextAttentionSaved { q, kv, o, lse } = saved;
+        let (device, ring) = (&cx.device, self.ring(m, cx)?);
+        if self.ulysses == 1 {
+            return ring.backward(&d_o, &q, &kv, &o, &lse);
+        }
+        let comm = cx.group(Attention::CP_INNER)?;
+        let (queries, keys) = (self.exchange(self.heads), self.exchange(self.kv_heads));
+        let d_o = queries.start_to_heads(device, comm, &[d_o])?;
+        let d_o = queries.finish_to_heads(device, &d_o.wait()?)?;
+        let [dq, dk, dv] = ring.backward(&d_o, &q, &kv, &o, &lse)?;
+        let dkv = keys.start_to_rows(device, comm, &[dk, dv])?;
+        let dq = queries.start_to_rows(device, comm, &[dq])?;
+        let dkv = keys.finish_to_rows(device, &dkv.wait()?)?;
+        let dq = queries.finish_to_rows(device, &dq.wait()?)?;
+        let width = dkv.shape()[1] / 2;
+        Ok([dq, dkv.columns(0..width)?, dkv.columns(width..2 * width)?])
+    }
+
+    fn exchange(&self, heads: usize) -> Exchange {
+        Exchange { ranks: self.ulysses, heads, head_dim: self.head_dim }
+    }
+
+    fn ring<'a, T: Float, D: Backend<T>>(&self, m: u32, cx: &'a Cx<T, D>) -> Result<Ring<'a, D>> {
+        let batch = cx.batch(m)?;
+        let len = batch.seq_len * self.ulysses;
+        let shape = AttentionShape {
+            batch: batch.batch,
+            q_len: len,
+            kv_len: len,
+            heads: self.heads / self.ulysses,
+            kv_heads: self.kv_heads.div_ceil(self.ulysses),
+            head_dim: self.head_dim,
+            scale: (self.head_dim as f64).sqrt().recip(),
+            mask: self.mask,
+        };
+        Ok(Ring { comm: cx.group(Attention::CP_OUTER)?, device: &cx.device, shape })
+    }
+}
