@@ -102,6 +102,7 @@ fn scores() -> impl Strategy<Value = ScoreFunction> {
     prop_oneof![
         Just(ScoreFunction::SoftmaxPost),
         any::<bool>().prop_map(|normalize| ScoreFunction::SoftmaxPre { normalize }),
+        any::<bool>().prop_map(|normalize| ScoreFunction::Sigmoid { normalize }),
     ]
 }
 

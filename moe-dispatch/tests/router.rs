@@ -1,26 +1,46 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
 use moe_dispatch::{Error, Router, RouterConfig, RouterScales};
-use moe_kernels::family::ScoreFunction;
+use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
 use moe_kernels::{Cpu, Tensor};
 use proptest::prelude::*;
 
 const HIDDEN: usize = 4;
 const NUM_EXPERTS: usize = 6;
-const SCALES: RouterScales = RouterScales { micro_batches: 3, valid_tokens: 29 };
-const SCORES: [ScoreFunction; 3] = [
+const SCALES: RouterScales = RouterScales { micro_batches: 3, sequences: 7, valid_tokens: 29 };
+const SCORES: [ScoreFunction; 5] = [
     ScoreFunction::SoftmaxPost,
     ScoreFunction::SoftmaxPre { normalize: false },
     ScoreFunction::SoftmaxPre { normalize: true },
+    ScoreFunction::Sigmoid { normalize: false },
+    ScoreFunction::Sigmoid { normalize: true },
 ];
+const GROUPS: [Option<ExpertGroups>; 3] = [
+    None,
+    Some(ExpertGroups { count: 3, kept: 2, score_top_k: 2 }),
+    Some(ExpertGroups { count: 2, kept: 1, score_top_k: 1 }),
+];
+const BIAS: [f64; NUM_EXPERTS] = [0.25, -0.5, 0.0, 0.5, -0.25, 0.125];
 
-fn config(score: ScoreFunction, top_k: usize) -> RouterConfig {
-    RouterConfig { num_experts: NUM_EXPERTS, top_k, score, aux_loss_coef: 0.7, z_loss_coef: 0.2 }
+fn config(scoring: impl Into<Scoring>, top_k: usize) -> RouterConfig {
+    RouterConfig {
+        num_experts: NUM_EXPERTS,
+        top_k,
+        scoring: scoring.into(),
+        aux_loss_coef: 0.7,
+        sequence_aux_loss_coef: 0.4,
+        z_loss_coef: 0.2,
+    }
 }
 
-/// Counts of the micro-batch: this rank's, and those of another one with 5 tokens.
+fn is_sigmoid(scoring: &Scoring) -> bool {
+    matches!(scoring.function, ScoreFunction::Sigmoid { .. })
+}
+
+/// Counts of the micro-batch: this rank's, and those of another one with 5 tokens of each sequence.
 fn with_another_rank(counts: &[i64]) -> Result<Vec<i64>, Error> {
-    Ok(counts.iter().zip([4, 0, 3, 1, 1, 1, 5]).map(|(own, other)| own + other).collect())
+    let other = [[4, 0, 3, 1, 1, 1, 5], [0, 2, 2, 2, 2, 2, 5]].concat();
+    Ok(counts.iter().zip(other.into_iter().cycle()).map(|(own, other)| own + other).collect())
 }
 
 fn alone(counts: &[i64]) -> Result<Vec<i64>, Error> {
@@ -31,40 +51,64 @@ fn tensor(rows: usize, cols: usize, values: &[f64]) -> Tensor<f64, Cpu> {
     Tensor::from_f64(&Cpu::poisoned(1), rows, cols, values).unwrap()
 }
 
-/// `Σ dweights ⊙ weights` plus this rank's part of the two losses.
-fn objective(router: &Router, x: &[f64], weight: &[f64], dweights: &[f64]) -> f64 {
+/// `Σ dweights ⊙ weights` plus this rank's part of the three losses, and the choice.
+fn objective(
+    router: &Router,
+    x: &[f64],
+    weight: &[f64],
+    bias: Option<&[f64]>,
+    dweights: &[f64],
+) -> (f64, Vec<i32>) {
     let device = Cpu::poisoned(1);
     let x = tensor(x.len() / HIDDEN, HIDDEN, x);
     let weight = tensor(NUM_EXPERTS, HIDDEN, weight);
-    let (routing, _, stats) = router.forward(&device, &x, weight.view(), with_another_rank).unwrap();
+    let bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
+    let bias = bias.as_ref().map(Tensor::view);
+    let (routing, _, stats) = router.forward(&device, &x, weight.view(), bias, 2, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
-    let RouterConfig { aux_loss_coef, z_loss_coef, .. } = *router.config();
-    main + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
-        + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64
+    let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, z_loss_coef, .. } = *router.config();
+    let objective = main
+        + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
+        + sequence_aux_loss_coef * stats.sequence_aux_loss / SCALES.sequences as f64
+        + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64;
+    (objective, routing.experts.to_vec(&device).unwrap())
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
     #[test]
     fn gradients_are_those_of_the_objective(
-        x in proptest::collection::vec(-1.0..1.0f64, 3 * HIDDEN),
+        x in proptest::collection::vec(-1.0..1.0f64, 4 * HIDDEN),
         weight in proptest::collection::vec(-1.0..1.0f64, NUM_EXPERTS * HIDDEN),
-        dweights in proptest::collection::vec(-1.0..1.0f64, 9),
+        dweights in proptest::collection::vec(-1.0..1.0f64, 12),
         top_k in 1usize..4,
-        score in proptest::sample::select(&SCORES[..]),
+        function in proptest::sample::select(&SCORES[..]),
+        groups in proptest::sample::select(&GROUPS[..]),
+        scale in proptest::sample::select(vec![1.0, 2.5]),
+        biased in any::<bool>(),
     ) {
-        let router = Router::new(config(score, top_k)).unwrap();
-        let dweights = &dweights[..3 * top_k];
+        let scoring = Scoring { function, groups, scale };
+        let bias = (biased && is_sigmoid(&scoring)).then_some(&BIAS[..]);
+        let router = Router::new(config(scoring, top_k)).unwrap();
+        let dweights = &dweights[..4 * top_k];
         let device = Cpu::poisoned(1);
+        let tensor_of_bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
         let (_, saved, _) = router
-            .forward(&device, &tensor(3, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight).view(), with_another_rank)
+            .forward(
+                &device,
+                &tensor(4, HIDDEN, &x),
+                tensor(NUM_EXPERTS, HIDDEN, &weight).view(),
+                tensor_of_bias.as_ref().map(Tensor::view),
+                2,
+                with_another_rank,
+            )
             .unwrap();
         // Gradients add to what is there.
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[10.0; NUM_EXPERTS * HIDDEN]);
         let dx = router
             .backward(
                 &device,
-                &tensor(1, 3 * top_k, dweights),
+                &tensor(1, 4 * top_k, dweights),
                 saved,
                 tensor(NUM_EXPERTS, HIDDEN, &weight).view(),
                 dweight.view_mut().unwrap(),
@@ -74,24 +118,80 @@ proptest! {
         let (dx, dweight) = (dx.to_f64(&device).unwrap(), dweight.to_f64(&device).unwrap());
 
         let step = 1e-6;
-        let slope = |moved: &dyn Fn(f64) -> f64| (moved(step) - moved(-step)) / (2.0 * step);
+        let choice = objective(&router, &x, &weight, bias, dweights).1;
+        let slope = |moved: &dyn Fn(f64) -> (f64, Vec<i32>)| {
+            let ((up, above), (down, below)) = (moved(step), moved(-step));
+            // A choice that flips within the step has no slope.
+            (above == choice && below == choice).then_some((up - down) / (2.0 * step))
+        };
         for i in 0..x.len() {
             let moved = |by| {
                 let mut x = x.clone();
                 x[i] += by;
-                objective(&router, &x, &weight, dweights)
+                objective(&router, &x, &weight, bias, dweights)
             };
-            prop_assert!((slope(&moved) - dx[i]).abs() < 1e-7, "dx[{}]: {} by {}", i, dx[i], slope(&moved));
+            if let Some(slope) = slope(&moved) {
+                prop_assert!((slope - dx[i]).abs() < 1e-7, "dx[{}]: {} by {}", i, dx[i], slope);
+            }
         }
         for i in 0..weight.len() {
             let moved = |by| {
                 let mut weight = weight.clone();
                 weight[i] += by;
-                objective(&router, &x, &weight, dweights)
+                objective(&router, &x, &weight, bias, dweights)
             };
-            prop_assert!((slope(&moved) - (dweight[i] - 10.0)).abs() < 1e-7, "dweight[{}]", i);
+            if let Some(slope) = slope(&moved) {
+                prop_assert!((slope - (dweight[i] - 10.0)).abs() < 1e-7, "dweight[{}]", i);
+            }
         }
     }
+}
+
+/// Logits are given (the weight is the identity). Group-limited by biased scores, experts 4 and 5 are chosen; the plain
+/// best are others, and those the losses count.
+#[test]
+fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
+    let device = Cpu::poisoned(1);
+    let groups = Some(ExpertGroups { count: 3, kept: 1, score_top_k: 2 });
+    let scoring = Scoring { function: ScoreFunction::Sigmoid { normalize: true }, groups, scale: 2.5 };
+    let router = Router::new(config(scoring, 2)).unwrap();
+    // Two tokens of two sequences each, sequence-major.
+    let logits: [[f64; 6]; 4] = [
+        [2.0, -3.0, 1.5, -3.0, 0.5, 0.4],
+        [-1.0, 1.0, 0.9, -2.0, 0.3, 0.2],
+        [0.1, 0.2, 2.0, -9.0, 0.9, 0.8],
+        [3.0, -4.0, -4.0, 2.5, 0.7, 0.9],
+    ];
+    let bias = [-0.5, -0.5, -0.5, -0.5, 0.0, 0.0];
+    let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
+    let (x, weight, bias) = (tensor(4, 6, &logits.concat()), tensor(6, 6, &identity), tensor(1, 6, &bias));
+    let (routing, _, stats) =
+        router.forward(&device, &x, weight.view(), Some(bias.view()), 2, alone).unwrap();
+    assert_eq!(routing.experts.to_vec(&device).unwrap(), [4, 5, 4, 5, 4, 5, 5, 4]);
+    assert_eq!(stats.expert_counts, [0, 0, 0, 0, 4, 4]);
+
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let weights = routing.weights.to_f64(&device).unwrap();
+    for (i, (logits, weights)) in logits.iter().zip(weights.chunks(2)).enumerate() {
+        let (a, b) = (sigmoid(logits[4]), sigmoid(logits[5]));
+        let (first, second) = if i == 3 { (b, a) } else { (a, b) };
+        assert!((weights[0] - 2.5 * first / (a + b)).abs() < 1e-14, "token {i}: {weights:?}");
+        assert!((weights[1] - 2.5 * second / (a + b)).abs() < 1e-14, "token {i}: {weights:?}");
+    }
+
+    let plain = [[0, 2], [1, 2], [2, 4], [0, 3]];
+    let balance = |tokens: &[usize]| {
+        let mut sum = 0.0;
+        for e in 0..6 {
+            let count = tokens.iter().filter(|&&i| plain[i].contains(&e)).count() as f64;
+            let share =
+                |&i: &usize| sigmoid(logits[i][e]) / logits[i].iter().map(|&x| sigmoid(x)).sum::<f64>();
+            sum += count * tokens.iter().map(share).sum::<f64>();
+        }
+        6.0 * sum / (2.0 * (tokens.len() * tokens.len()) as f64)
+    };
+    assert!((stats.aux_loss - balance(&[0, 1, 2, 3])).abs() < 1e-14);
+    assert!((stats.sequence_aux_loss - balance(&[0, 2]) - balance(&[1, 3])).abs() < 1e-14);
 }
 
 #[test]
@@ -106,7 +206,7 @@ fn ties_go_to_the_smaller_expert() {
     for score in SCORES {
         let router = Router::new(config(score, 4)).unwrap();
         let x = tensor(1, HIDDEN, &[1.0; HIDDEN]);
-        let (routing, _, stats) = router.forward(&device, &x, weight.view(), alone).unwrap();
+        let (routing, _, stats) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap(), [1, 2, 4, 0]);
         assert_eq!(stats.expert_counts, [1, 1, 1, 0, 1, 0]);
     }
@@ -125,7 +225,7 @@ fn a_balanced_routing_costs_one() {
     let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
     // x · identityᵀ = logits
     let (x, weight) = (tensor(6, 6, &logits), tensor(6, 6, &identity));
-    let (routing, _, stats) = router.forward(&device, &x, weight.view(), alone).unwrap();
+    let (routing, _, stats) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0]);
     assert!((stats.aux_loss - 1.0).abs() < 1e-14, "{}", stats.aux_loss);
     let lse = (2f64.exp() + 1f64.exp() + 4.0).ln();
@@ -139,7 +239,7 @@ fn a_token_that_is_no_number_is_named() {
     let mut x = [0.5; 3 * HIDDEN];
     x[2 * HIDDEN + 1] = f64::NAN;
     let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
-    let error = router.forward(&device, &tensor(3, HIDDEN, &x), weight.view(), alone).unwrap_err();
+    let error = router.forward(&device, &tensor(3, HIDDEN, &x), weight.view(), None, 1, alone).unwrap_err();
     assert!(matches!(error, Error::Device(moe_kernels::Error::NotANumber { row: 2, .. })), "{error}");
 }
 
@@ -154,7 +254,7 @@ fn no_tokens() {
         alone(counts)
     };
     let (routing, saved, stats) =
-        router.forward(&device, &tensor(0, HIDDEN, &[]), weight.view(), count).unwrap();
+        router.forward(&device, &tensor(0, HIDDEN, &[]), weight.view(), None, 1, count).unwrap();
     assert_eq!((summed, routing.tokens, stats.aux_loss, stats.z_loss_sum), (1, 0, 0.0, 0.0));
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
     let dx = router
@@ -171,13 +271,25 @@ fn what_cannot_be_is_refused() {
     refused(RouterConfig { top_k: 0, ..good });
     refused(RouterConfig { top_k: NUM_EXPERTS + 1, ..good });
     refused(RouterConfig { z_loss_coef: f64::NAN, ..good });
+    refused(RouterConfig { sequence_aux_loss_coef: f64::INFINITY, ..good });
+    for (count, kept, score_top_k) in
+        [(0, 1, 1), (4, 2, 1), (3, 0, 1), (6, 1, 1), (3, 4, 1), (3, 2, 0), (3, 2, 3)]
+    {
+        let groups = Some(ExpertGroups { count, kept, score_top_k });
+        refused(config(Scoring { groups, ..ScoreFunction::SoftmaxPost.into() }, 2));
+    }
 
     let device = Cpu::poisoned(1);
     let router = Router::new(good).unwrap();
     let (x, weight) = (tensor(1, HIDDEN, &[1.0; HIDDEN]), tensor(NUM_EXPERTS, HIDDEN, &[0.1; 24]));
     let short = |counts: &[i64]| Ok(counts[1..].to_vec());
-    assert!(matches!(router.forward(&device, &x, weight.view(), short), Err(Error::Router { .. })));
-    let (_, saved, _) = router.forward(&device, &x, weight.view(), alone).unwrap();
+    let short = router.forward(&device, &x, weight.view(), None, 1, short);
+    assert!(matches!(short, Err(Error::Router { .. })));
+    for sequences in [0, 2] {
+        let uneven = router.forward(&device, &x, weight.view(), None, sequences, alone);
+        assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
+    }
+    let (_, saved, _) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
     let scales = RouterScales { valid_tokens: 0, ..SCALES };
     let dweights = tensor(1, 2, &[1.0, 1.0]);

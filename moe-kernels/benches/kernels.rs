@@ -8,7 +8,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, Rotation, Routing, Rows, ScoreFunction,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, Rotation, RouteOutput, Routing, Rows, ScoreFunction,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -189,8 +189,8 @@ fn rowwise(c: &mut Criterion) {
         Box::new(move || {
             let (weights, experts) = (mutable!(weights), mutable!(experts));
             let (probs, lse) = (mutable!(probs), mutable!(lse));
-            cpu.route(weights, experts, probs, lse, logits.view(), ScoreFunction::SoftmaxPost)
-                .expect("route");
+            let out = RouteOutput { weights, experts, unbiased: None, probs, lse };
+            cpu.route(out, logits.view(), None, &ScoreFunction::SoftmaxPost.into()).expect("route");
         })
     });
     measure(c, "sort_by_expert", rows, |cpu| {

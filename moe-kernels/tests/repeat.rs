@@ -2,7 +2,7 @@
 
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Embedding, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Routing, ScoreFunction,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, RouteOutput, Routing, ScoreFunction,
 };
 use moe_kernels::{Cpu, Element, Result, Tensor};
 
@@ -119,9 +119,14 @@ fn run(cpu: &Cpu) -> Result<Bits> {
 
     let (mut weights, mut probs) = (matrix(cpu, n, 2, 0)?, matrix(cpu, n, h, 0)?);
     let mut experts = ints(cpu, n, 2, |_| 0)?;
-    let (weights_view, experts_view) = (weights.view_mut()?, experts.view_mut()?);
-    let score = ScoreFunction::SoftmaxPost;
-    cpu.route(weights_view, experts_view, probs.view_mut()?, lse.view_mut()?, x.view(), score)?;
+    let out = RouteOutput {
+        weights: weights.view_mut()?,
+        experts: experts.view_mut()?,
+        unbiased: None,
+        probs: probs.view_mut()?,
+        lse: lse.view_mut()?,
+    };
+    cpu.route(out, x.view(), None, &ScoreFunction::SoftmaxPost.into())?;
     bits.keep(cpu, "weights", &weights)?;
     bits.keep(cpu, "experts", &experts)?;
 

@@ -1,8 +1,12 @@
 //! What defines a model: the keys of a Hugging Face `config.json`.
 
-use moe_kernels::family::{GateFunction, ScoreFunction};
+use moe_kernels::family::GateFunction;
 use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
+
+mod routing;
+
+pub use routing::{AuxLoss, AuxLossScope, ScoringFunc};
 
 /// A decoder with experts (Mixtral, arXiv 2401.04088, and what Qwen2-MoE, Qwen3-MoE, GLM-4-MoE and DeepSeek add to it). Fields
 /// carry the names of Hugging Face's `MixtralConfig` and of those models' configurations; what has a default in
@@ -83,18 +87,34 @@ pub struct ModelConfig {
     /// Standard deviation of the initial weights; 0.02 unless given.
     #[serde(default = "default_initializer_range")]
     pub initializer_range: f64,
-    /// Coefficient of the load-balancing loss; 0.001 unless given.
-    #[serde(default = "default_router_aux_loss_coef")]
-    pub router_aux_loss_coef: f64,
+    /// Coefficient of the load-balancing loss of each micro-batch; 0.001 unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_aux_loss_coef: Option<f64>,
+    /// Load-balancing losses of several scopes, in place of `router_aux_loss_coef`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub router_aux_losses: Vec<AuxLoss>,
     /// Coefficient of the router's z-loss (arXiv 2202.08906); 0 unless given.
     #[serde(default)]
     pub router_z_loss_coef: f64,
-    /// How logits become weights; softmax over the chosen unless given.
+    /// From logits to scores; softmax over the chosen unless given.
     #[serde(default)]
-    pub router_score: RouterScore,
+    pub scoring_func: ScoringFunc,
     /// Whether the chosen experts' weights are divided by their sum; true unless given.
     #[serde(default = "default_norm_topk_prob")]
     pub norm_topk_prob: bool,
+    /// Multiplies the weights, after that division; 1 unless given.
+    #[serde(default = "routing::default_routed_scaling_factor")]
+    pub routed_scaling_factor: f64,
+    /// Contiguous groups of experts, a constant of the model that no mapping changes; 1 unless given.
+    #[serde(default = "routing::one_group")]
+    pub n_group: usize,
+    /// Groups that a token's experts may be of; 1 unless given.
+    #[serde(default = "routing::one_group")]
+    pub topk_group: usize,
+    /// A group's score is the sum of the scores of so many of its experts, the best; 2 unless given (1 for
+    /// DeepSeek-V2).
+    #[serde(default = "routing::default_group_score_topk")]
+    pub group_score_topk: usize,
     /// Whether the head uses the embedding's weight; false unless given.
     #[serde(default)]
     pub tie_word_embeddings: bool,
@@ -120,17 +140,6 @@ pub enum SharedExpertWidth {
     Gated(usize),
 }
 
-/// From router logits to weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RouterScore {
-    /// Softmax over the K chosen logits.
-    #[default]
-    SoftmaxPost,
-    /// Softmax over all E logits; the chosen are divided by their sum if `norm_topk_prob`.
-    SoftmaxPre,
-}
-
 fn default_decoder_sparse_step() -> usize {
     1
 }
@@ -145,10 +154,6 @@ fn default_rope_theta() -> f64 {
 
 fn default_initializer_range() -> f64 {
     0.02
-}
-
-fn default_router_aux_loss_coef() -> f64 {
-    0.001
 }
 
 fn default_norm_topk_prob() -> bool {
@@ -280,14 +285,6 @@ impl ModelConfig {
         self.moe_layers().count() < self.num_hidden_layers
     }
 
-    /// The router's score function, as kernels take it.
-    pub fn score_function(&self) -> ScoreFunction {
-        match self.router_score {
-            RouterScore::SoftmaxPost => ScoreFunction::SoftmaxPost,
-            RouterScore::SoftmaxPre => ScoreFunction::SoftmaxPre { normalize: self.norm_topk_prob },
-        }
-    }
-
     /// What the model asks of a folding; fields of the batch are left open.
     pub fn constraints(&self) -> Constraints {
         Constraints {
@@ -366,19 +363,12 @@ impl ModelConfig {
 
         in_range("rms_norm_eps", self.rms_norm_eps, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
         in_range("rope_theta", self.rope_theta, 1.0..=f64::MAX, "finite and at least 1")?;
-        for (name, value) in [
-            ("initializer_range", self.initializer_range),
-            ("router_aux_loss_coef", self.router_aux_loss_coef),
-            ("router_z_loss_coef", self.router_z_loss_coef),
-        ] {
+        for (name, value) in
+            [("initializer_range", self.initializer_range), ("router_z_loss_coef", self.router_z_loss_coef)]
+        {
             in_range(name, value, 0.0..=f64::MAX, "finite and at least 0")?;
         }
-        if self.router_score == RouterScore::SoftmaxPost && !self.norm_topk_prob {
-            return Err(ConfigError::Unsupported {
-                setting: "norm_topk_prob = false with router_score = \"softmax-post\"",
-                why: "a softmax over the chosen experts sums to 1; use router_score = \"softmax-pre\"",
-            });
-        }
+        self.check_router()?;
         Ok(())
     }
 }
@@ -451,10 +441,15 @@ mod tests {
             rms_norm_eps: 1e-5,
             rope_theta: 1e6,
             initializer_range: 0.02,
-            router_aux_loss_coef: 0.02,
+            router_aux_loss_coef: Some(0.02),
+            router_aux_losses: Vec::new(),
             router_z_loss_coef: 0.0,
-            router_score: RouterScore::SoftmaxPost,
+            scoring_func: ScoringFunc::SoftmaxPost,
             norm_topk_prob: true,
+            routed_scaling_factor: 1.0,
+            n_group: 1,
+            topk_group: 1,
+            group_score_topk: 2,
             tie_word_embeddings: false,
         }
     }
@@ -486,8 +481,7 @@ mod tests {
         assert_eq!(config.rms_norm_eps, 1e-5);
         assert_eq!(config.rope_theta, 1e6);
         assert_eq!(config.initializer_range, 0.02);
-        assert_eq!(config.router_aux_loss_coef, 0.001);
-        assert_eq!(config.score_function(), ScoreFunction::SoftmaxPost);
+        assert_eq!(config.aux_loss_coef(AuxLossScope::MicroBatch), 0.001);
         config.check().unwrap();
     }
 
@@ -595,19 +589,11 @@ mod tests {
             (refusal(|c| c.rms_norm_eps = 0.0), "rms_norm_eps = 0"),
             (refusal(|c| c.rope_theta = f64::INFINITY), "rope_theta = inf"),
             (refusal(|c| c.initializer_range = f64::NAN), "initializer_range = NaN"),
-            (refusal(|c| c.router_aux_loss_coef = -0.5), "router_aux_loss_coef = -0.5"),
-            (refusal(|c| c.norm_topk_prob = false), "norm_topk_prob = false with router_score"),
+            (refusal(|c| c.router_z_loss_coef = -0.5), "router_z_loss_coef = -0.5"),
+            (refusal(|c| c.norm_topk_prob = false), "norm_topk_prob = false with scoring_func"),
         ] {
             assert!(refused.starts_with(name), "{refused}");
         }
-    }
-
-    #[test]
-    fn softmax_before_the_choice_may_stay_unnormalised() {
-        let config =
-            ModelConfig { router_score: RouterScore::SoftmaxPre, norm_topk_prob: false, ..mixtral() };
-        config.check().unwrap();
-        assert_eq!(config.score_function(), ScoreFunction::SoftmaxPre { normalize: false });
     }
 
     #[test]

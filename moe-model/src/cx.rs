@@ -41,8 +41,10 @@ impl<T: Float, D: Device> Cx<T, D> {
 /// Constants of the objective, the same on all ranks: `J = (1/N) Σ w·ce + Σ_l (c_aux·A_l + c_z·Z_l)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Objective {
-    /// Micro-batches of the step over all ranks: the units of the auxiliary loss.
+    /// Micro-batches of the step over all ranks: units of the auxiliary loss.
     pub micro_batches: usize,
+    /// Sequences of the step over all ranks: units of the auxiliary loss of each sequence.
+    pub sequences: usize,
     /// Valid tokens of the step over all ranks.
     pub tokens: usize,
 }
@@ -113,6 +115,8 @@ pub struct MoeStats {
     pub counts: Vec<u64>,
     /// This rank's part of Σ over micro-batches of A (the sum over tensor- and context-parallel ranks is whole).
     pub aux: f64,
+    /// The same over sequences.
+    pub sequence_aux: f64,
     /// Σ over this rank's tokens of logsumexp².
     pub z: f64,
 }

@@ -10,7 +10,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
 use crate::axes::{TP_CP, TP_CP_DP};
-use crate::config::ModelConfig;
+use crate::config::{AuxLossScope, ModelConfig};
 use crate::cx::MoeStats;
 use crate::dense::GatedMlpDeferred;
 use crate::layer::Layer;
@@ -101,8 +101,9 @@ impl MoeMlp {
         let router = Router::new(RouterConfig {
             num_experts: experts,
             top_k: config.num_experts_per_tok,
-            score: config.score_function(),
-            aux_loss_coef: config.router_aux_loss_coef,
+            scoring: config.scoring(),
+            aux_loss_coef: config.aux_loss_coef(AuxLossScope::MicroBatch),
+            sequence_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Sequence),
             z_loss_coef: config.router_z_loss_coef,
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
@@ -113,7 +114,8 @@ impl MoeMlp {
 
     /// Fresh statistics for a step.
     pub fn stats(&self) -> MoeStats {
-        MoeStats { layer: self.layer, counts: vec![0; self.router.config().num_experts], aux: 0.0, z: 0.0 }
+        let counts = vec![0; self.router.config().num_experts];
+        MoeStats { layer: self.layer, counts, ..MoeStats::default() }
     }
 
     fn record(&self, stats: &mut [MoeStats], seen: &RouterStats) {
@@ -122,6 +124,7 @@ impl MoeMlp {
                 *sum += *count as u64;
             }
             own.aux += seen.aux_loss;
+            own.sequence_aux += seen.sequence_aux_loss;
             own.z += seen.z_loss_sum;
         }
     }
@@ -131,14 +134,14 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     type Saved = MoeMlpSaved<T, D>;
     type Deferred = MoeMlpDeferred<T, D>;
 
-    fn forward(&self, _m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
         let device = cx.device.clone();
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let unit = cx.group(TP_CP)?;
         let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
         let (routing, router, seen) = self
             .router
-            .forward(&device, &h, cx.params.weight(self.gate)?, sum_over_unit)
+            .forward(&device, &h, cx.params.weight(self.gate)?, None, cx.batch(m)?.batch, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
         self.record(&mut cx.stats.moe, &seen);
 
@@ -207,6 +210,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
 
         let scales = RouterScales {
             micro_batches: cx.objective.micro_batches as u64,
+            sequences: cx.objective.sequences as u64,
             valid_tokens: cx.objective.tokens as u64,
         };
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;

@@ -86,7 +86,7 @@ where
         groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));
         let comms = groups.build(world, &device, &folding)?;
         let rope = RopeTable::new(&device, window, model.head_dim(), model.rope_theta)?;
-        let objective = Objective { micro_batches: 1, tokens: window };
+        let objective = Objective { micro_batches: 1, sequences: 1, tokens: window };
         let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
         Ok(Decoder { stages, cx, window })
     }

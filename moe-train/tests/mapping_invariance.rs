@@ -5,7 +5,7 @@ mod common;
 use common::tiny_model;
 use moe_dispatch::DispatcherKind;
 use moe_model::ModelConfig;
-use moe_model::config::RouterScore;
+use moe_model::config::ScoringFunc;
 use moe_topology::Mapping;
 use proptest::prelude::*;
 
@@ -97,7 +97,8 @@ fn experts_without_tokens() {
     let model = ModelConfig {
         num_local_experts: 32,
         num_experts_per_tok: 1,
-        router_score: RouterScore::SoftmaxPre,
+        scoring_func: ScoringFunc::Softmax,
+        norm_topk_prob: false,
         ..tiny_model()
     };
     check(
@@ -137,7 +138,7 @@ proptest! {
 
     #[test]
     fn any_folding(((sizes, dp_last, all_gather), normalize) in (sizes(), any::<bool>())) {
-        let model = ModelConfig { router_score: RouterScore::SoftmaxPre, norm_topk_prob: normalize, ..tiny_model() };
+        let model = ModelConfig { scoring_func: ScoringFunc::Softmax, norm_topk_prob: normalize, ..tiny_model() };
         let dispatcher = if all_gather { AllGather } else { AllToAll };
         check(&model, &[(sizes, if dp_last { DP_LAST } else { PP_LAST }, dispatcher)], |setup| {
             setup.global_batch_size = 8;

@@ -260,7 +260,7 @@ fn a_checkpoint_of_another_model_is_refused_with_the_key() {
     for (key, model) in [
         ("num_local_experts", ModelConfig { num_local_experts: 4, ..case(ONE).model }),
         ("num_hidden_layers", ModelConfig { num_hidden_layers: 4, ..case(ONE).model }),
-        ("router_aux_loss_coef", ModelConfig { router_aux_loss_coef: 0.5, ..case(ONE).model }),
+        ("router_aux_loss_coef", ModelConfig { router_aux_loss_coef: Some(0.5), ..case(ONE).model }),
     ] {
         let pipeline = PipelineLayout::even(model.num_hidden_layers, 2, 1).unwrap();
         let setup = Setup { model, pipeline, ..case(CASES[1]) };

@@ -1,7 +1,7 @@
 use moe_kernels::family::{Elementwise, Gemm, Op};
 use moe_kernels::{Backend, Float, Tensor, View, ViewMut};
 
-use super::{Router, RouterSaved, RouterScales};
+use super::{Router, RouterConfig, RouterSaved, RouterScales, UnitCounts};
 use crate::Error;
 
 impl Router {
@@ -22,31 +22,26 @@ impl Router {
         dweight: ViewMut<'_, T::Acc, D>,
         scales: RouterScales,
     ) -> Result<Tensor<T, D>, Error> {
-        let RouterSaved { x, experts, weights, probs, lse, unit_counts, unit_tokens } = saved;
+        let RouterSaved { x, experts, logits, unit } = saved;
         let [tokens, hidden] = x.shape();
-        let (num_experts, top_k) = (self.config.num_experts, self.config.top_k);
+        let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
 
         if tokens == 0 {
             return Ok(Tensor::uninit(device, 0, hidden)?);
         }
-        let RouterScales { micro_batches, valid_tokens } = scales;
-        if micro_batches == 0 || valid_tokens == 0 {
-            let what =
-                format!("{tokens} tokens in a step of {micro_batches} micro-batches, {valid_tokens} tokens");
-            return Err(Error::Router { what });
+        if scales.micro_batches == 0 || scales.sequences == 0 || scales.valid_tokens == 0 {
+            return Err(Error::Router { what: format!("{tokens} tokens in a step of {scales:?}") });
         }
-        let aux = self.aux_gradient(&unit_counts, unit_tokens, micro_batches);
-        let aux = Tensor::<T::Acc, D>::from_f64(device, 1, num_experts, &aux)?;
-        let z = self.config.z_loss_coef / valid_tokens as f64;
+        let aux = self.aux_gradient(&unit, scales);
+        let aux = Tensor::<T::Acc, D>::from_f64(device, aux.len() / num_experts, num_experts, &aux)?;
+        let z = self.config.z_loss_coef / scales.valid_tokens as f64;
         let mut dlogits = Tensor::<T::Acc, D>::uninit(device, tokens, num_experts)?;
         device.route_backward(
             dlogits.view_mut()?,
             dweights.reshape(tokens, top_k)?.view(),
-            weights.view(),
             experts.view(),
-            probs.view(),
-            lse.view(),
-            self.config.score,
+            logits.view(),
+            &scoring,
             aux.view(),
             z,
         )?;
@@ -61,11 +56,23 @@ impl Router {
         narrowed(device, dx)
     }
 
-    /// `c_aux·E·C_e/(n_u·K·T²)` for every expert, the derivative of the objective by a token's probability.
-    fn aux_gradient(&self, counts: &[i64], tokens: i64, micro_batches: u64) -> Vec<f64> {
-        let divisor = micro_batches as f64 * self.config.top_k as f64 * (tokens as f64).powi(2);
-        let factor = self.config.aux_loss_coef * self.config.num_experts as f64 / divisor;
-        counts.iter().map(|&count| factor * count as f64).collect()
+    /// The derivative of the objective by a token's probabilities, one row for each sequence: the sum over the losses of
+    /// `c·E·C_e/(n_u·K·T²)`.
+    fn aux_gradient(&self, unit: &UnitCounts, scales: RouterScales) -> Vec<f64> {
+        let RouterConfig { num_experts, top_k, aux_loss_coef, sequence_aux_loss_coef, .. } = self.config;
+        let factor = |coef: f64, units: u64, tokens: i64| {
+            let divisor = units as f64 * top_k as f64 * (tokens as f64).powi(2);
+            if tokens == 0 { 0.0 } else { coef * num_experts as f64 / divisor }
+        };
+        let (all, tokens) = unit.micro_batch();
+        let of_micro_batch = factor(aux_loss_coef, scales.micro_batches, tokens);
+        let rows = unit.sequences().flat_map(|(own, tokens)| {
+            let of_sequence = factor(sequence_aux_loss_coef, scales.sequences, tokens);
+            let sum =
+                move |(&all, &own): (&i64, &i64)| of_micro_batch * all as f64 + of_sequence * own as f64;
+            all.iter().zip(own).map(sum)
+        });
+        rows.collect()
     }
 }
 

@@ -1,63 +1,80 @@
-use moe_kernels::family::{Gemm, Op, Reduce};
+use moe_kernels::family::{Gemm, Op, Reduce, RouteOutput};
 use moe_kernels::{Backend, Float, Tensor, View};
 
-use super::{Routed, Router, RouterSaved, RouterStats};
+use super::{Routed, Router, RouterConfig, RouterSaved, RouterStats, UnitCounts};
 use crate::{Error, Routing};
 
 impl Router {
     /// Routes the tokens `x: [n, H]` of this rank by `weight: [E, H]`.
     ///
-    /// `sum_over_unit` adds up `E + 1` counts over the ranks that share the micro-batch (the attention TP×CP group),
-    /// and is called exactly once, also for `n = 0`; `|counts| Ok(counts.to_vec())` if there is but one.
+    /// `bias: [1, E]` is added to sigmoid scores where they are compared, not where they become weights. Token `i`
+    /// belongs to sequence `i mod sequences` of the micro-batch (rows are sequence-major).
+    ///
+    /// `sum_over_unit` adds up `sequences · (E + 1)` counts over the ranks that share the micro-batch (the attention
+    /// TP×CP group), and is called exactly once, also for `n = 0`; `|counts| Ok(counts.to_vec())` if there is but one.
     ///
     /// # Errors
-    /// [`moe_kernels::Error::NotANumber`] names the first token with a NaN logit; errors of the device and of
-    /// `sum_over_unit`.
+    /// [`moe_kernels::Error::NotANumber`] names the first token with a NaN logit; [`Error::Router`] if `sequences` does
+    /// not divide the tokens; errors of the device and of `sum_over_unit`.
     pub fn forward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
         x: &Tensor<T, D>,
         weight: View<'_, T, D>,
+        bias: Option<View<'_, T::Acc, D>>,
+        sequences: usize,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
         let [tokens, _] = x.shape();
-        let (num_experts, top_k) = (self.config.num_experts, self.config.top_k);
+        let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
+        if sequences == 0 || !tokens.is_multiple_of(sequences) {
+            return Err(Error::Router {
+                what: format!("{tokens} tokens are not {sequences} equal sequences"),
+            });
+        }
 
         let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
         Gemm::<T>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight, Op::T)?;
 
         let mut weights = Tensor::uninit(device, tokens, top_k)?;
         let mut experts = Tensor::uninit(device, tokens, top_k)?;
+        // Without bias and groups the choice itself is what the load-balancing losses count.
+        let differs = bias.is_some() || scoring.groups.is_some();
+        let mut unbiased = differs.then(|| Tensor::uninit(device, tokens, top_k)).transpose()?;
         let mut probs = Tensor::uninit(device, tokens, num_experts)?;
         let mut lse = Tensor::uninit(device, 1, tokens)?;
-        device.route(
-            weights.view_mut()?,
-            experts.view_mut()?,
-            probs.view_mut()?,
-            lse.view_mut()?,
-            logits.view(),
-            self.config.score,
-        )?;
+        let out = RouteOutput {
+            weights: weights.view_mut()?,
+            experts: experts.view_mut()?,
+            unbiased: unbiased.as_mut().map(Tensor::view_mut).transpose()?,
+            probs: probs.view_mut()?,
+            lse: lse.view_mut()?,
+        };
+        device.route(out, logits.view(), bias, &scoring)?;
 
-        // The plain top-k of the scores is also the actual choice: there are no biases or groups.
-        let expert_counts = self.count(&experts.to_vec(device)?);
-        let mut counts = expert_counts.clone();
-        counts.push(tokens as i64);
-        let mut unit_counts = sum_over_unit(&counts)?;
-        if unit_counts.len() != num_experts + 1 {
-            let what = format!("the sum of {} counts came back as {}", num_experts + 1, unit_counts.len());
+        let chosen = experts.to_vec(device)?;
+        let expert_counts = self.count(&chosen);
+        let counted = unbiased.map_or(Ok(chosen), |unbiased| unbiased.to_vec(device))?;
+        let rows = self.count_by_sequence(&counted, sequences);
+        let expected = rows.len();
+        let rows = sum_over_unit(&rows)?;
+        if rows.len() != expected {
+            let what = format!("the sum of {expected} counts came back as {}", rows.len());
             return Err(Error::Router { what });
         }
-        let unit_tokens = unit_counts.split_off(num_experts)[0];
+        let unit = UnitCounts { rows, num_experts };
 
+        // One row of sums per sequence: the rows of a sequence-major matrix side by side.
+        let probs = probs.reshape(tokens / sequences, sequences * num_experts)?;
+        let prob_sums = column_sums::<T, D>(device, &probs)?;
         let stats = RouterStats {
-            aux_loss: self.aux_loss(&column_sums::<T, D>(device, &probs)?, &unit_counts, unit_tokens),
+            aux_loss: self.aux_loss(&prob_sums, &unit),
+            sequence_aux_loss: self.sequence_aux_loss(&prob_sums, &unit),
             z_loss_sum: sum_of_squares::<T, D>(device, &lse)?,
             expert_counts,
         };
-        let routing = Routing { experts: experts.clone(), weights: weights.clone(), tokens, top_k };
-        let saved = RouterSaved { x: x.clone(), experts, weights, probs, lse, unit_counts, unit_tokens };
-        Ok((routing, saved, stats))
+        let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
+        Ok((routing, RouterSaved { x: x.clone(), experts, logits, unit }, stats))
     }
 
     fn count(&self, experts: &[i32]) -> Vec<i64> {
@@ -68,8 +85,32 @@ impl Router {
         counts
     }
 
+    /// Rows of [`UnitCounts`] for the choices of this rank's tokens.
+    fn count_by_sequence(&self, experts: &[i32], sequences: usize) -> Vec<i64> {
+        let width = self.config.num_experts + 1;
+        let mut rows = vec![0; sequences * width];
+        for (i, experts) in experts.chunks_exact(self.config.top_k).enumerate() {
+            let row = &mut rows[i % sequences * width..][..width];
+            row[width - 1] += 1;
+            for &expert in experts {
+                row[expert as usize] += 1;
+            }
+        }
+        rows
+    }
+
+    fn aux_loss(&self, prob_sums: &[f64], unit: &UnitCounts) -> f64 {
+        let (counts, tokens) = unit.micro_batch();
+        prob_sums.chunks_exact(counts.len()).map(|probs| self.balance(probs, &counts, tokens)).sum()
+    }
+
+    fn sequence_aux_loss(&self, prob_sums: &[f64], unit: &UnitCounts) -> f64 {
+        let sequences = prob_sums.chunks_exact(self.config.num_experts).zip(unit.sequences());
+        sequences.map(|(probs, (counts, tokens))| self.balance(probs, counts, tokens)).sum()
+    }
+
     /// `E/(K·T²) Σ_e C_e·P_e`, 0 without tokens.
-    fn aux_loss(&self, probs: &[f64], counts: &[i64], tokens: i64) -> f64 {
+    fn balance(&self, probs: &[f64], counts: &[i64], tokens: i64) -> f64 {
         if tokens == 0 {
             return 0.0;
         }

@@ -3,7 +3,7 @@
 mod backward;
 mod forward;
 
-use moe_kernels::family::ScoreFunction;
+use moe_kernels::family::{ExpertGroups, Scoring};
 use moe_kernels::{Device, Float, Tensor};
 
 use crate::{Error, Routing};
@@ -15,24 +15,27 @@ pub struct RouterConfig {
     pub num_experts: usize,
     /// Experts that each token chooses, K (`num_experts_per_tok`).
     pub top_k: usize,
-    /// From logits to weights.
-    pub score: ScoreFunction,
-    /// Coefficient of the load-balancing loss (`router_aux_loss_coef`); 0 without.
+    /// From logits to choices and weights.
+    pub scoring: Scoring,
+    /// Coefficient of the load-balancing loss of each micro-batch (`router_aux_loss_coef`); 0 without.
     pub aux_loss_coef: f64,
+    /// Coefficient of the load-balancing loss of each sequence; 0 without.
+    pub sequence_aux_loss_coef: f64,
     /// Coefficient of the z-loss (arXiv 2202.08906); 0 without.
     pub z_loss_coef: f64,
 }
 
-/// Softmax top-k router with the load-balancing loss of each micro-batch (arXiv 2101.03961) and the z-loss, scored
-/// in the accumulation type.
+/// Top-k router by softmax or sigmoid scores, scored in the accumulation type, with load-balancing losses (arXiv
+/// 2101.03961) of each micro-batch and of each sequence, and the z-loss.
 ///
 /// The losses are part of the objective, and [`backward`](Router::backward) adds their exact gradients; no factor of
 /// the mapping (1/DP, CP, TP) is among them.
 ///
-/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches `u` of the step,
-///   each with `T_u` tokens, `C_ue` of which chose expert `e`, and `P_ue` the sum of their softmax over all experts;
-///   1 when balanced. A micro-batch's tokens are spread over the ranks of its TP×CP group, hence the sum that
-///   `forward` asks for.
+/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches (or sequences) `u`
+///   of the step, each with `T_u` tokens, and `P_ue` the sum of their shares of the scores over all experts (a softmax,
+///   or sigmoids divided by their sum); 1 when balanced. `C_ue` counts the tokens with expert `e` among their K best
+///   *without* bias and groups: what the scores themselves say. Tokens are spread over the ranks of a TP×CP group, hence
+///   the sum that `forward` asks for.
 /// - z-loss, per layer: `(1/T_v) Σ_i logsumexp(logits_i)²` over the `T_v` tokens of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Router {
@@ -42,8 +45,10 @@ pub struct Router {
 /// Sizes of the step that the gradients of the losses are divided by; the same on all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RouterScales {
-    /// Micro-batches of the step over all data-parallel ranks, `n_u`.
+    /// Micro-batches of the step over all data-parallel ranks.
     pub micro_batches: u64,
+    /// Sequences of the step over all data-parallel ranks.
+    pub sequences: u64,
     /// Tokens of the step that are no padding, `T_v`.
     pub valid_tokens: u64,
 }
@@ -61,16 +66,37 @@ pub struct RouterSaved<T: Float, D: Device> {
     x: Tensor<T, D>,
     /// `[n, K]`.
     experts: Tensor<i32, D>,
-    /// `[n, K]`.
-    weights: Tensor<T::Acc, D>,
-    /// Softmax over all experts, `[n, E]`.
-    probs: Tensor<T::Acc, D>,
-    /// Log-sum-exp of the logits, `[1, n]`.
-    lse: Tensor<T::Acc, D>,
-    /// Choices of each expert in the whole micro-batch.
-    unit_counts: Vec<i64>,
-    /// Tokens of the whole micro-batch.
-    unit_tokens: i64,
+    /// `[n, E]`.
+    logits: Tensor<T::Acc, D>,
+    unit: UnitCounts,
+}
+
+/// The choices that the load-balancing losses count, of a whole micro-batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct UnitCounts {
+    /// One row of E choices and the number of tokens for each sequence.
+    rows: Vec<i64>,
+    num_experts: usize,
+}
+
+impl UnitCounts {
+    /// Choices of each expert and tokens, by sequence.
+    fn sequences(&self) -> impl Iterator<Item = (&[i64], i64)> {
+        self.rows
+            .chunks_exact(self.num_experts + 1)
+            .map(|row| (&row[..self.num_experts], row[self.num_experts]))
+    }
+
+    /// Choices of each expert and tokens, of all sequences.
+    fn micro_batch(&self) -> (Vec<i64>, i64) {
+        let mut sums = vec![0; self.num_experts];
+        let mut tokens = 0;
+        for (counts, n) in self.sequences() {
+            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            tokens += n;
+        }
+        (sums, tokens)
+    }
 }
 
 /// Numbers for the metrics of one layer and micro-batch.
@@ -82,6 +108,9 @@ pub struct RouterStats {
     /// tokens, without coefficient. The loss of the step is the sum over all ranks and micro-batches, divided by
     /// the number of micro-batches.
     pub aux_loss: f64,
+    /// The same for each sequence, summed over the sequences of the micro-batch. The loss of the step is the sum over
+    /// all ranks and micro-batches, divided by the number of sequences.
+    pub sequence_aux_loss: f64,
     /// `Σ logsumexp²` over this rank's tokens. The z-loss of the step is the sum over all ranks and micro-batches,
     /// divided by the number of tokens.
     pub z_loss_sum: f64,
@@ -91,16 +120,33 @@ impl Router {
     /// A router.
     ///
     /// # Errors
-    /// [`Error::Router`] unless `1 ≤ top_k ≤ num_experts` and the coefficients are finite.
+    /// [`Error::Router`] unless `1 ≤ top_k ≤ num_experts`, groups divide the experts and keep at least `top_k` of them,
+    /// and all numbers are finite.
     pub fn new(config: RouterConfig) -> Result<Self, Error> {
-        let RouterConfig { num_experts, top_k, aux_loss_coef, z_loss_coef, .. } = config;
+        let RouterConfig { num_experts, top_k, scoring, .. } = config;
         if top_k == 0 || top_k > num_experts {
             let what = format!("top_k ({top_k}) must lie between 1 and num_experts ({num_experts})");
             return Err(Error::Router { what });
         }
-        for (name, coef) in [("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)] {
-            if !coef.is_finite() {
-                return Err(Error::Router { what: format!("{name} is {coef}") });
+        if let Some(ExpertGroups { count, kept, score_top_k }) = scoring.groups {
+            let size = num_experts.checked_div(count).unwrap_or(0);
+            let divides = count > 0 && num_experts.is_multiple_of(count);
+            if !divides || kept > count || top_k > kept * size || !(1..=size).contains(&score_top_k) {
+                let what = format!(
+                    "{top_k} of {num_experts} experts cannot be chosen from {kept} of {count} groups that their \
+                     {score_top_k} best stand for"
+                );
+                return Err(Error::Router { what });
+            }
+        }
+        for (name, number) in [
+            ("aux_loss_coef", config.aux_loss_coef),
+            ("sequence_aux_loss_coef", config.sequence_aux_loss_coef),
+            ("z_loss_coef", config.z_loss_coef),
+            ("scale", scoring.scale),
+        ] {
+            if !number.is_finite() {
+                return Err(Error::Router { what: format!("{name} is {number}") });
             }
         }
         Ok(Router { config })

@@ -10,7 +10,11 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 /// A token's scores.
 pub struct Scored {
+    /// The softmax, or each sigmoid's share.
     pub probs: Vec<f64>,
+    /// The softmax, or the sigmoids.
+    pub scores: Vec<f64>,
+    pub softmax: Vec<f64>,
     pub lse: f64,
     pub chosen: Vec<usize>,
     pub weights: Vec<f64>,
@@ -21,36 +25,53 @@ pub struct Scored {
 pub fn score(logits: &[f64], top_k: usize, function: ScoreFunction) -> Scored {
     let largest = logits.iter().copied().fold(f64::MIN, f64::max);
     let lse = largest + logits.iter().map(|l| (l - largest).exp()).sum::<f64>().ln();
-    let probs: Vec<f64> = logits.iter().map(|l| (l - lse).exp()).collect();
+    let softmax: Vec<f64> = logits.iter().map(|l| (l - lse).exp()).collect();
+    let scores: Vec<f64> = match function {
+        ScoreFunction::Sigmoid { .. } => logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect(),
+        _ => softmax.clone(),
+    };
+    let all: f64 = scores.iter().sum();
+    let probs: Vec<f64> = scores.iter().map(|s| s / all).collect();
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     let margin = order.get(top_k).map_or(f64::MAX, |&next| logits[order[top_k - 1]] - logits[next]);
     let chosen = order[..top_k].to_vec();
-    let sum: f64 = chosen.iter().map(|&e| probs[e]).sum();
-    let weights = match function {
-        // A softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
-        ScoreFunction::SoftmaxPost | ScoreFunction::SoftmaxPre { normalize: true } => {
-            chosen.iter().map(|&e| probs[e] / sum).collect()
-        }
-        ScoreFunction::SoftmaxPre { normalize: false } => chosen.iter().map(|&e| probs[e]).collect(),
+    let sum: f64 = chosen.iter().map(|&e| scores[e]).sum();
+    // A softmax over the chosen logits is the softmax over all, divided by the sum of the chosen.
+    let sum = if normalizes(function) { sum } else { 1.0 };
+    let weights = chosen.iter().map(|&e| scores[e] / sum).collect();
+    Scored { probs, scores, softmax, lse, chosen, weights, margin }
+}
+
+fn normalizes(function: ScoreFunction) -> bool {
+    match function {
+        ScoreFunction::SoftmaxPost => true,
+        ScoreFunction::SoftmaxPre { normalize } | ScoreFunction::Sigmoid { normalize } => normalize,
         other => unimplemented!("{other:?}"),
-    };
-    Scored { probs, lse, chosen, weights, margin }
+    }
 }
 
 /// The gradient by the logits, given those by the weights and by all probabilities, and the factor of `lse²`.
 fn score_backward(s: &Scored, function: ScoreFunction, dweights: &[f64], aux: &[f64], z: f64) -> Vec<f64> {
-    let mut dprobs = aux.to_vec();
-    let sum: f64 = s.chosen.iter().map(|&e| s.probs[e]).sum();
+    // By the scores: of their shares, and of the weights of the chosen.
+    let all: f64 = s.scores.iter().sum();
+    let mean = dot(aux, &s.probs);
+    let mut dscores: Vec<f64> = aux.iter().map(|a| (a - mean) / all).collect();
+    let sum: f64 = s.chosen.iter().map(|&e| s.scores[e]).sum();
     let mean = dot(dweights, &s.weights);
     for (&e, dw) in s.chosen.iter().zip(dweights) {
-        dprobs[e] += match function {
-            ScoreFunction::SoftmaxPre { normalize: false } => *dw,
-            _ => (dw - mean) / sum,
-        };
+        dscores[e] += if normalizes(function) { (dw - mean) / sum } else { *dw };
     }
-    let mean = dot(&dprobs, &s.probs);
-    s.probs.iter().zip(&dprobs).map(|(p, dp)| p * (dp - mean) + z * 2.0 * s.lse * p).collect()
+    let mean = dot(&dscores, &s.scores);
+    let lse = s.lse;
+    let by_logit = |((&s, &d), &softmax): ((&f64, &f64), &f64)| {
+        let through = match function {
+            ScoreFunction::Sigmoid { .. } => s * (1.0 - s) * d,
+            _ => s * (d - mean),
+        };
+        through + z * 2.0 * lse * softmax
+    };
+    s.scores.iter().zip(&dscores).zip(&s.softmax).map(by_logit).collect()
 }
 
 impl Problem {

@@ -130,11 +130,12 @@ where
     let router = Router::new(RouterConfig {
         num_experts: p.num_experts,
         top_k: p.top_k,
-        score: p.score,
+        scoring: p.score.into(),
         aux_loss_coef: p.aux_loss_coef,
+        sequence_aux_loss_coef: 0.0,
         z_loss_coef: p.z_loss_coef,
     })?;
-    let (routing, saved, stats) = router.forward(device, &x, router_weight.view(), |counts| {
+    let (routing, saved, stats) = router.forward(device, &x, router_weight.view(), None, 1, |counts| {
         Ok(unit.all_reduce_host(counts, Reduction::Sum)?)
     })?;
     let (batch, state) = dispatcher.dispatch(&fabric, &x, &routing)?;
@@ -171,7 +172,8 @@ where
     device.grouped_gemm(dx_rows.view_mut()?, dpre.view(), gate_up.view(), Op::N, offsets)?;
     let (dx_experts, dweights) = dispatcher.dispatch_backward(&fabric, dx_rows, dprobs, &state)?;
     let mut drouter = Tensor::<T::Acc, Cpu>::zeros(device, p.num_experts, hidden)?;
-    let scales = RouterScales { micro_batches: p.num_units as u64, valid_tokens: p.tokens() as u64 };
+    let (micro_batches, valid_tokens) = (p.num_units as u64, p.tokens() as u64);
+    let scales = RouterScales { micro_batches, sequences: micro_batches, valid_tokens };
     let dx_router =
         router.backward(device, &dweights, saved, router_weight.view(), drouter.view_mut()?, scales)?;
     let mut dx = Tensor::<T, Cpu>::uninit(device, n, hidden)?;

@@ -2,143 +2,305 @@
 
 use super::GRADIENT;
 use super::host::{
-    Matrix, Random, assert_close, assert_refused, gradient, output, output_ints, place, place_ints,
+    Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place, place_ints,
 };
-use crate::family::{Routing, ScoreFunction};
-use crate::{Error, Float};
+use crate::family::{ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::{Device, Error, Float, Result};
 
-const SCORES: [ScoreFunction; 3] = [
-    ScoreFunction::SoftmaxPost,
-    ScoreFunction::SoftmaxPre { normalize: false },
-    ScoreFunction::SoftmaxPre { normalize: true },
-];
+/// Tokens, experts, choices.
+const SIZES: [(usize, usize, usize); 7] =
+    [(0, 4, 2), (1, 1, 1), (7, 6, 2), (9, 8, 8), (6, 17, 3), (400, 60, 4), (5, 12, 4)];
+
+/// Every score function, plain, scaled, and under every grouping that `count` experts allow.
+fn scorings(count: usize, k: usize) -> Vec<Scoring> {
+    let functions = [
+        ScoreFunction::SoftmaxPost,
+        ScoreFunction::SoftmaxPre { normalize: false },
+        ScoreFunction::SoftmaxPre { normalize: true },
+        ScoreFunction::Sigmoid { normalize: false },
+        ScoreFunction::Sigmoid { normalize: true },
+    ];
+    let groups = [(2, 1, 1), (3, 2, 2), (4, 2, 1), (4, 3, 2), (12, 5, 1)]
+        .map(|(count, kept, score_top_k)| ExpertGroups { count, kept, score_top_k })
+        .into_iter()
+        .filter(|g| {
+            let size = count / g.count;
+            count.is_multiple_of(g.count) && k <= g.kept * size && g.score_top_k <= size
+        })
+        .map(Some);
+    let groups: Vec<_> = [None].into_iter().chain(groups).collect();
+    let scorings = functions.into_iter().flat_map(|function| {
+        groups.iter().map(move |&groups| {
+            let scale = if groups.is_some() { 2.5 } else { 1.0 };
+            Scoring { function, groups, scale }
+        })
+    });
+    scorings.collect()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn is_sigmoid(scoring: &Scoring) -> bool {
+    matches!(scoring.function, ScoreFunction::Sigmoid { .. })
+}
 
 fn lse(logits: &Matrix, i: usize) -> f64 {
     (0..logits.cols).map(|e| logits.at(i, e).exp()).sum::<f64>().ln()
 }
 
-fn probs(logits: &Matrix) -> Matrix {
-    Matrix::from_fn(logits.rows, logits.cols, |i, e| (logits.at(i, e) - lse(logits, i)).exp())
-}
-
-/// The weights of fixed choices.
-fn weights(logits: &Matrix, experts: &[i32], k: usize, score: ScoreFunction) -> Matrix {
-    Matrix::from_fn(logits.rows, k, |i, slot| {
-        let chosen = || experts[i * k..(i + 1) * k].iter().map(|&e| logits.at(i, e as usize));
-        let over: f64 = match score {
-            ScoreFunction::SoftmaxPre { normalize: false } => lse(logits, i).exp(),
-            _ => chosen().map(f64::exp).sum(),
-        };
-        chosen().nth(slot).map_or(f64::NAN, f64::exp) / over
+fn probs(logits: &Matrix, scoring: &Scoring) -> Matrix {
+    let score = |x: f64| if is_sigmoid(scoring) { sigmoid(x) } else { x.exp() };
+    Matrix::from_fn(logits.rows, logits.cols, |i, e| {
+        score(logits.at(i, e)) / (0..logits.cols).map(|j| score(logits.at(i, j))).sum::<f64>()
     })
 }
 
-/// [`Routing`]: scores, ties, gradients with auxiliary and z-loss, not-a-number, the stable sort.
+/// The weights of fixed choices.
+fn weights(logits: &Matrix, experts: &[i32], k: usize, scoring: &Scoring) -> Matrix {
+    Matrix::from_fn(logits.rows, k, |i, slot| {
+        let score = |&e: &i32| {
+            let x = logits.at(i, e as usize);
+            if is_sigmoid(scoring) { sigmoid(x) } else { x.exp() }
+        };
+        let chosen = &experts[i * k..(i + 1) * k];
+        let over: f64 = match scoring.function {
+            ScoreFunction::SoftmaxPre { normalize: false } => lse(logits, i).exp(),
+            ScoreFunction::Sigmoid { normalize: false } => 1.0,
+            _ => chosen.iter().map(score).sum(),
+        };
+        scoring.scale * score(&chosen[slot]) / over
+    })
+}
+
+/// The positions of the `k` largest, ties to the smaller position.
+fn top(scores: &[f64], k: usize) -> Vec<usize> {
+    let mut ids: Vec<usize> = (0..scores.len()).collect();
+    ids.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    ids.truncate(k);
+    ids
+}
+
+/// The choice by the definition.
+fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> Vec<i32> {
+    let probs = probs(logits, scoring);
+    let choice = (0..logits.rows).flat_map(|i| {
+        let score = |e: usize| {
+            let x = logits.at(i, e);
+            let bias = bias.map_or(0.0, |bias| bias.at(0, e));
+            if is_sigmoid(scoring) { sigmoid(x) + bias } else { x }
+        };
+        let mut scores: Vec<f64> = (0..logits.cols).map(score).collect();
+        if let Some(groups) = scoring.groups {
+            let size = logits.cols / groups.count;
+            let by_probs = matches!(scoring.function, ScoreFunction::SoftmaxPre { .. });
+            let own: Vec<f64> =
+                (0..logits.cols).map(|e| if by_probs { probs.at(i, e) } else { scores[e] }).collect();
+            let of_group = |g: &[f64]| top(g, groups.score_top_k).into_iter().map(|e| g[e]).sum();
+            let of_groups: Vec<f64> = own.chunks(size).map(of_group).collect();
+            let kept = top(&of_groups, groups.kept);
+            let lost = scores.iter_mut().enumerate().filter(|(e, _)| !kept.contains(&(e / size)));
+            lost.for_each(|(_, score)| *score = f64::NEG_INFINITY);
+        }
+        top(&scores, k)
+    });
+    choice.map(|e| e as i32).collect()
+}
+
+/// [`Routing`]: scores, ties, groups, biases, gradients with auxiliary and z-loss, not-a-number, the stable sort.
 pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
+    extreme_sigmoids::<A, D>(device, tolerance);
+    refusals::<A, D>(device);
     not_a_number::<A, D>(device);
     sorting::<A, D>(device);
 }
 
+/// What `route` wrote.
+struct Routed<A: Float, D: Device> {
+    weights: Placed<A, D>,
+    experts: Placed<i32, D>,
+    unbiased: Placed<i32, D>,
+    probs: Placed<A, D>,
+    lse: Placed<A, D>,
+}
+
+fn route<A: Float<Acc = A>, D: Routing<A>>(
+    device: &D,
+    logits: &Matrix,
+    k: usize,
+    bias: Option<&Matrix>,
+    scoring: &Scoring,
+) -> (Result<()>, Routed<A, D>) {
+    let [n, count] = [logits.rows, logits.cols];
+    let mut out = Routed {
+        weights: output(device, n, k),
+        experts: output_ints(device, n, k),
+        unbiased: output_ints(device, n, k),
+        probs: output(device, n, count),
+        lse: output(device, 1, n),
+    };
+    let (logits, bias) = (place::<A, D>(device, logits), bias.map(|bias| place::<A, D>(device, bias)));
+    let views = RouteOutput {
+        weights: out.weights.view_mut(),
+        experts: out.experts.view_mut(),
+        unbiased: Some(out.unbiased.view_mut()),
+        probs: out.probs.view_mut(),
+        lse: out.lse.view_mut(),
+    };
+    (device.route(views, logits.view(), bias.as_ref().map(Placed::view), scoring), out)
+}
+
+/// Logits that are far apart in the router's type, but for the ties.
+fn distinct_logits<A: Float>(random: &mut Random, n: usize, count: usize) -> Matrix {
+    let mut logits = random.matrix::<A>(n, count);
+    for i in 0..n {
+        // A permutation of steps of 1/16 around 0, each with a smaller random part.
+        let mut places: Vec<usize> = (0..count).collect();
+        for e in (1..count).rev() {
+            places.swap(e, random.below(e + 1));
+        }
+        for (e, place) in places.into_iter().enumerate() {
+            let x = &mut logits.data[i * count + e];
+            *x = A::from_f64((place as f64 - count as f64 / 2.0) / 16.0 + *x / 64.0).to_f64();
+        }
+    }
+    if n > 2 {
+        // Ties: all equal, then some.
+        logits.data[..count].fill(0.5);
+        for e in (0..count).step_by(2) {
+            logits.data[count + e] = 3.0;
+        }
+    }
+    logits
+}
+
 fn choice<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     let mut random = Random::new(13);
-    for (n, count, k) in [(0, 4, 2), (1, 1, 1), (7, 5, 2), (9, 8, 8), (6, 17, 3), (400, 60, 4)] {
-        let mut logits = random.matrix::<A>(n, count);
-        logits.data.iter_mut().for_each(|x| *x *= 4.0);
-        if n > 2 {
-            // Ties: all equal, then some.
-            logits.data[..count].fill(0.5);
-            for e in (0..count).step_by(2) {
-                logits.data[count + e] = 3.0;
-            }
-        }
-        let mut experts = Vec::new();
-        for i in 0..n {
-            let mut ids: Vec<usize> = (0..count).collect();
-            ids.sort_by(|&a, &b| logits.at(i, b).total_cmp(&logits.at(i, a)).then(a.cmp(&b)));
-            experts.extend(ids[..k].iter().map(|&e| e as i32));
-        }
-        let pl = place::<A, D>(device, &logits);
-        for score in SCORES {
-            let what = format!("{n} tokens, {k} of {count}, {score:?}");
-            let (mut w, mut e) = (output::<A, D>(device, n, k), output_ints(device, n, k));
-            let (mut p, mut l) = (output::<A, D>(device, n, count), output::<A, D>(device, 1, n));
-            device
-                .route(w.view_mut(), e.view_mut(), p.view_mut(), l.view_mut(), pl.view(), score)
-                .expect("route");
-            assert_eq!(e.elements(), experts, "experts, {what}");
-            assert_close(&format!("probs, {what}"), &p.read(), &probs(&logits), tolerance);
-            let want = Matrix::from_fn(1, n, |_, i| lse(&logits, i));
-            assert_close(&format!("lse, {what}"), &l.read(), &want, tolerance);
-            assert_close(
-                &format!("weights, {what}"),
-                &w.read(),
-                &weights(&logits, &experts, k, score),
-                tolerance,
-            );
-
-            if n * count > 1000 {
-                continue;
-            }
-            let (dw, aux) = (random.matrix::<A>(n, k), random.matrix::<A>(1, count));
-            for (aux, z) in [(Matrix::from_fn(1, count, |_, _| 0.0), 0.0), (aux, 0.3)] {
-                let want = gradient(&logits, |logits| {
-                    let pi = probs(logits);
-                    let all = Matrix::from_fn(n, count, |_, e| aux.at(0, e));
-                    let z_loss: f64 = (0..n).map(|i| z * lse(logits, i).powi(2)).sum();
-                    weights(logits, &experts, k, score).dot(&dw) + pi.dot(&all) + z_loss
-                });
-                let (pdw, pa) = (place::<A, D>(device, &dw), place::<A, D>(device, &aux));
-                let mut dl = output::<A, D>(device, n, count);
-                let run = |dl: &mut super::host::Placed<A, D>, dw: &super::host::Placed<A, D>, e: &[i32]| {
-                    let e = place_ints(device, n, k, e);
-                    let dl = dl.view_mut();
-                    device.route_backward(
-                        dl,
-                        dw.view(),
-                        w.view(),
-                        e.view(),
-                        p.view(),
-                        l.view(),
-                        score,
-                        pa.view(),
-                        z,
-                    )
-                };
-                run(&mut dl, &pdw, &experts).expect("route_backward");
-                assert_close(&format!("dlogits, {what}"), &dl.read(), &want, tolerance.max(GRADIENT) * 4.0);
-                let wrong = place::<A, D>(device, &random.matrix::<A>(n, k + 1));
-                assert_refused("dweights", run(&mut dl, &wrong, &experts));
-                for e in [-1, count as i32].into_iter().filter(|_| n > 0) {
-                    assert_refused("no such expert", run(&mut dl, &pdw, &vec![e; n * k]));
+    for (n, count, k) in SIZES {
+        let logits = distinct_logits::<A>(&mut random, n, count);
+        // Multiples of 1/8, so that they turn the order around.
+        let bias = Matrix::from_fn(1, count, |_, e| ((5 * e + 3) % 7) as f64 / 8.0 - 0.25);
+        for scoring in scorings(count, k) {
+            let biases: &[Option<&Matrix>] =
+                if is_sigmoid(&scoring) { &[None, Some(&bias)] } else { &[None] };
+            for &bias in biases {
+                let what = format!("{n} tokens, {k} of {count}, {scoring:?}, bias {}", bias.is_some());
+                let (routed, out) = route::<A, D>(device, &logits, k, bias, &scoring);
+                routed.expect("route");
+                let experts = chosen(&logits, k, bias, &scoring);
+                assert_eq!(out.experts.elements(), experts, "experts, {what}");
+                let plain = chosen(&logits, k, None, &Scoring { groups: None, ..scoring });
+                assert_eq!(out.unbiased.elements(), plain, "unbiased, {what}");
+                assert_close(
+                    &format!("probs, {what}"),
+                    &out.probs.read(),
+                    &probs(&logits, &scoring),
+                    tolerance,
+                );
+                let want = Matrix::from_fn(1, n, |_, i| lse(&logits, i));
+                assert_close(&format!("lse, {what}"), &out.lse.read(), &want, tolerance);
+                let want = weights(&logits, &experts, k, &scoring);
+                assert_close(&format!("weights, {what}"), &out.weights.read(), &want, tolerance);
+                if n * count <= 200 {
+                    gradients::<A, D>(device, &mut random, &logits, &experts, k, &scoring, tolerance, &what);
                 }
             }
         }
-        // More than there are, and none.
-        for k in [0, count + 1] {
-            let (mut w, mut e) = (output::<A, D>(device, n, k), output_ints(device, n, k));
-            let (mut p, mut l) = (output::<A, D>(device, n, count), output::<A, D>(device, 1, n));
-            let refused =
-                device.route(w.view_mut(), e.view_mut(), p.view_mut(), l.view_mut(), pl.view(), SCORES[0]);
-            assert_refused("k", refused);
+    }
+}
+
+#[allow(clippy::too_many_arguments)] // one case of the list above
+fn gradients<A: Float<Acc = A>, D: Routing<A>>(
+    device: &D,
+    random: &mut Random,
+    logits: &Matrix,
+    experts: &[i32],
+    k: usize,
+    scoring: &Scoring,
+    tolerance: f64,
+    what: &str,
+) {
+    let [n, count] = [logits.rows, logits.cols];
+    let dw = random.matrix::<A>(n, k);
+    let no_loss = Matrix::from_fn(1, count, |_, _| 0.0);
+    let losses = [(no_loss, 0.0), (random.matrix::<A>(1, count), 0.3), (random.matrix::<A>(3, count), 0.3)];
+    for (aux, z) in losses {
+        let want = gradient(logits, |logits| {
+            let all = Matrix::from_fn(n, count, |i, e| aux.at(i % aux.rows, e));
+            let z_loss: f64 = (0..n).map(|i| z * lse(logits, i).powi(2)).sum();
+            weights(logits, experts, k, scoring).dot(&dw) + probs(logits, scoring).dot(&all) + z_loss
+        });
+        let (pl, pdw, pa) =
+            (place::<A, D>(device, logits), place::<A, D>(device, &dw), place::<A, D>(device, &aux));
+        let mut dl = output::<A, D>(device, n, count);
+        let run = |dl: &mut Placed<A, D>, dw: &Placed<A, D>, aux: &Placed<A, D>, e: &[i32]| {
+            let e = place_ints(device, n, k, e);
+            device.route_backward(dl.view_mut(), dw.view(), e.view(), pl.view(), scoring, aux.view(), z)
+        };
+        run(&mut dl, &pdw, &pa, experts).expect("route_backward");
+        assert_close(&format!("dlogits, {what}"), &dl.read(), &want, tolerance.max(GRADIENT) * 4.0);
+        let wrong = place::<A, D>(device, &random.matrix::<A>(n, k + 1));
+        assert_refused("dweights", run(&mut dl, &wrong, &pa, experts));
+        let none = place::<A, D>(device, &random.matrix::<A>(0, count));
+        assert_refused("aux", run(&mut dl, &pdw, &none, experts));
+        for e in [-1, count as i32].into_iter().filter(|_| n > 0) {
+            assert_refused("no such expert", run(&mut dl, &pdw, &pa, &vec![e; n * k]));
         }
+    }
+}
+
+/// Sigmoids so small that their sum is lost in a naive formula keep their ratios; saturated ones tie.
+fn extreme_sigmoids<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
+    let scoring = Scoring::from(ScoreFunction::Sigmoid { normalize: true });
+    let logits = Matrix { rows: 2, cols: 3, data: vec![-30.0, -31.0, -60.0, 200.0, 100.0, 300.0] };
+    let (routed, out) = route::<A, D>(device, &logits, 2, None, &scoring);
+    routed.expect("route");
+    assert_eq!(out.experts.elements(), [0, 1, 0, 1], "small and saturated sigmoids");
+    let (a, b) = ((-30f64).exp(), (-31f64).exp());
+    let want = Matrix { rows: 2, cols: 2, data: vec![a / (a + b), b / (a + b), 0.5, 0.5] };
+    assert_close("weights of small and saturated sigmoids", &out.weights.read(), &want, tolerance.max(1e-6));
+}
+
+fn refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
+    let logits = Random::new(16).matrix::<A>(3, 6);
+    let softmax = Scoring::from(ScoreFunction::SoftmaxPost);
+    let refused = |what: &str, k, bias: Option<&Matrix>, scoring| {
+        assert_refused(what, route::<A, D>(device, &logits, k, bias, &scoring).0);
+    };
+    refused("no choice", 0, None, softmax);
+    refused("more choices than experts", 7, None, softmax);
+    let bias = Matrix::from_fn(1, 6, |_, _| 0.0);
+    refused("a bias on a softmax", 2, Some(&bias), softmax);
+    let sigmoid = Scoring::from(ScoreFunction::Sigmoid { normalize: true });
+    refused("a short bias", 2, Some(&Matrix::from_fn(1, 5, |_, _| 0.0)), sigmoid);
+    for (what, k, count, kept, score_top_k) in [
+        ("no groups", 2, 0, 1, 1),
+        ("groups of unequal size", 2, 4, 2, 1),
+        ("no group kept", 2, 3, 0, 1),
+        ("more groups kept than there are", 2, 3, 4, 1),
+        ("a score of no experts", 2, 3, 2, 0),
+        ("a score of more experts than a group has", 2, 3, 2, 3),
+        ("more choices than the kept groups have", 3, 3, 1, 1),
+    ] {
+        let groups = Some(ExpertGroups { count, kept, score_top_k });
+        refused(what, k, None, Scoring { groups, ..softmax });
     }
 }
 
 fn not_a_number<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
     let (n, count, k) = (900, 3, 2);
-    for bad in [f64::NAN, f64::INFINITY] {
-        let mut logits = Random::new(14).matrix::<A>(n, count);
-        for row in [899, 521, 700] {
-            logits.data[row * count + 1] = bad;
+    for function in [ScoreFunction::SoftmaxPost, ScoreFunction::Sigmoid { normalize: true }] {
+        for bad in [f64::NAN, f64::INFINITY] {
+            let mut logits = Random::new(14).matrix::<A>(n, count);
+            for row in [899, 521, 700] {
+                logits.data[row * count + 1] = bad;
+            }
+            let (result, _) = route::<A, D>(device, &logits, k, None, &function.into());
+            let named = matches!(result, Err(Error::NotANumber { row: 521, .. }));
+            assert!(named, "a logit of {bad} in row 521, the first of three, must be named, not {result:?}");
         }
-        let pl = place::<A, D>(device, &logits);
-        let (mut w, mut e) = (output::<A, D>(device, n, k), output_ints(device, n, k));
-        let (mut p, mut l) = (output::<A, D>(device, n, count), output::<A, D>(device, 1, n));
-        let result =
-            device.route(w.view_mut(), e.view_mut(), p.view_mut(), l.view_mut(), pl.view(), SCORES[0]);
-        let named = matches!(result, Err(Error::NotANumber { row: 521, .. }));
-        assert!(named, "a logit of {bad} in row 521, the first of three, must be named, not {result:?}");
     }
 }
 

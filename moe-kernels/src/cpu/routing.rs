@@ -8,23 +8,42 @@ use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
-use crate::family::{Routing, ScoreFunction};
+use crate::family::{ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
 use crate::{Error, Result, View, ViewMut};
 
-/// Whether the weights are those of a softmax over the chosen experts alone. That is the softmax over all, divided by
-/// the sum over the chosen: `SoftmaxPost` and a normalised `SoftmaxPre` are one function.
-fn over_chosen(score: ScoreFunction) -> bool {
-    match score {
-        ScoreFunction::SoftmaxPost => true,
-        ScoreFunction::SoftmaxPre { normalize } => normalize,
+/// Added to sums of sigmoids before they divide, as DeepSeek-V3 does.
+const EPSILON: f64 = 1e-20;
+
+/// A score function, as the loops tell them apart. A softmax over the chosen is the softmax over all, divided by the
+/// sum over the chosen: `SoftmaxPost` and a normalised `SoftmaxPre` have the same weights.
+#[derive(Debug, Clone, Copy)]
+struct Function {
+    sigmoid: bool,
+    /// Whether weights are divided by their sum.
+    normalize: bool,
+    /// Whether groups are judged by their logits.
+    by_logits: bool,
+}
+
+impl From<ScoreFunction> for Function {
+    fn from(function: ScoreFunction) -> Self {
+        match function {
+            ScoreFunction::SoftmaxPost => Function { sigmoid: false, normalize: true, by_logits: true },
+            ScoreFunction::SoftmaxPre { normalize } => {
+                Function { sigmoid: false, normalize, by_logits: false }
+            }
+            ScoreFunction::Sigmoid { normalize } => Function { sigmoid: true, normalize, by_logits: false },
+        }
     }
 }
 
-/// The experts of the largest logits in descending order, ties to the smaller id.
-fn choose(chosen: &mut [i32], logits: &[impl CpuFloat]) {
+/// Of `candidates` (ascending), those of the largest scores in descending order, ties to the smaller one.
+#[inline(always)]
+fn choose(chosen: &mut [i32], scores: &[impl CpuFloat], candidates: impl Iterator<Item = usize>) {
     let mut count = 0;
-    for (e, &x) in logits.iter().enumerate() {
-        let at = chosen[..count].iter().position(|&c| logits[c as usize] < x).unwrap_or(count);
+    for e in candidates {
+        let x = scores[e];
+        let at = chosen[..count].iter().position(|&c| scores[c as usize] < x).unwrap_or(count);
         if at < chosen.len() {
             count = (count + 1).min(chosen.len());
             chosen[at..count].rotate_right(1);
@@ -33,43 +52,128 @@ fn choose(chosen: &mut [i32], logits: &[impl CpuFloat]) {
     }
 }
 
+/// Scratch of a group-limited choice.
+struct GroupChoice<T> {
+    groups: ExpertGroups,
+    /// Selection score of each group.
+    scores: Vec<T>,
+    /// The best experts of one group.
+    best: Vec<i32>,
+    kept: Vec<i32>,
+}
+
+impl<T: CpuFloat> GroupChoice<T> {
+    fn new(groups: ExpertGroups) -> Self {
+        let ExpertGroups { count, kept, score_top_k } = groups;
+        GroupChoice { groups, scores: vec![T::ZERO; count], best: vec![0; score_top_k], kept: vec![0; kept] }
+    }
+
+    /// [`choose`] by `order` among the experts of the groups that are best by `scores`.
+    #[inline(always)]
+    fn choose(&mut self, chosen: &mut [i32], order: &[T], scores: &[T]) {
+        let size = scores.len() / self.groups.count;
+        for (g, score) in self.scores.iter_mut().enumerate() {
+            choose(&mut self.best, scores, g * size..(g + 1) * size);
+            *score = T::ZERO;
+            for &e in &self.best {
+                *score += scores[e as usize];
+            }
+        }
+        choose(&mut self.kept, &self.scores, 0..self.groups.count);
+        self.kept.sort_unstable();
+        let kept = self.kept.iter().flat_map(|&g| g as usize * size..(g as usize + 1) * size);
+        choose(chosen, order, kept);
+    }
+}
+
+/// `s = 1 / (1 + e^−x)` and `1 − s`, neither of them by cancellation.
+#[inline(always)]
+fn sigmoid<T: CpuFloat>(x: T) -> (T, T) {
+    let e = (if x < T::ZERO { x } else { -x }).exp();
+    let (near, far) = (T::ONE / (T::ONE + e), e / (T::ONE + e));
+    if x < T::ZERO { (far, near) } else { (near, far) }
+}
+
+/// The softmax of `logits`; returns their log-sum-exp.
+#[inline(always)]
+fn softmax<T: CpuFloat>(probs: &mut [T], logits: &[T]) -> T {
+    let max = logits.iter().fold(T::NEG_INFINITY, |max, &x| if max < x { x } else { max });
+    let mut sum = T::ZERO;
+    for (p, &x) in probs.iter_mut().zip(logits) {
+        *p = (x - max).exp();
+        sum += *p;
+    }
+    for p in probs {
+        *p = *p / sum;
+    }
+    max + sum.ln()
+}
+
 /// What [`Routing::route`] writes, for some of the tokens.
 struct Routes<'a, T> {
     weights: MatMut<'a, T>,
     experts: MatMut<'a, i32>,
+    unbiased: Option<MatMut<'a, i32>>,
     probs: MatMut<'a, T>,
     lse: &'a mut [T],
 }
 
 simd! {
     /// Returns the first token whose logits have no softmax.
-    fn route<T>(out: Routes<'_, T>, logits: Mat<'_, T>, over_chosen: bool) -> Option<usize> {
+    fn route<T>(
+        out: Routes<'_, T>,
+        logits: Mat<'_, T>,
+        bias: Option<&[T]>,
+        function: Function,
+        groups: Option<ExpertGroups>,
+        scale: T,
+    ) -> Option<usize> {
+        let count = logits.cols();
+        let mut groups = groups.map(GroupChoice::new);
+        let (mut scores, mut biased) = (vec![T::ZERO; count], vec![T::ZERO; count]);
         for (i, logits) in logits.iter().enumerate() {
             let probs = out.probs.row(i);
-            let max = logits.iter().fold(T::NEG_INFINITY, |max, &x| if max < x { x } else { max });
-            let mut sum = T::ZERO;
-            for (p, &x) in probs.iter_mut().zip(logits) {
-                *p = (x - max).exp();
-                sum += *p;
-            }
-            out.lse[i] = max + sum.ln();
+            out.lse[i] = softmax(probs, logits);
             if !out.lse[i].is_finite() {
                 return Some(i);
             }
-            for p in &mut *probs {
-                *p = *p / sum;
+            if function.sigmoid {
+                let mut sum = T::from_f64(EPSILON);
+                for (s, &x) in scores.iter_mut().zip(logits) {
+                    *s = sigmoid(x).0;
+                    sum += *s;
+                }
+                for (p, &s) in probs.iter_mut().zip(&scores) {
+                    *p = s / sum;
+                }
             }
+            // Softmax keeps the order of the logits, which rounding does not blur.
+            let plain: &[T] = if function.sigmoid { &scores } else { logits };
+            if let Some(bias) = bias {
+                for ((b, &s), &by) in biased.iter_mut().zip(plain).zip(bias) {
+                    *b = s + by;
+                }
+            }
+            let order: &[T] = if bias.is_some() { &biased } else { plain };
             let (weights, chosen) = (out.weights.row(i), out.experts.row(i));
-            choose(chosen, logits);
-            let mut total = T::ZERO;
+            match &mut groups {
+                None => choose(chosen, order, 0..count),
+                Some(groups) => {
+                    let by_probs = !function.sigmoid && !function.by_logits;
+                    groups.choose(chosen, order, if by_probs { probs } else { order });
+                }
+            }
+            if let Some(unbiased) = &mut out.unbiased {
+                choose(unbiased.row(i), plain, 0..count);
+            }
+            let scores: &[T] = if function.sigmoid { &scores } else { probs };
+            let mut total = if function.sigmoid { T::from_f64(EPSILON) } else { T::ZERO };
             for (w, &e) in weights.iter_mut().zip(&*chosen) {
-                *w = probs[e as usize];
+                *w = scores[e as usize];
                 total += *w;
             }
-            if over_chosen {
-                for w in weights {
-                    *w = *w / total;
-                }
+            for w in weights {
+                *w = if function.normalize { *w / total * scale } else { *w * scale };
             }
         }
         None
@@ -78,70 +182,146 @@ simd! {
 
 /// What [`Routing::route_backward`] reads, for some of the tokens.
 struct Routed<'a, T> {
+    /// Index of the first token.
+    first: usize,
     dweights: Mat<'a, T>,
-    weights: Mat<'a, T>,
     experts: Mat<'a, i32>,
-    probs: Mat<'a, T>,
-    lse: &'a [T],
+    logits: Mat<'a, T>,
 }
 
 simd! {
-    /// Every part is the gradient of a softmax `s`, `s ⊙ (d − Σ s ⊙ d)`, or `d lse / d logits = probs`.
-    fn backward<T>(dlogits: MatMut<'_, T>, routed: Routed<'_, T>, over_chosen: bool, aux: &[T], two_z: T) {
-        for (i, &lse) in routed.lse.iter().enumerate() {
-            let (dlogits, probs) = (dlogits.row(i), routed.probs.row(i));
-            let (dweights, weights) = (routed.dweights.row(i), routed.weights.row(i));
-            let experts = routed.experts.row(i);
+    /// A softmax `p` under the gradient `d` has `p ⊙ (d − Σ p ⊙ d)`, and `d lse / d logits = p`. A sigmoid `s` under
+    /// `d` has `d·s·(1 − s)`; its share `s / Σ s` under `d` has `(d − Σ share ⊙ d) / Σ s`.
+    fn backward<T>(
+        dlogits: MatMut<'_, T>,
+        routed: Routed<'_, T>,
+        function: Function,
+        scale: T,
+        aux: Mat<'_, T>,
+        two_z: T,
+    ) {
+        let count = routed.logits.cols();
+        let (mut probs, mut scores, mut slopes) =
+            (vec![T::ZERO; count], vec![T::ZERO; count], vec![T::ZERO; count]);
+        for (i, logits) in routed.logits.iter().enumerate() {
+            let (dlogits, aux) = (dlogits.row(i), aux.row((routed.first + i) % aux.rows()));
+            let (dweights, experts) = (routed.dweights.row(i), routed.experts.row(i));
+            let lse = softmax(&mut probs, logits);
+            let epsilon = if function.sigmoid { T::from_f64(EPSILON) } else { T::ZERO };
+            let mut sum = epsilon;
+            if function.sigmoid {
+                for ((s, slope), &x) in scores.iter_mut().zip(&mut slopes).zip(logits) {
+                    let (at, rest) = sigmoid(x);
+                    *s = at;
+                    *slope = at * rest;
+                    sum += at;
+                }
+            }
+
+            // The chosen: their sum, and the mean of the gradient over them.
+            let own: &[T] = if function.sigmoid { &scores } else { &probs };
+            let mut total = epsilon;
+            let mut mean_chosen = T::ZERO;
+            for (&e, &d) in experts.iter().zip(dweights) {
+                total += own[e as usize];
+                mean_chosen += own[e as usize] * d;
+            }
+            if function.normalize {
+                mean_chosen = mean_chosen / total;
+            }
+            mean_chosen *= scale;
 
             let mut mean = T::ZERO;
-            for (&p, &a) in probs.iter().zip(aux) {
-                mean += p * a;
+            for (&s, &a) in own.iter().zip(aux) {
+                mean += s * a;
             }
-            let mut mean_chosen = T::ZERO;
-            for (&w, &d) in weights.iter().zip(dweights) {
-                mean_chosen += w * d;
-            }
-            if !over_chosen {
-                mean += mean_chosen;
-            }
-            for ((d, &p), &a) in dlogits.iter_mut().zip(probs).zip(aux) {
-                *d = p * (a - mean + two_z * lse);
-            }
-            for ((&e, &w), &d) in experts.iter().zip(weights).zip(dweights) {
-                dlogits[e as usize] += if over_chosen { w * (d - mean_chosen) } else { w * d };
+            if function.sigmoid {
+                mean = mean / sum;
+                for ((d, &slope), &a) in dlogits.iter_mut().zip(&slopes).zip(aux) {
+                    *d = slope * (a - mean) / sum;
+                }
+                for (d, &p) in dlogits.iter_mut().zip(&probs) {
+                    *d += p * two_z * lse;
+                }
+                for (&e, &d) in experts.iter().zip(dweights) {
+                    let slope = slopes[e as usize];
+                    let d = d * scale;
+                    dlogits[e as usize] +=
+                        if function.normalize { slope * (d - mean_chosen) / total } else { slope * d };
+                }
+            } else {
+                if !function.normalize {
+                    mean += mean_chosen;
+                }
+                for ((d, &p), &a) in dlogits.iter_mut().zip(&probs).zip(aux) {
+                    *d = p * (a - mean + two_z * lse);
+                }
+                for (&e, &d) in experts.iter().zip(dweights) {
+                    let p = probs[e as usize];
+                    let d = d * scale;
+                    dlogits[e as usize] += if function.normalize { p / total * (d - mean_chosen) } else { p * d };
+                }
             }
         }
     }
 }
 
+/// Refuses groups that do not divide `experts`, or leave fewer than `chosen` of them.
+fn check_groups(kernel: &'static str, groups: ExpertGroups, experts: usize, chosen: usize) -> Result<()> {
+    let ExpertGroups { count, kept, score_top_k } = groups;
+    let size = experts.checked_div(count).unwrap_or(0);
+    let legal = count > 0
+        && experts.is_multiple_of(count)
+        && (1..=count).contains(&kept)
+        && (1..=size).contains(&score_top_k)
+        && chosen <= kept * size;
+    check::argument(kernel, legal, || {
+        format!(
+            "{chosen} of {experts} experts cannot be chosen from {kept} of {count} groups by their {score_top_k} best"
+        )
+    })
+}
+
 impl<T: CpuFloat> Routing<T> for Cpu {
     fn route(
         &self,
-        mut weights: ViewMut<'_, T, Self>,
-        mut experts: ViewMut<'_, i32, Self>,
-        mut probs: ViewMut<'_, T, Self>,
-        mut lse: ViewMut<'_, T, Self>,
+        out: RouteOutput<'_, T, Self>,
         logits: View<'_, T, Self>,
-        score: ScoreFunction,
+        bias: Option<View<'_, T, Self>>,
+        scoring: &Scoring,
     ) -> Result<()> {
         const KERNEL: &str = "route";
+        let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse } = out;
         let [n, count] = logits.shape();
         let [_, k] = weights.shape();
         check::shape(KERNEL, "weights", [n, k], weights.shape())?;
         check::shape(KERNEL, "experts", [n, k], experts.shape())?;
+        if let Some(unbiased) = &unbiased {
+            check::shape(KERNEL, "unbiased", [n, k], unbiased.shape())?;
+        }
         check::shape(KERNEL, "probs", [n, count], probs.shape())?;
         check::shape(KERNEL, "lse", [1, n], lse.shape())?;
         check::argument(KERNEL, (1..=count).contains(&k), || {
             format!("{k} of {count} experts cannot be chosen")
         })?;
-        let logits = Mat::from(logits);
+        let function = Function::from(scoring.function);
+        if let Some(bias) = &bias {
+            check::shape(KERNEL, "bias", [1, count], bias.shape())?;
+            check::argument(KERNEL, function.sigmoid, || "a bias needs sigmoid scores".to_owned())?;
+        }
+        if let Some(groups) = scoring.groups {
+            check_groups(KERNEL, groups, count, k)?;
+        }
+        let (logits, bias) = (Mat::from(logits), bias.map(|bias| Mat::from(bias).vector()));
         let (mut weights, mut experts) = (MatMut::from(&mut weights), MatMut::from(&mut experts));
+        let mut unbiased = unbiased.as_mut().map(MatMut::from);
         let (mut probs, mut lse) = (MatMut::from(&mut probs), MatMut::from(&mut lse).vector());
         let tasks = blocks(n, rows_per_piece(8 * count))
             .map(|r| {
                 let out = Routes {
                     weights: weights.take_rows(r.len()),
                     experts: experts.take_rows(r.len()),
+                    unbiased: unbiased.as_mut().map(|unbiased| unbiased.take_rows(r.len())),
                     probs: probs.take_rows(r.len()),
                     lse: take(&mut lse, r.len()),
                 };
@@ -149,8 +329,10 @@ impl<T: CpuFloat> Routing<T> for Cpu {
             })
             .collect();
         let failed = AtomicUsize::new(usize::MAX);
+        let scale = T::from_f64(scoring.scale);
         self.for_each(tasks, |(r, out)| {
-            if let Some(i) = route(out, logits.row_range(r.clone()), over_chosen(score)) {
+            let logits = logits.row_range(r.clone());
+            if let Some(i) = route(out, logits, bias, function, scoring.groups, scale) {
                 failed.fetch_min(r.start + i, Ordering::Relaxed);
             }
         })?;
@@ -164,25 +346,22 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         &self,
         mut dlogits: ViewMut<'_, T, Self>,
         dweights: View<'_, T, Self>,
-        weights: View<'_, T, Self>,
         experts: View<'_, i32, Self>,
-        probs: View<'_, T, Self>,
-        lse: View<'_, T, Self>,
-        score: ScoreFunction,
+        logits: View<'_, T, Self>,
+        scoring: &Scoring,
         aux: View<'_, T, Self>,
         z: f64,
     ) -> Result<()> {
         const KERNEL: &str = "route_backward";
         let [n, count] = dlogits.shape();
-        let [_, k] = weights.shape();
+        let [_, k] = experts.shape();
         check::shape(KERNEL, "dweights", [n, k], dweights.shape())?;
-        check::shape(KERNEL, "weights", [n, k], weights.shape())?;
         check::shape(KERNEL, "experts", [n, k], experts.shape())?;
-        check::shape(KERNEL, "probs", [n, count], probs.shape())?;
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        check::shape(KERNEL, "aux", [1, count], aux.shape())?;
-        let (dweights, weights, experts) = (Mat::from(dweights), Mat::from(weights), Mat::from(experts));
-        let (probs, lse, aux) = (Mat::from(probs), Mat::from(lse).vector(), Mat::from(aux).vector());
+        check::shape(KERNEL, "logits", [n, count], logits.shape())?;
+        let [sequences, _] = aux.shape();
+        check::shape(KERNEL, "aux", [sequences.max(1), count], aux.shape())?;
+        let (dweights, experts) = (Mat::from(dweights), Mat::from(experts));
+        let (logits, aux) = (Mat::from(logits), Mat::from(aux));
         let chosen = experts.iter().flatten();
         check::argument(KERNEL, chosen.clone().all(|&e| e >= 0), || {
             "a chosen expert is negative".to_owned()
@@ -192,17 +371,17 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let tasks = blocks(n, rows_per_piece(8 * count))
             .map(|r| {
                 let routed = Routed {
+                    first: r.start,
                     dweights: dweights.row_range(r.clone()),
-                    weights: weights.row_range(r.clone()),
                     experts: experts.row_range(r.clone()),
-                    probs: probs.row_range(r.clone()),
-                    lse: &lse[r.clone()],
+                    logits: logits.row_range(r.clone()),
                 };
                 (dlogits.take_rows(r.len()), routed)
             })
             .collect();
+        let (function, scale) = (Function::from(scoring.function), T::from_f64(scoring.scale));
         self.for_each(tasks, |(dlogits, routed)| {
-            backward(dlogits, routed, over_chosen(score), aux, T::from_f64(2.0 * z));
+            backward(dlogits, routed, function, scale, aux, T::from_f64(2.0 * z));
         })
     }
 

@@ -29,5 +29,5 @@ pub use norm::Norm;
 pub use optim::{AdamW, Optim};
 pub use reduce::Reduce;
 pub use rope::{Rope, Rotation};
-pub use routing::{Routing, ScoreFunction};
+pub use routing::{ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
 pub use rows::Rows;

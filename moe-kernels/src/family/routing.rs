@@ -11,38 +11,87 @@ pub enum ScoreFunction {
         /// Divide the chosen by their sum (`norm_topk_prob`).
         normalize: bool,
     },
+    /// Sigmoid of each logit `s`, then top-k (DeepSeek-V3, arXiv 2412.19437).
+    Sigmoid {
+        /// Divide the chosen by their sum + 1e-20 (`norm_topk_prob`).
+        normalize: bool,
+    },
+}
+
+/// Group-limited choice: experts in `count` contiguous groups, of which a token may use `kept`.
+///
+/// A group's score is the sum of its `score_top_k` best selection scores; the best groups are kept, ties to the smaller
+/// id (DeepSeek-V2, arXiv 2405.04434, with 1; DeepSeek-V3 with 2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// Groups, a divisor of the number of experts (`n_group`).
+    pub count: usize,
+    /// Groups that a token may use (`topk_group`).
+    pub kept: usize,
+    /// Experts whose scores make a group's score.
+    pub score_top_k: usize,
+}
+
+/// From logits to choices and weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    /// From logits to scores.
+    pub function: ScoreFunction,
+    /// Which experts may be chosen together; all without.
+    pub groups: Option<ExpertGroups>,
+    /// Multiplies the weights, after normalisation (`routed_scaling_factor`).
+    pub scale: f64,
+}
+
+impl From<ScoreFunction> for Scoring {
+    /// Without groups, weights as they are.
+    fn from(function: ScoreFunction) -> Self {
+        Scoring { function, groups: None, scale: 1.0 }
+    }
+}
+
+/// What [`Routing::route`] writes, for `n` tokens, `E` experts, `K` choices.
+#[derive(Debug)]
+pub struct RouteOutput<'a, A: Float, D: Device> {
+    /// `[n, K]`.
+    pub weights: ViewMut<'a, A, D>,
+    /// `[n, K]`: in descending order of selection score, ties to the smaller id.
+    pub experts: ViewMut<'a, i32, D>,
+    /// `[n, K]`: what the choice would be without groups and bias, which the auxiliary loss counts.
+    pub unbiased: Option<ViewMut<'a, i32, D>>,
+    /// `[n, E]`: scores that sum to one: the softmax, or `s / (Σ s + 1e-20)`.
+    pub probs: ViewMut<'a, A, D>,
+    /// `[1, n]`: the log-sum-exp of the logits.
+    pub lse: ViewMut<'a, A, D>,
 }
 
 /// Router scores, choice and sorting. `A` is the router's type, an accumulation type.
 pub trait Routing<A: Float>: Device {
     /// Chooses `K` experts for each of `n` tokens from `logits: [n, E]`.
     ///
-    /// `experts: [n, K]` in descending order of score, ties to the smaller id; `weights: [n, K]`;
-    /// `probs: [n, E]` the softmax over all experts (auxiliary loss, backward); `lse: [1, n]` the log-sum-exp of
-    /// the logits. [`Error::NotANumber`](crate::Error::NotANumber) names the first token with a NaN.
+    /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s + bias` (sigmoid, the only
+    /// function with a `bias: [1, E]`); weights are made of scores without bias.
+    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token with a NaN.
     fn route(
         &self,
-        weights: ViewMut<'_, A, Self>,
-        experts: ViewMut<'_, i32, Self>,
-        probs: ViewMut<'_, A, Self>,
-        lse: ViewMut<'_, A, Self>,
+        out: RouteOutput<'_, A, Self>,
         logits: View<'_, A, Self>,
-        score: ScoreFunction,
+        bias: Option<View<'_, A, Self>>,
+        scoring: &Scoring,
     ) -> Result<()>;
 
-    /// Overwrites `dlogits: [n, E]` with the gradient through the weights (`dweights: [n, K]`), plus that of the
-    /// auxiliary loss, whose derivative by `probs[i, e]` is `aux[e]` (`[1, E]`) for every token, plus that of the
-    /// z-loss, `z · lse[i]²` per token.
+    /// Overwrites `dlogits: [n, E]` with the gradient through the weights of the choices `experts: [n, K]`
+    /// (`dweights: [n, K]`), plus that of the auxiliary loss, whose derivative by `probs[i, e]` is `aux[i mod B, e]`
+    /// (`[B, E]`: one row for all tokens, or one for each of `B` sequences in sequence-major order), plus that of the
+    /// z-loss, `z · lse[i]²` per token. The choice is a constant.
     #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn route_backward(
         &self,
         dlogits: ViewMut<'_, A, Self>,
         dweights: View<'_, A, Self>,
-        weights: View<'_, A, Self>,
         experts: View<'_, i32, Self>,
-        probs: View<'_, A, Self>,
-        lse: View<'_, A, Self>,
-        score: ScoreFunction,
+        logits: View<'_, A, Self>,
+        scoring: &Scoring,
         aux: View<'_, A, Self>,
         z: f64,
     ) -> Result<()>;

@@ -133,6 +133,7 @@ mod tests {
             tokens: 512 * step,
             tokens_per_second: 1234.5,
             aux_loss: 1.0,
+            sequence_aux_loss: 1.0,
             z_loss: 2.0 / 3.0,
             dropped_tokens: 0,
             skipped_steps: 0,

@@ -127,6 +127,7 @@ mod tests {
             tokens: 2048 * step,
             tokens_per_second: 4096.0,
             aux_loss: 1.0,
+            sequence_aux_loss: 1.0,
             z_loss: 1.0,
             dropped_tokens: 0,
             skipped_steps: 0,

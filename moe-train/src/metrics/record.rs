@@ -21,6 +21,8 @@ pub struct StepRecord {
     pub tokens_per_second: f64,
     /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1.
     pub aux_loss: f64,
+    /// The same with each sequence, not each micro-batch, as a unit.
+    pub sequence_aux_loss: f64,
     /// Mean over MoE layers of the z-loss, without its coefficient.
     pub z_loss: f64,
     /// Dropped (token, expert) pairs of all layers.
@@ -54,6 +56,7 @@ impl StepRecord {
             ("train/tokens_per_second", Some(self.tokens_per_second)),
             ("train/skipped_steps", Some(self.skipped_steps as f64)),
             ("moe/aux_loss", Some(self.aux_loss)),
+            ("moe/sequence_aux_loss", Some(self.sequence_aux_loss)),
             ("moe/z_loss", Some(self.z_loss)),
             ("moe/dropped_tokens", Some(self.dropped_tokens as f64)),
             ("moe/min_expert_load", spread.map(|(low, _)| low)),

@@ -110,7 +110,8 @@ mod tests {
                 })
                 .collect::<Result<Vec<_>>>()?;
             let rope = RopeTable::new(&device, 1, 2, 1e4)?;
-            let (objective, stats) = (Objective { micro_batches: 1, tokens: 1 }, Stats::default());
+            let (objective, stats) =
+                (Objective { micro_batches: 1, sequences: 1, tokens: 1 }, Stats::default());
             let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats };
             let names = ParamNames::new(["vector".to_owned(), "matrix".to_owned()]);
             Ok::<_, Error>(GradNorm::of(&cx, &grads, &names)?.0)

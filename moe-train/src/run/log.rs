@@ -44,6 +44,7 @@ impl Log {
             tokens: report.step * self.tokens_per_step,
             tokens_per_second: self.tokens_per_step as f64 / seconds,
             aux_loss: report.aux_loss,
+            sequence_aux_loss: report.sequence_aux_loss,
             z_loss: report.z_loss,
             dropped_tokens: report.dropped_tokens,
             skipped_steps: skipped.total,

@@ -47,6 +47,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             RopeTable::new(&device, setup.sequence_length, setup.model.head_dim(), setup.model.rope_theta)?;
         let objective = Objective {
             micro_batches: setup.micro_batches(),
+            sequences: setup.global_batch_size,
             tokens: setup.global_batch_size * setup.sequence_length,
         };
         let program = setup.training_program()?;

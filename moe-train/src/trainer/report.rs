@@ -3,6 +3,7 @@
 use moe_comm::Reduction;
 use moe_kernels::{Backend, Float};
 use moe_model::Cx;
+use moe_model::config::AuxLossScope;
 use moe_topology::{Attention, Folding};
 
 use super::Setup;
@@ -23,6 +24,8 @@ pub struct StepReport {
     pub lr: f64,
     /// Mean over MoE layers of the load-balancing loss, without its coefficient.
     pub aux_loss: f64,
+    /// The same with each sequence as a unit.
+    pub sequence_aux_loss: f64,
     /// Mean over MoE layers of the z-loss, without its coefficient.
     pub z_loss: f64,
     /// Dropped (token, expert) pairs over all layers.
@@ -46,6 +49,7 @@ pub(super) struct Totals {
     loss: f64,
     counts: Vec<Vec<f64>>,
     aux: Vec<f64>,
+    sequence_aux: Vec<f64>,
     z: Vec<f64>,
 }
 
@@ -53,7 +57,7 @@ impl Totals {
     /// Adds up what all ranks saw. Collective over the world.
     pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
         let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
-        let width = experts + 2;
+        let width = experts + 3;
         let mut sums = vec![0.0; 1 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
@@ -65,7 +69,8 @@ impl Totals {
                 *sum = count as f64;
             }
             row[experts] = layer.aux;
-            row[experts + 1] = layer.z;
+            row[experts + 1] = layer.sequence_aux;
+            row[experts + 2] = layer.z;
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
         let all: Vec<_> = sums[1..].chunks_exact(width).collect();
@@ -74,7 +79,8 @@ impl Totals {
             loss: sums[0],
             counts: rows().map(|row| row[..experts].to_vec()).collect(),
             aux: rows().map(|row| row[experts]).collect(),
-            z: rows().map(|row| row[experts + 1]).collect(),
+            sequence_aux: rows().map(|row| row[experts + 1]).collect(),
+            z: rows().map(|row| row[experts + 2]).collect(),
         })
     }
 
@@ -86,20 +92,25 @@ impl Totals {
     /// The report of a step, not updated yet.
     pub fn report(&self, setup: &Setup, step: u64, total_weight: f64, grad_norm: f64) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
-        let units = setup.micro_batches() as f64;
-        let tokens = (setup.global_batch_size * setup.sequence_length) as f64;
-        let aux = self.aux.iter().sum::<f64>() / units;
+        let (micro_batches, sequences) = (setup.micro_batches() as f64, setup.global_batch_size as f64);
+        let tokens = sequences * setup.sequence_length as f64;
+        let aux = self.aux.iter().sum::<f64>() / micro_batches;
+        let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences;
         let z = self.z.iter().sum::<f64>() / tokens;
         // Loss weights whose sum is not a number are a fault, not the absence of tokens.
         let loss = (total_weight > 0.0 || total_weight.is_nan()).then(|| self.loss / total_weight);
         let model = &setup.model;
+        let losses = model.aux_loss_coef(AuxLossScope::MicroBatch) * aux
+            + model.aux_loss_coef(AuxLossScope::Sequence) * sequence_aux
+            + model.router_z_loss_coef * z;
         StepReport {
             step,
             loss,
-            total_loss: loss.map(|l| l + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z),
+            total_loss: loss.map(|l| l + losses),
             grad_norm,
             lr: setup.lr.at(step),
             aux_loss: aux / layers,
+            sequence_aux_loss: sequence_aux / layers,
             z_loss: z / layers,
             dropped_tokens: 0,
             expert_load: self

@@ -80,10 +80,15 @@ pub fn tiny_model() -> ModelConfig {
         rms_norm_eps: 1e-5,
         rope_theta: 100.0,
         initializer_range: 0.2,
-        router_aux_loss_coef: 0.03,
+        router_aux_loss_coef: Some(0.03),
+        router_aux_losses: Vec::new(),
         router_z_loss_coef: 0.01,
-        router_score: Default::default(),
-        norm_topk_prob: false,
+        scoring_func: Default::default(),
+        norm_topk_prob: true,
+        routed_scaling_factor: 1.0,
+        n_group: 1,
+        topk_group: 1,
+        group_score_topk: 2,
         tie_word_embeddings: false,
     }
 }
