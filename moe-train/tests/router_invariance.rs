@@ -6,41 +6,31 @@ use common::{assert_equal, setup, tiny_model, train};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_model::ModelConfig;
 use moe_model::config::{AuxLoss, AuxLossScope, ScoringFunc};
-use moe_topology::Mapping;
+use moe_topology::{Attention, Mapping};
 
-/// `(tp, dp, pp, etp, ep)`.
-type Sizes = (usize, usize, usize, usize, usize);
+/// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
+type Sizes = (usize, usize, usize, usize, usize, usize, usize);
 
-/// EP beyond DP, ETP above and below TP, stages, three-way axes.
-const FOLDINGS: [(Sizes, DispatcherKind); 6] = [
-    ((2, 2, 1, 1, 4), AllToAll),
-    ((1, 4, 1, 4, 1), AllGather),
-    ((6, 1, 1, 3, 2), AllToAll),
-    ((2, 2, 2, 1, 4), AllGather),
-    ((2, 4, 1, 1, 8), AllToAll),
-    ((3, 2, 3, 2, 1), AllToAll),
+/// EP beyond DP, ETP above and below TP, stages, three-way axes, sequences in chunks by ring and by all-to-all.
+const FOLDINGS: [(Sizes, DispatcherKind); 9] = [
+    ((2, 1, 1, 2, 1, 1, 4), AllToAll),
+    ((1, 1, 1, 4, 1, 4, 1), AllGather),
+    ((6, 1, 1, 1, 1, 3, 2), AllToAll),
+    ((2, 1, 1, 2, 2, 1, 4), AllGather),
+    ((2, 1, 1, 4, 1, 1, 8), AllToAll),
+    ((3, 1, 1, 2, 3, 2, 1), AllToAll),
+    ((1, 2, 1, 2, 1, 1, 4), AllToAll),
+    ((3, 2, 2, 1, 1, 3, 2), AllGather),
+    ((1, 2, 1, 1, 2, 2, 1), AllToAll),
 ];
 
 fn check(model: ModelConfig) {
     model.check().unwrap();
-    let with = |mapping, dispatcher| {
-        let mut setup = setup(model.clone(), mapping);
-        (setup.global_batch_size, setup.micro_batch_size) = (8, 2);
-        setup.dispatcher = dispatcher;
-        setup
-    };
-    let one = with(Mapping::default(), AllToAll);
-    let reference = train(one.clone(), 2);
-    for ((tp, dp, pp, etp, ep), dispatcher) in FOLDINGS {
-        let what = format!("tp {tp} dp {dp} pp {pp} etp {etp} ep {ep} {dispatcher}");
-        let mapping = Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, ..Mapping::default() };
-        let folded = train(with(mapping, dispatcher), 2);
-        assert_equal(&folded, &reference, &one, &what);
-        for (a, b) in folded.reports.iter().zip(&reference.reports) {
-            let (a, b) = (a.sequence_aux_loss, b.sequence_aux_loss);
-            assert!((a - b).abs() <= 1e-10 * b, "{what}: sequence_aux_loss {a} and {b}");
-        }
-    }
+    let foldings = FOLDINGS.map(|((tp, cp, ulysses, dp, pp, etp, ep), dispatcher)| {
+        let mapping = Mapping { world_size: tp * cp * dp * pp, tp, cp, pp, etp, ep, ..Mapping::default() };
+        (mapping.split(Attention::CP_INNER, ulysses), dispatcher)
+    });
+    common::check(&model, foldings, 2, |setup| (setup.global_batch_size, setup.micro_batch_size) = (8, 2));
 }
 
 fn losses(micro_batch: f64, sequence: f64) -> Vec<AuxLoss> {

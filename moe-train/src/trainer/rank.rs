@@ -4,9 +4,9 @@ use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
 use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, Cx, DecoderStage, Objective, PipelineLayout, RopeTable, Stats, TypedStage};
+use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
 use moe_pipeline::{Program, execute};
-use moe_topology::{Attention, Folding};
+use moe_topology::Attention;
 
 use super::report::Totals;
 use super::source::HostBatch;
@@ -30,16 +30,16 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
         let rank = world.rank();
-        let (stages, layout) = build(&setup, &setup.folding, rank, &setup.pipeline)?;
+        let (stages, layout) = build(&setup, rank)?;
         let params = ParamStore::new(layout, setup.seed, &device)?;
         let tensors = model_tensors(&setup.model)?;
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
         let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
-        let mut groups = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::PP);
-        groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
-        groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
-        let comms = groups.build(world, &device, &setup.folding)?;
+        let mut communicators = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::PP);
+        communicators = ATTENTION_GROUPS.into_iter().fold(communicators, CommsBuilder::attention);
+        communicators = EXPERT_GROUPS.into_iter().fold(communicators, CommsBuilder::expert);
+        let comms = communicators.build(world, &device, &setup.folding)?;
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
         let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
@@ -147,14 +147,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     }
 }
 
-/// The layers and parameters of one rank under a folding.
-fn build(
-    setup: &Setup,
-    folding: &Folding,
-    rank: usize,
-    pipeline: &PipelineLayout,
-) -> Result<(Vec<DecoderStage>, ParamLayout)> {
-    let mut params = ParamLayoutBuilder::new(folding, rank);
-    let stages = DecoderStage::of_rank(&mut params, &setup.model, setup.dispatcher, pipeline)?;
+/// The layers and parameters of one rank.
+fn build(setup: &Setup, rank: usize) -> Result<(Vec<DecoderStage>, ParamLayout)> {
+    let mut params = ParamLayoutBuilder::new(&setup.folding, rank);
+    let stages = DecoderStage::of_rank(&mut params, &setup.model, setup.dispatcher, &setup.pipeline)?;
     Ok((stages, params.build()))
 }
