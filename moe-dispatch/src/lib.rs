@@ -84,7 +84,9 @@ pub mod router;
 #[cfg(feature = "native")]
 pub use native::{NativeFabric, NativePending};
 #[cfg(feature = "native")]
-pub use router::{Routed, Router, RouterConfig, RouterSaved, RouterScales, RouterStats, RoutingOn};
+pub use router::{
+    Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats, RoutingOn,
+};
 
 #[cfg(all(doctest, feature = "native"))]
 #[doc = include_str!("../README.md")]

@@ -1,6 +1,6 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
-use moe_dispatch::{Error, Router, RouterConfig, RouterScales};
+use moe_dispatch::{Error, Router, RouterConfig, RouterInput, RouterScales};
 use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
 use moe_kernels::{Cpu, Tensor};
 use proptest::prelude::*;
@@ -51,6 +51,15 @@ fn tensor(rows: usize, cols: usize, values: &[f64]) -> Tensor<f64, Cpu> {
     Tensor::from_f64(&Cpu::poisoned(1), rows, cols, values).unwrap()
 }
 
+fn with<'a>(
+    x: &'a Tensor<f64, Cpu>,
+    weight: &'a Tensor<f64, Cpu>,
+    bias: Option<&'a Tensor<f64, Cpu>>,
+    sequences: usize,
+) -> RouterInput<'a, f64, Cpu> {
+    RouterInput { bias: bias.map(Tensor::view), sequences, ..RouterInput::new(x, weight.view()) }
+}
+
 /// `Σ dweights ⊙ weights` plus this rank's part of the three losses, and the choice.
 fn objective(
     router: &Router,
@@ -63,8 +72,8 @@ fn objective(
     let x = tensor(x.len() / HIDDEN, HIDDEN, x);
     let weight = tensor(NUM_EXPERTS, HIDDEN, weight);
     let bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-    let bias = bias.as_ref().map(Tensor::view);
-    let (routing, _, stats) = router.forward(&device, &x, weight.view(), bias, 2, with_another_rank).unwrap();
+    let input = with(&x, &weight, bias.as_ref(), 2);
+    let (routing, _, stats) = router.forward(&device, input, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
     let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, z_loss_coef, .. } = *router.config();
     let objective = main
@@ -93,16 +102,9 @@ proptest! {
         let dweights = &dweights[..4 * top_k];
         let device = Cpu::poisoned(1);
         let tensor_of_bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-        let (_, saved, _) = router
-            .forward(
-                &device,
-                &tensor(4, HIDDEN, &x),
-                tensor(NUM_EXPERTS, HIDDEN, &weight).view(),
-                tensor_of_bias.as_ref().map(Tensor::view),
-                2,
-                with_another_rank,
-            )
-            .unwrap();
+        let (tokens, matrix) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
+        let input = with(&tokens, &matrix, tensor_of_bias.as_ref(), 2);
+        let (_, saved, _) = router.forward(&device, input, with_another_rank).unwrap();
         // Gradients add to what is there.
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[10.0; NUM_EXPERTS * HIDDEN]);
         let dx = router
@@ -165,8 +167,7 @@ fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
     let bias = [-0.5, -0.5, -0.5, -0.5, 0.0, 0.0];
     let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
     let (x, weight, bias) = (tensor(4, 6, &logits.concat()), tensor(6, 6, &identity), tensor(1, 6, &bias));
-    let (routing, _, stats) =
-        router.forward(&device, &x, weight.view(), Some(bias.view()), 2, alone).unwrap();
+    let (routing, _, stats) = router.forward(&device, with(&x, &weight, Some(&bias), 2), alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [4, 5, 4, 5, 4, 5, 5, 4]);
     assert_eq!(stats.expert_counts, [0, 0, 0, 0, 4, 4]);
 
@@ -206,7 +207,8 @@ fn ties_go_to_the_smaller_expert() {
     for score in SCORES {
         let router = Router::new(config(score, 4)).unwrap();
         let x = tensor(1, HIDDEN, &[1.0; HIDDEN]);
-        let (routing, _, stats) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
+        let (routing, _, stats) =
+            router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap(), [1, 2, 4, 0]);
         assert_eq!(stats.expert_counts, [1, 1, 1, 0, 1, 0]);
     }
@@ -225,7 +227,7 @@ fn a_balanced_routing_costs_one() {
     let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
     // x · identityᵀ = logits
     let (x, weight) = (tensor(6, 6, &logits), tensor(6, 6, &identity));
-    let (routing, _, stats) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
+    let (routing, _, stats) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0]);
     assert!((stats.aux_loss - 1.0).abs() < 1e-14, "{}", stats.aux_loss);
     let lse = (2f64.exp() + 1f64.exp() + 4.0).ln();
@@ -239,7 +241,8 @@ fn a_token_that_is_no_number_is_named() {
     let mut x = [0.5; 3 * HIDDEN];
     x[2 * HIDDEN + 1] = f64::NAN;
     let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
-    let error = router.forward(&device, &tensor(3, HIDDEN, &x), weight.view(), None, 1, alone).unwrap_err();
+    let x = tensor(3, HIDDEN, &x);
+    let error = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap_err();
     assert!(matches!(error, Error::Device(moe_kernels::Error::NotANumber { row: 2, .. })), "{error}");
 }
 
@@ -253,8 +256,9 @@ fn no_tokens() {
         summed += 1;
         alone(counts)
     };
+    let x = tensor(0, HIDDEN, &[]);
     let (routing, saved, stats) =
-        router.forward(&device, &tensor(0, HIDDEN, &[]), weight.view(), None, 1, count).unwrap();
+        router.forward(&device, RouterInput::new(&x, weight.view()), count).unwrap();
     assert_eq!((summed, routing.tokens, stats.aux_loss, stats.z_loss_sum), (1, 0, 0.0, 0.0));
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
     let dx = router
@@ -283,13 +287,13 @@ fn what_cannot_be_is_refused() {
     let router = Router::new(good).unwrap();
     let (x, weight) = (tensor(1, HIDDEN, &[1.0; HIDDEN]), tensor(NUM_EXPERTS, HIDDEN, &[0.1; 24]));
     let short = |counts: &[i64]| Ok(counts[1..].to_vec());
-    let short = router.forward(&device, &x, weight.view(), None, 1, short);
+    let short = router.forward(&device, RouterInput::new(&x, weight.view()), short);
     assert!(matches!(short, Err(Error::Router { .. })));
     for sequences in [0, 2] {
-        let uneven = router.forward(&device, &x, weight.view(), None, sequences, alone);
+        let uneven = router.forward(&device, with(&x, &weight, None, sequences), alone);
         assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
     }
-    let (_, saved, _) = router.forward(&device, &x, weight.view(), None, 1, alone).unwrap();
+    let (_, saved, _) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
     let scales = RouterScales { valid_tokens: 0, ..SCALES };
     let dweights = tensor(1, 2, &[1.0, 1.0]);

@@ -18,6 +18,8 @@ pub struct Cx<T: Float, D: Device> {
     pub params: ParamStore<T, D>,
     /// Angles of the rotary position embedding.
     pub rope: RopeTable<T, D>,
+    /// What the passes are for.
+    pub mode: Mode,
     /// The rank's micro-batches of this step, in order.
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
@@ -27,6 +29,18 @@ pub struct Cx<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Device> Cx<T, D> {
+    /// A context without micro-batches, to evaluate.
+    pub fn new(
+        device: D,
+        comms: Comms<D>,
+        params: ParamStore<T, D>,
+        rope: RopeTable<T, D>,
+        objective: Objective,
+    ) -> Self {
+        let (mode, batches, stats) = (Mode::Evaluate, Vec::new(), Stats::default());
+        Cx { device, comms, params, rope, mode, batches, objective, stats }
+    }
+
     /// A group of the attention or expert view that was created with the context's communicators.
     pub fn group<V: View>(&self, axes: Axes<V>) -> Result<Comm<'_, V, D>> {
         Ok(self.comms.group(axes)?)
@@ -36,6 +50,20 @@ impl<T: Float, D: Device> Cx<T, D> {
     pub fn batch(&self, m: u32) -> Result<&MicroBatch<T, D>> {
         self.batches.get(m as usize).ok_or(Error::NoBatch { index: m as usize, batches: self.batches.len() })
     }
+}
+
+/// What passes are for: some of what a model does is for training alone, and its random choices are keyed by the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// A step of training.
+    Train {
+        /// Seed of the run.
+        seed: u64,
+        /// The step, from 1.
+        step: u64,
+    },
+    /// Evaluation or inference: nothing random, no state changes.
+    Evaluate,
 }
 
 /// Constants of the objective, the same on all ranks: `J = (1/N) Σ w·ce + Σ_l (c_aux·A_l + c_z·Z_l)`.
@@ -56,6 +84,9 @@ pub struct Objective {
 pub struct MicroBatch<T: Float, D: Device> {
     /// Sequences.
     pub batch: usize,
+    /// Index of the first one among all sequences of the run, g of docs/semantics.md (of the evaluation, where there is
+    /// no step); those of a micro-batch follow each other. The same under any mapping.
+    pub first_sequence: u64,
     /// Positions of each sequence on this context-parallel rank.
     pub seq_len: usize,
     /// Input tokens, `[1, seq_len · batch]`.
@@ -71,8 +102,8 @@ pub struct MicroBatch<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Device> MicroBatch<T, D> {
-    /// From host vectors in sequence-major order. `total_weight` is N, the sum of all loss weights of the step (with
-    /// N = 0 the gradient of the loss is 0).
+    /// From host vectors in sequence-major order, with 0 as the index of the first sequence. `total_weight` is N, the sum
+    /// of all loss weights of the step (with N = 0 the gradient of the loss is 0).
     pub fn new(
         device: &D,
         batch: usize,
@@ -87,6 +118,7 @@ impl<T: Float, D: Device> MicroBatch<T, D> {
             weights.iter().map(|w| if total_weight > 0.0 { w / total_weight } else { 0.0 }).collect();
         Ok(MicroBatch {
             batch,
+            first_sequence: 0,
             seq_len: rows / batch.max(1),
             ids: Tensor::from_slice(device, 1, rows, ids)?,
             positions: Tensor::from_slice(device, 1, rows, positions)?,

@@ -89,7 +89,7 @@ pub mod transport;
 
 pub use block::Block;
 pub use config::ModelConfig;
-pub use cx::{Cx, MicroBatch, MoeStats, Objective, Stats};
+pub use cx::{Cx, MicroBatch, Mode, MoeStats, Objective, Stats};
 pub use error::{Error, Result};
 pub use layer::Layer;
 pub use pipeline::PipelineLayout;

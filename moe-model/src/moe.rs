@@ -2,8 +2,8 @@
 
 use moe_comm::Reduction;
 use moe_dispatch::{
-    Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterSaved, RouterScales,
-    RouterStats, TokenDispatcher, TokenDispatcherState,
+    Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved,
+    RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -139,9 +139,11 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let unit = cx.group(TP_CP)?;
         let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
+        let sequences = cx.batch(m)?.batch;
+        let input = RouterInput { sequences, ..RouterInput::new(&h, cx.params.weight(self.gate)?) };
         let (routing, router, seen) = self
             .router
-            .forward(&device, &h, cx.params.weight(self.gate)?, None, cx.batch(m)?.batch, sum_over_unit)
+            .forward(&device, input, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
         self.record(&mut cx.stats.moe, &seen);
 

@@ -7,7 +7,7 @@ use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, DType, Float, Tensor};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, DecoderStage, MicroBatch, Objective, PipelineLayout, RopeTable, Stats};
+use moe_model::{Cx, DecoderStage, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
 use crate::checkpoint::Meta;
@@ -87,8 +87,7 @@ where
         let comms = groups.build(world, &device, &folding)?;
         let rope = RopeTable::new(&device, window, model.head_dim(), model.rope_theta)?;
         let objective = Objective { micro_batches: 1, sequences: 1, tokens: window };
-        let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
-        Ok(Decoder { stages, cx, window })
+        Ok(Decoder { stages, cx: Cx::new(device, comms, params, rope, objective), window })
     }
 
     /// Adds tokens, each from the logits after those before it, of which at most a training sequence is looked at.

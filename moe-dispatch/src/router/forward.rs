@@ -1,14 +1,11 @@
 use moe_kernels::family::{Gemm, Op, Reduce, RouteOutput};
-use moe_kernels::{Backend, Float, Tensor, View};
+use moe_kernels::{Backend, Float, Tensor};
 
-use super::{Routed, Router, RouterConfig, RouterSaved, RouterStats, UnitCounts};
+use super::{Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
 use crate::{Error, Routing};
 
 impl Router {
-    /// Routes the tokens `x: [n, H]` of this rank by `weight: [E, H]`.
-    ///
-    /// `bias: [1, E]` is added to sigmoid scores where they are compared, not where they become weights. Token `i`
-    /// belongs to sequence `i mod sequences` of the micro-batch (rows are sequence-major).
+    /// Routes the tokens of this rank.
     ///
     /// `sum_over_unit` adds up `sequences · (E + 1)` counts over the ranks that share the micro-batch (the attention
     /// TP×CP group), and is called exactly once, also for `n = 0`; `|counts| Ok(counts.to_vec())` if there is but one.
@@ -19,12 +16,10 @@ impl Router {
     pub fn forward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
-        x: &Tensor<T, D>,
-        weight: View<'_, T, D>,
-        bias: Option<View<'_, T::Acc, D>>,
-        sequences: usize,
+        input: RouterInput<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
+        let RouterInput { x, weight, bias, sequences } = input;
         let [tokens, _] = x.shape();
         let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {

@@ -4,7 +4,7 @@ mod backward;
 mod forward;
 
 use moe_kernels::family::{ExpertGroups, Scoring};
-use moe_kernels::{Device, Float, Tensor};
+use moe_kernels::{Device, Float, Tensor, View};
 
 use crate::{Error, Routing};
 
@@ -51,6 +51,28 @@ pub struct RouterScales {
     pub sequences: u64,
     /// Tokens of the step that are no padding, `T_v`.
     pub valid_tokens: u64,
+}
+
+/// What [`Router::forward`] routes, and by what.
+///
+/// Rows are sequence-major: token `i` belongs to sequence `i mod sequences` of the micro-batch.
+#[derive(Debug)]
+pub struct RouterInput<'a, T: Float, D: Device> {
+    /// This rank's tokens, `[n, H]`.
+    pub x: &'a Tensor<T, D>,
+    /// `[E, H]`.
+    pub weight: View<'a, T, D>,
+    /// `[1, E]`, added to sigmoid scores where they are compared, not where they become weights; none unless given.
+    pub bias: Option<View<'a, T::Acc, D>>,
+    /// Sequences of the micro-batch; 1 unless given.
+    pub sequences: usize,
+}
+
+impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
+    /// Tokens of one sequence, by the weight alone.
+    pub fn new(x: &'a Tensor<T, D>, weight: View<'a, T, D>) -> Self {
+        RouterInput { x, weight, bias: None, sequences: 1 }
+    }
 }
 
 /// A routing on a device: `experts: [tokens, top_k]`, `weights: [tokens, top_k]`.

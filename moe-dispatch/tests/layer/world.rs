@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use moe_comm::{Comms, Reduction, ThreadRank, ThreadWorld};
 use moe_dispatch::{
-    DispatchState, Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Router, RouterConfig, RouterScales,
-    TokenDispatcher,
+    DispatchState, Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Router, RouterConfig, RouterInput,
+    RouterScales, TokenDispatcher,
 };
 use moe_kernels::family::{Activation, Elementwise, GateFunction, GroupedGemm, Op};
 use moe_kernels::{Backend, Cpu, Float, Tensor};
@@ -135,9 +135,10 @@ where
         sequence_aux_loss_coef: 0.0,
         z_loss_coef: p.z_loss_coef,
     })?;
-    let (routing, saved, stats) = router.forward(device, &x, router_weight.view(), None, 1, |counts| {
-        Ok(unit.all_reduce_host(counts, Reduction::Sum)?)
-    })?;
+    let (routing, saved, stats) =
+        router.forward(device, RouterInput::new(&x, router_weight.view()), |counts| {
+            Ok(unit.all_reduce_host(counts, Reduction::Sum)?)
+        })?;
     let (batch, state) = dispatcher.dispatch(&fabric, &x, &routing)?;
     assert_eq!(state.rows(), batch.rows);
     let (rows, offsets) = (batch.rows, batch.offsets.view());

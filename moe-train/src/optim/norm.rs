@@ -78,7 +78,7 @@ mod tests {
     use moe_comm::{Comms, ThreadWorld, World};
     use moe_kernels::Cpu;
     use moe_model::params::{Init, Logical, Name, ParamLayoutBuilder, ParamStore, Placed};
-    use moe_model::{Objective, RopeTable, Stats};
+    use moe_model::{Objective, RopeTable};
     use moe_topology::{Folding, Mapping, Owner, Placement};
 
     use super::*;
@@ -110,9 +110,8 @@ mod tests {
                 })
                 .collect::<Result<Vec<_>>>()?;
             let rope = RopeTable::new(&device, 1, 2, 1e4)?;
-            let (objective, stats) =
-                (Objective { micro_batches: 1, sequences: 1, tokens: 1 }, Stats::default());
-            let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats };
+            let objective = Objective { micro_batches: 1, sequences: 1, tokens: 1 };
+            let cx = Cx::new(device, comms, params, rope, objective);
             let names = ParamNames::new(["vector".to_owned(), "matrix".to_owned()]);
             Ok::<_, Error>(GradNorm::of(&cx, &grads, &names)?.0)
         })

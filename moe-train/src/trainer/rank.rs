@@ -4,7 +4,7 @@ use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
 use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
+use moe_model::{CommTransport, Cx, DecoderStage, Mode, Objective, RopeTable, Stats, TypedStage};
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
 
@@ -51,7 +51,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             tokens: setup.global_batch_size * setup.sequence_length,
         };
         let program = setup.training_program()?;
-        let cx = Cx { device, comms, params, rope, batches: Vec::new(), objective, stats: Stats::default() };
+        let cx = Cx::new(device, comms, params, rope, objective);
         Ok(RankTrainer {
             setup,
             rank,
@@ -91,7 +91,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
 
     /// One training step (from 1): forward and backward of all micro-batches, reduction, clipping, update. Collective.
     pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
-        let total_weight = self.load(self.setup.micro_batches_per_rank(), |u| source.micro_batch(step, u))?;
+        self.cx.mode = Mode::Train { seed: self.setup.seed, step };
+        let (count, first) = (self.setup.micro_batches_per_rank(), self.setup.first_sequence(step));
+        let total_weight = self.load(count, first, |u| source.micro_batch(step, u))?;
         self.cx.params.zero_grads(&self.cx.device)?;
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
@@ -116,7 +118,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
     ) -> Result<Option<f64>> {
         let per_rank = micro_batches / self.setup.folding.size(Attention::DP);
-        let total_weight = self.load(per_rank, micro_batch)?;
+        self.cx.mode = Mode::Evaluate;
+        let total_weight = self.load(per_rank, 0, micro_batch)?;
         let program = self.setup.evaluation_program(per_rank)?;
         execute(&program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
@@ -128,14 +131,22 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         self.setup.folding.stage(self.rank) as u32
     }
 
-    /// Puts this rank's part of its micro-batches on the device and resets the statistics; returns the sum of loss
-    /// weights over the whole step.
-    fn load(&mut self, count: usize, micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>) -> Result<f64> {
+    /// Puts this rank's part of its `count` micro-batches on the device and resets the statistics; returns the sum of loss
+    /// weights over the whole step, whose first sequence has the index `first`.
+    fn load(
+        &mut self,
+        count: usize,
+        first: u64,
+        micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
+    ) -> Result<f64> {
         let folding = &self.setup.folding;
         let place = |axes| (folding.size(axes), folding.coordinate(self.rank, axes));
         let ((dp, d), (cp, c)) = (place(Attention::DP), place(Attention::CP));
         let host = (0..count)
-            .map(|j| HostBatch::new(&micro_batch(j * dp + d)?, cp, c))
+            .map(|j| {
+                let u = j * dp + d;
+                HostBatch::new(&micro_batch(u)?, first + (u * self.setup.micro_batch_size) as u64, cp, c)
+            })
             .collect::<Result<Vec<_>>>()?;
         let own: f64 = host.iter().map(HostBatch::total_weight).sum();
         let total = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];

@@ -47,6 +47,11 @@ impl Setup {
         self.global_batch_size / self.micro_batch_size
     }
 
+    /// The index of the first sequence of a step (from 1).
+    pub fn first_sequence(&self, step: u64) -> u64 {
+        (step - 1) * self.global_batch_size as u64
+    }
+
     /// Micro-batches of a step on one data-parallel rank.
     pub fn micro_batches_per_rank(&self) -> usize {
         self.micro_batches() / self.folding.size(Attention::DP)

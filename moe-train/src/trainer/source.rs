@@ -34,6 +34,7 @@ pub trait BatchSource {
 #[derive(Debug)]
 pub(crate) struct HostBatch {
     batch: usize,
+    first_sequence: u64,
     ids: Vec<i32>,
     positions: Vec<i32>,
     labels: Vec<i32>,
@@ -41,13 +42,15 @@ pub(crate) struct HostBatch {
 }
 
 impl HostBatch {
-    /// The part of rank `rank` of `cp`. All sequences must have the same length.
-    pub fn new(sequences: &[Sequence], cp: usize, rank: usize) -> Result<Self> {
+    /// The part of rank `rank` of `cp`. All sequences must have the same length; the index of the first one is
+    /// `first_sequence`.
+    pub fn new(sequences: &[Sequence], first_sequence: u64, cp: usize, rank: usize) -> Result<Self> {
         let batch = sequences.len();
         let seq_len = sequences.first().map_or(0, |s| s.weights.len());
         let capacity = batch * seq_len / cp;
         let mut rows = HostBatch {
             batch,
+            first_sequence,
             ids: Vec::with_capacity(capacity),
             positions: Vec::with_capacity(capacity),
             labels: Vec::with_capacity(capacity),
@@ -71,7 +74,7 @@ impl HostBatch {
 
     /// On the device; `total_weight` is that of the whole step.
     pub fn upload<T: Float, D: Device>(&self, device: &D, total_weight: f64) -> Result<MicroBatch<T, D>> {
-        Ok(MicroBatch::new(
+        let mut batch = MicroBatch::new(
             device,
             self.batch,
             &self.ids,
@@ -79,6 +82,8 @@ impl HostBatch {
             &self.labels,
             &self.weights,
             total_weight,
-        )?)
+        )?;
+        batch.first_sequence = self.first_sequence;
+        Ok(batch)
     }
 }
