@@ -8,7 +8,8 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, Rotation, RouteOutput, Routing, Rows, ScoreFunction,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation, RouteOutput,
+    Routing, Rows, ScoreFunction,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -99,6 +100,7 @@ fn attention(c: &mut Criterion) {
         heads: HEADS,
         kv_heads: HEADS,
         head_dim: HEAD_DIM,
+        v_head_dim: HEAD_DIM,
         scale: (HEAD_DIM as f64).powf(-0.5),
         mask: AttentionMask::Causal,
     };
@@ -127,9 +129,10 @@ fn attention(c: &mut Criterion) {
         let (x, mut y) = (matrix(cpu, TOKENS, HIDDEN), matrix(cpu, TOKENS, HIDDEN));
         let (cos, sin) = (matrix(cpu, SEQUENCE, HEAD_DIM / 2), matrix(cpu, SEQUENCE, HEAD_DIM / 2));
         let (positions, cpu) = (ints(cpu, 1, TOKENS, |i| i / BATCH), cpu.clone());
+        let head = RotaryHead { head_dim: HEAD_DIM, first: 0, pairs: RotaryPairs::Halves };
         Box::new(move || {
             let (cos, sin) = (cos.view(), sin.view());
-            cpu.rope(mutable!(y), x.view(), cos, sin, positions.view(), HEAD_DIM, Rotation::Forward)
+            cpu.rope(mutable!(y), x.view(), cos, sin, positions.view(), head, Rotation::Forward)
                 .expect("rope");
         })
     });

@@ -75,6 +75,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
         heads: 4,
         kv_heads: 2,
         head_dim: 16,
+        v_head_dim: 16,
         scale: 0.25,
         mask: AttentionMask::Causal,
     };

@@ -6,7 +6,7 @@ use moe_topology::{Attention, Owner, Placement};
 
 use crate::axes::CP_DP;
 use crate::config::ModelConfig;
-use crate::context::{ContextAttention, ContextAttentionSaved};
+use crate::context::{ContextAttention, ContextAttentionSaved, Heads};
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -77,9 +77,14 @@ impl SelfAttention {
             placement: Placed::Attention(placement),
             init: Init::Normal(config.residual_std()),
         }])?;
-        let (heads, kv_heads) =
-            (heads / folding.size(Attention::TP), kv_heads / folding.size(Attention::TP_OUTER));
-        let core = ContextAttention::new(heads, kv_heads, head_dim, mask, folding)?;
+        let heads = Heads {
+            heads: heads / folding.size(Attention::TP),
+            kv_heads: kv_heads / folding.size(Attention::TP_OUTER),
+            head_dim,
+            v_head_dim: head_dim,
+            scale: (head_dim as f64).sqrt().recip(),
+        };
+        let core = ContextAttention::new(heads, mask, folding)?;
         Ok(SelfAttention { norm, qkv, out, core })
     }
 }

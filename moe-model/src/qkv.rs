@@ -147,8 +147,9 @@ impl Qkv {
             norms = Some([q_saved, k_saved]);
         }
         let batch = cx.batch(m)?;
-        cx.rope.apply(device, q.view_mut()?, q_raw.view(), batch, Rotation::Forward)?;
-        cx.rope.apply(device, kv.view_mut()?.columns(keys)?, k_raw.view(), batch, Rotation::Forward)?;
+        cx.rope.apply(device, q.view_mut()?, q_raw.view(), self.head_dim, batch, Rotation::Forward)?;
+        let rotated = kv.view_mut()?.columns(keys)?;
+        cx.rope.apply(device, rotated, k_raw.view(), self.head_dim, batch, Rotation::Forward)?;
         Ok((q, kv, QkvSaved { rows, norms }))
     }
 
@@ -166,8 +167,8 @@ impl Qkv {
         let (mut dq_raw, mut dk_raw) =
             (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, kv_width)?);
         let batch = cx.batch(m)?;
-        cx.rope.apply(&device, dq_raw.view_mut()?, dq.view(), batch, Rotation::Backward)?;
-        cx.rope.apply(&device, dk_raw.view_mut()?, dk.view(), batch, Rotation::Backward)?;
+        cx.rope.apply(&device, dq_raw.view_mut()?, dq.view(), self.head_dim, batch, Rotation::Backward)?;
+        cx.rope.apply(&device, dk_raw.view_mut()?, dk.view(), self.head_dim, batch, Rotation::Backward)?;
         if let (Some(Norms { q, k }), Some([q_saved, k_saved])) = (self.norms, norms) {
             dq_raw = q.backward(&self.by_head(&dq_raw)?, q_saved, cx)?.reshape(n, q_width)?;
             dk_raw = k.backward(&self.by_head(&dk_raw)?, k_saved, cx)?.reshape(n, kv_width)?;

@@ -85,7 +85,7 @@ where
         groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));
         groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));
         let comms = groups.build(world, &device, &folding)?;
-        let rope = RopeTable::new(&device, window, model.head_dim(), model.rope_theta)?;
+        let rope = RopeTable::of(&device, &model, window)?;
         let objective = Objective { micro_batches: 1, sequences: 1, tokens: window };
         Ok(Decoder { stages, cx: Cx::new(device, comms, params, rope, objective), window })
     }

@@ -28,7 +28,7 @@ fn softmax(q: &Matrix, k: &Matrix, s: &AttentionShape, b: usize, h: usize, i: us
 }
 
 fn forward(q: &Matrix, k: &Matrix, v: &Matrix, s: &AttentionShape) -> (Matrix, Matrix) {
-    let mut o = Matrix::from_fn(s.q_len * s.batch, s.heads * s.head_dim, |_, _| 0.0);
+    let mut o = Matrix::from_fn(s.q_len * s.batch, s.heads * s.v_head_dim, |_, _| 0.0);
     let mut lse = Matrix::from_fn(s.q_len * s.batch, s.heads, |_, _| 0.0);
     for (b, h, i) in
         (0..s.batch).flat_map(|b| (0..s.heads).flat_map(move |h| (0..s.q_len).map(move |i| (b, h, i))))
@@ -37,9 +37,9 @@ fn forward(q: &Matrix, k: &Matrix, v: &Matrix, s: &AttentionShape) -> (Matrix, M
         let row = i * s.batch + b;
         lse.data[row * s.heads + h] = l;
         let kv = h / (s.heads / s.kv_heads);
-        for d in 0..s.head_dim {
-            let value = |(j, p): (usize, &f64)| p * v.at(j * s.batch + b, kv * s.head_dim + d);
-            o.data[row * o.cols + h * s.head_dim + d] = p.iter().enumerate().map(value).sum();
+        for d in 0..s.v_head_dim {
+            let value = |(j, p): (usize, &f64)| p * v.at(j * s.batch + b, kv * s.v_head_dim + d);
+            o.data[row * o.cols + h * s.v_head_dim + d] = p.iter().enumerate().map(value).sum();
         }
     }
     (o, lse)
@@ -56,46 +56,48 @@ fn run<T: Float, D: Attention<T>>(
     x: &Operands<T, D>,
     s: &AttentionShape,
 ) -> (Placed<T, D>, Placed<T::Acc, D>) {
-    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
+    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.v_head_dim);
     let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
     device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), s).expect("attention");
     (o, lse)
 }
 
-/// [`Attention`]: masks, grouped queries, several sequences, lengths around tiles, no keys; blocks that merge to the
+/// [`Attention`]: masks, grouped queries, values wider and narrower than keys, several sequences, lengths around tiles, no
+/// keys; blocks that merge to the
 /// whole, forward and backward.
 pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(16);
-    // (batch, q_len, kv_len, heads, kv_heads, head_dim, whether differences are affordable)
+    // (batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, whether differences are affordable)
     let cases = [
-        (1, 1, 1, 1, 1, 1, true),
-        (2, 5, 5, 3, 3, 4, true),
-        (3, 4, 4, 4, 2, 3, true),
-        (1, 3, 7, 2, 1, 5, true),
-        (1, 7, 3, 2, 1, 5, true),
-        (2, 3, 0, 2, 1, 2, true),
-        (2, 0, 3, 2, 1, 2, true),
-        (2, 67, 67, 1, 1, 3, false),
-        (1, 131, 131, 4, 2, 16, false),
-        (2, 64, 129, 2, 2, 9, false),
-        (1, 200, 65, 6, 2, 8, false),
+        (1, 1, 1, 1, 1, 1, 1, true),
+        (2, 5, 5, 3, 3, 4, 3, true),
+        (3, 4, 4, 4, 2, 3, 3, true),
+        (1, 3, 7, 2, 1, 3, 5, true),
+        (1, 7, 3, 2, 1, 5, 4, true),
+        (2, 3, 0, 2, 1, 2, 1, true),
+        (2, 0, 3, 2, 1, 2, 3, true),
+        (2, 67, 67, 1, 1, 3, 3, false),
+        (1, 131, 131, 4, 2, 16, 16, false),
+        (2, 64, 129, 2, 2, 9, 6, false),
+        (1, 200, 65, 6, 2, 8, 12, false),
     ];
-    for (batch, q_len, kv_len, heads, kv_heads, head_dim, affordable) in cases {
+    for (batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, affordable) in cases {
         let windows = [2, 3, 64, 100].map(|window| AttentionMask::SlidingWindow { window });
         for mask in [AttentionMask::Full, AttentionMask::Causal].into_iter().chain(windows) {
             let scale = 1.5 / (head_dim as f64).sqrt();
-            let s = AttentionShape { batch, q_len, kv_len, heads, kv_heads, head_dim, scale, mask };
+            let s =
+                AttentionShape { batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, scale, mask };
             let [n, m] = [q_len * batch, kv_len * batch];
             let q = random.matrix::<T>(n, heads * head_dim);
-            let (k, v) =
-                (random.matrix::<T>(m, kv_heads * head_dim), random.matrix::<T>(m, kv_heads * head_dim));
+            let k = random.matrix::<T>(m, kv_heads * head_dim);
+            let v = random.matrix::<T>(m, kv_heads * v_head_dim);
             let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
             let (want_o, want_lse) = forward(&q, &k, &v, &s);
             let (o, lse) = run(device, &x, &s);
             assert_close(&format!("o, {s:?}"), &o.read(), &want_o, tolerance);
             assert_close(&format!("lse, {s:?}"), &lse.read(), &want_lse, tolerance);
 
-            let d_o = random.matrix::<T>(n, heads * head_dim);
+            let d_o = random.matrix::<T>(n, heads * v_head_dim);
             let [dq, dk, dv] = backward(device, &x, &place(device, &d_o), &o, &lse, &s);
             let want = if affordable {
                 [
@@ -128,7 +130,7 @@ fn backward<T: Float, D: Attention<T>>(
 ) -> [Matrix; 3] {
     let mut dq = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
     let mut dk = output::<T, D>(device, s.kv_len * s.batch, s.kv_heads * s.head_dim);
-    let mut dv = output::<T, D>(device, s.kv_len * s.batch, s.kv_heads * s.head_dim);
+    let mut dv = output::<T, D>(device, s.kv_len * s.batch, s.kv_heads * s.v_head_dim);
     device
         .attention_backward(
             dq.view_mut(),
@@ -157,8 +159,9 @@ fn formula(q: &Matrix, k: &Matrix, v: &Matrix, d_o: &Matrix, s: &AttentionShape)
         let (p, _) = softmax(q, k, s, b, h, i);
         let (row, kv) = (i * s.batch + b, h / (s.heads / s.kv_heads));
         let (at, kv_at) = (h * s.head_dim, kv * s.head_dim);
+        let (o_at, v_at) = (h * s.v_head_dim, kv * s.v_head_dim);
         let dp = |j: usize| -> f64 {
-            (0..s.head_dim).map(|d| d_o.at(row, at + d) * v.at(j * s.batch + b, kv_at + d)).sum()
+            (0..s.v_head_dim).map(|d| d_o.at(row, o_at + d) * v.at(j * s.batch + b, v_at + d)).sum()
         };
         let mean: f64 = p.iter().enumerate().map(|(j, p)| p * dp(j)).sum();
         for (j, p) in p.iter().enumerate() {
@@ -167,7 +170,9 @@ fn formula(q: &Matrix, k: &Matrix, v: &Matrix, d_o: &Matrix, s: &AttentionShape)
             for d in 0..s.head_dim {
                 dq.data[row * q.cols + at + d] += ds * k.at(key, kv_at + d);
                 dk.data[key * k.cols + kv_at + d] += ds * q.at(row, at + d);
-                dv.data[key * v.cols + kv_at + d] += p * d_o.at(row, at + d);
+            }
+            for d in 0..s.v_head_dim {
+                dv.data[key * v.cols + v_at + d] += p * d_o.at(row, o_at + d);
             }
         }
     }
@@ -175,7 +180,7 @@ fn formula(q: &Matrix, k: &Matrix, v: &Matrix, d_o: &Matrix, s: &AttentionShape)
 }
 
 fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &AttentionShape) {
-    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.head_dim);
+    let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.v_head_dim);
     let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
     let mut attempt = |what: &str, s: AttentionShape| {
         let result = device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), &s);
@@ -185,6 +190,8 @@ fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &Atten
     attempt("kv_len", AttentionShape { kv_len: s.kv_len + 1, ..*s });
     attempt("batch 0", AttentionShape { batch: 0, ..*s });
     attempt("head_dim 0", AttentionShape { head_dim: 0, ..*s });
+    attempt("v_head_dim 0", AttentionShape { v_head_dim: 0, ..*s });
+    attempt("another v_head_dim", AttentionShape { v_head_dim: s.v_head_dim + 1, ..*s });
     attempt("window 0", AttentionShape { mask: AttentionMask::SlidingWindow { window: 0 }, ..*s });
     attempt("kv_heads 0", AttentionShape { kv_heads: 0, ..*s });
     attempt("kv_heads that do not divide", AttentionShape { kv_heads: s.heads + 1, ..*s });
@@ -200,6 +207,7 @@ fn window_of_one<T: Float, D: Attention<T>>(device: &D) {
         heads: 1,
         kv_heads: 1,
         head_dim: dim,
+        v_head_dim: dim,
         scale: 0.5,
         mask: AttentionMask::SlidingWindow { window: 1 },
     };
@@ -219,6 +227,7 @@ fn large_scores<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         heads: 1,
         kv_heads: 1,
         head_dim: dim,
+        v_head_dim: dim,
         scale: 8.0,
         mask: AttentionMask::Causal,
     };
@@ -235,7 +244,7 @@ fn large_scores<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
 /// Two blocks of keys, one of them seen by nobody at first, as ring attention has them.
 fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(18);
-    let (batch, len, heads, kv_heads, head_dim) = (2, 35, 4, 2, 3);
+    let (batch, len, heads, kv_heads, head_dim, v_head_dim) = (2, 35, 4, 2, 3, 5);
     let whole = AttentionShape {
         batch,
         q_len: len,
@@ -243,18 +252,19 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         heads,
         kv_heads,
         head_dim,
+        v_head_dim,
         scale: 0.7,
         mask: AttentionMask::Full,
     };
     let n = len * batch;
     let q = random.matrix::<T>(n, heads * head_dim);
-    let (k, v) =
-        (random.matrix::<T>(2 * n, kv_heads * head_dim), random.matrix::<T>(2 * n, kv_heads * head_dim));
+    let k = random.matrix::<T>(2 * n, kv_heads * head_dim);
+    let v = random.matrix::<T>(2 * n, kv_heads * v_head_dim);
     let half = |m: &Matrix, part: usize| Matrix::from_fn(n, m.cols, |i, c| m.at(part * n + i, c));
     let (want_o, want_lse) = forward(&q, &k, &v, &whole);
 
     // Nothing seen yet: any o, −∞.
-    let mut o = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads * head_dim, |_, _| 0.0));
+    let mut o = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads * v_head_dim, |_, _| 0.0));
     let mut lse = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads, |_, _| f64::NEG_INFINITY));
     let block = AttentionShape { kv_len: len, ..whole };
     let blocks = [0, 1].map(|part| Operands {
@@ -262,17 +272,17 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         k: place(device, &half(&k, part)),
         v: place(device, &half(&v, part)),
     });
-    let empty = Matrix { rows: 0, cols: kv_heads * head_dim, data: Vec::new() };
-    let nothing = Operands { q: place(device, &q), k: place(device, &empty), v: place(device, &empty) };
+    let empty = |m: &Matrix| place(device, &Matrix { rows: 0, data: Vec::new(), ..*m });
+    let nothing = Operands { q: place(device, &q), k: empty(&k), v: empty(&v) };
     let merge =
         |o: &mut Placed<T::Acc, D>, lse: &mut Placed<T::Acc, D>, x: &Operands<T, D>, s: &AttentionShape| {
             let (part, part_lse) = run(device, x, s);
             device
-                .attention_merge(o.view_mut(), lse.view_mut(), part.view(), part_lse.view(), head_dim)
+                .attention_merge(o.view_mut(), lse.view_mut(), part.view(), part_lse.view(), v_head_dim)
                 .expect("attention_merge");
         };
     merge(&mut o, &mut lse, &nothing, &AttentionShape { kv_len: 0, ..whole });
-    assert_eq!(o.read().data, vec![0.0; n * heads * head_dim], "no keys, no output");
+    assert_eq!(o.read().data, vec![0.0; n * heads * v_head_dim], "no keys, no output");
     for x in &blocks {
         merge(&mut o, &mut lse, x, &block);
         merge(&mut o, &mut lse, &nothing, &AttentionShape { kv_len: 0, ..whole });
@@ -280,7 +290,7 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     assert_close("merged o", &o.read(), &want_o, 2.0 * tolerance);
     assert_close("merged lse", &lse.read(), &want_lse, 2.0 * tolerance);
 
-    let d_o = random.matrix::<T>(n, heads * head_dim);
+    let d_o = random.matrix::<T>(n, heads * v_head_dim);
     let want = formula(&q, &k, &v, &d_o, &whole);
     let (pd, po) = (place::<T, D>(device, &d_o), place::<T, D>(device, &want_o));
     let plse = place::<T::Acc, D>(device, &want_lse);
@@ -291,9 +301,9 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         assert_close("dv of a block", &got[2], &half(&want[2], part), 4.0 * tolerance);
     }
 
-    let mut wrong = output::<T::Acc, D>(device, n, heads * head_dim + 1);
+    let mut wrong = output::<T::Acc, D>(device, n, heads * v_head_dim + 1);
     let (part, part_lse) = run(device, &blocks[0], &block);
     let refused =
-        device.attention_merge(wrong.view_mut(), lse.view_mut(), part.view(), part_lse.view(), head_dim);
+        device.attention_merge(wrong.view_mut(), lse.view_mut(), part.view(), part_lse.view(), v_head_dim);
     assert_refused("o", refused);
 }

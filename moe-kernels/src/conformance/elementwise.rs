@@ -2,7 +2,7 @@
 
 use super::host::{Matrix, Random, assert_close, assert_refused, output, place, place_ints};
 use crate::Float;
-use crate::family::Elementwise;
+use crate::family::{ColumnBlocks, Elementwise};
 
 /// [`Elementwise`], also for more elements than one piece of work.
 pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
@@ -65,5 +65,25 @@ pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
                 device.gather_sum(y.view_mut(), px.view(), outside.view()),
             );
         }
+    }
+
+    for (n, cols, width, count, first, step) in [
+        (5, 20, 3, 4, 2, 5),
+        (301, 9, 2, 7, 1, 1),
+        (3, 4, 4, 1, 0, 0),
+        (2, 3, 2, 0, 0, 1),
+        (0, 3, 1, 3, 0, 1),
+    ] {
+        let x = random.matrix::<T>(n, cols);
+        let (px, at) = (place::<T, D>(device, &x), ColumnBlocks { first, step });
+        let mut y = output::<T, D>(device, n, width);
+        device.sum_column_blocks(y.view_mut(), px.view(), at, count).expect("sum_column_blocks");
+        let want =
+            Matrix::from_fn(n, width, |i, j| (0..count).map(|b| x.at(i, first + b * step + j)).sum::<f64>());
+        assert_close("sum_column_blocks", &y.read(), &want, tolerance);
+        let beyond = ColumnBlocks { first: cols, step };
+        assert_refused("blocks beyond x", device.sum_column_blocks(y.view_mut(), px.view(), beyond, 1));
+        let mut other = output::<T, D>(device, n + 1, width);
+        assert_refused("other rows", device.sum_column_blocks(other.view_mut(), px.view(), at, count));
     }
 }

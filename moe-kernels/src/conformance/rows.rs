@@ -2,7 +2,7 @@
 
 use super::host::{Random, assert_refused, place_elements, place_ints};
 use crate::Element;
-use crate::family::Rows;
+use crate::family::{ColumnBlocks, Rows};
 
 /// Distinct elements of any type, exact in all of them.
 fn numbered<E: Element>(n: usize, from: u8) -> Vec<E> {
@@ -47,4 +47,32 @@ pub fn rows<E: Element, D: Rows<E>>(device: &D) {
 
     let (mut none, empty) = (blank(0), place_ints(device, 1, 0, &[]));
     device.gather_rows(none.view_mut(), x.view(), empty.view()).expect("no rows");
+    column_blocks::<E, D>(device);
+}
+
+/// Blocks beside others, and one block copied to several places.
+fn column_blocks<E: Element, D: Rows<E>>(device: &D) {
+    let (n, x_cols, y_cols, count, width) = (5, 9, 16, 3, 2);
+    let (x_data, y_data) = (numbered::<E>(n * x_cols, 1), numbered::<E>(n * y_cols, 100));
+    let x = place_elements(device, n, x_cols, &x_data, numbered::<E>(1, 99)[0]);
+    let y_at = ColumnBlocks { first: 1, step: 5 };
+    for x_at in [ColumnBlocks { first: 2, step: 2 }, ColumnBlocks { first: 7, step: 0 }] {
+        let mut y = place_elements(device, n, y_cols, &y_data, numbered::<E>(1, 98)[0]);
+        let mut copy = |y_at, x_at, count, width| {
+            device.copy_column_blocks(y.view_mut(), y_at, x.view(), x_at, count, width)
+        };
+        copy(y_at, x_at, count, width).expect("copy_column_blocks");
+        copy(y_at, x_at, 0, width).expect("no blocks");
+        copy(y_at, x_at, count, 0).expect("blocks of nothing");
+        assert_refused("blocks beyond x", copy(y_at, ColumnBlocks { first: 8, ..x_at }, count, width));
+        assert_refused("blocks beyond y", copy(ColumnBlocks { step: 7, ..y_at }, x_at, count, width));
+        assert_refused("blocks that overlap", copy(ColumnBlocks { step: 1, ..y_at }, x_at, count, width));
+        let mut want = y_data.clone();
+        for (i, b, j) in (0..n).flat_map(|i| (0..count).flat_map(move |b| (0..width).map(move |j| (i, b, j))))
+        {
+            want[i * y_cols + y_at.first + b * y_at.step + j] =
+                x_data[i * x_cols + x_at.first + b * x_at.step + j];
+        }
+        assert_eq!(y.elements(), want, "copy_column_blocks of {}, {x_at:?}", E::DTYPE);
+    }
 }

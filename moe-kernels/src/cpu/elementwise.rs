@@ -4,9 +4,10 @@ use super::Cpu;
 use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks};
 use super::parallel::rows_per_piece;
+use super::rows::check_blocks;
 use super::simd::simd;
 use crate::check;
-use crate::family::{Elementwise, Rows};
+use crate::family::{ColumnBlocks, Elementwise, Rows};
 use crate::{Result, View, ViewMut};
 
 simd! {
@@ -49,6 +50,18 @@ simd! {
             }
             for x in sources {
                 for (y, &x) in y.iter_mut().zip(x) {
+                    *y += x;
+                }
+            }
+        }
+    }
+
+    fn sum_blocks<T>(y: MatMut<'_, T>, x: Mat<'_, T>, at: ColumnBlocks, count: usize) {
+        for i in 0..y.rows() {
+            let (y, x) = (y.row(i), x.row(i));
+            y.fill(T::ZERO);
+            for b in 0..count {
+                for (y, &x) in y.iter_mut().zip(&x[at.first + b * at.step..]) {
                     *y += x;
                 }
             }
@@ -111,5 +124,24 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
         let tasks =
             blocks(n, rows_per_piece(cols)).map(|r| (y.take_rows(r.len()), index.row_range(r))).collect();
         self.for_each(tasks, |(y, index)| gather_sum(y, x, index))
+    }
+
+    fn sum_column_blocks(
+        &self,
+        mut y: ViewMut<'_, T, Self>,
+        x: View<'_, T, Self>,
+        x_at: ColumnBlocks,
+        count: usize,
+    ) -> Result<()> {
+        const KERNEL: &str = "sum_column_blocks";
+        let ([n, width], [_, x_cols]) = (y.shape(), x.shape());
+        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
+        check_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        let x = Mat::from(x);
+        let mut y = MatMut::from(&mut y);
+        let tasks = blocks(n, rows_per_piece(count * width))
+            .map(|r| (y.take_rows(r.len()), x.row_range(r)))
+            .collect();
+        self.for_each(tasks, |(y, x)| sum_blocks(y, x, x_at, count))
     }
 }

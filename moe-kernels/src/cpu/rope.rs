@@ -6,21 +6,47 @@ use super::matrix::{Mat, MatMut, blocks};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
-use crate::family::{Rope, Rotation};
+use crate::family::{Rope, RotaryHead, RotaryPairs, Rotation};
 use crate::{Result, View, ViewMut};
 
 simd! {
-    fn rotate<T>(y: MatMut<'_, T>, x: Mat<'_, T>, cos: Mat<'_, T>, sin: Mat<'_, T>, positions: &[i32], sign: T) {
+    fn rotate<T>(
+        y: MatMut<'_, T>,
+        x: Mat<'_, T>,
+        cos: Mat<'_, T>,
+        sin: Mat<'_, T>,
+        positions: &[i32],
+        head: RotaryHead,
+        sign: T,
+    ) {
         let half = cos.cols();
+        let (first, end) = (head.first, head.first + 2 * half);
         for (i, &position) in positions.iter().enumerate() {
             let (cos, sin) = (cos.row(position as usize), sin.row(position as usize));
-            for (y, x) in y.row(i).chunks_exact_mut(2 * half).zip(x.row(i).chunks_exact(2 * half)) {
-                let (y0, y1) = y.split_at_mut(half);
-                let (x0, x1) = x.split_at(half);
-                for (((((y0, y1), &x0), &x1), &c), &s) in y0.iter_mut().zip(y1).zip(x0).zip(x1).zip(cos).zip(sin) {
-                    let s = s * sign;
-                    *y0 = x0 * c - x1 * s;
-                    *y1 = x1 * c + x0 * s;
+            let heads = y.row(i).chunks_exact_mut(head.head_dim).zip(x.row(i).chunks_exact(head.head_dim));
+            for (y, x) in heads {
+                y[..first].copy_from_slice(&x[..first]);
+                y[end..].copy_from_slice(&x[end..]);
+                let (y, x) = (&mut y[first..end], &x[first..end]);
+                match head.pairs {
+                    RotaryPairs::Halves => {
+                        let (y0, y1) = y.split_at_mut(half);
+                        let (x0, x1) = x.split_at(half);
+                        for (((((y0, y1), &x0), &x1), &c), &s) in
+                            y0.iter_mut().zip(y1).zip(x0).zip(x1).zip(cos).zip(sin)
+                        {
+                            let s = s * sign;
+                            *y0 = x0 * c - x1 * s;
+                            *y1 = x1 * c + x0 * s;
+                        }
+                    }
+                    RotaryPairs::Adjacent => {
+                        let (y, x) = (y.as_chunks_mut::<2>().0, x.as_chunks::<2>().0);
+                        for (((y, &[x0, x1]), &c), &s) in y.iter_mut().zip(x).zip(cos).zip(sin) {
+                            let s = s * sign;
+                            *y = [x0 * c - x1 * s, x1 * c + x0 * s];
+                        }
+                    }
                 }
             }
         }
@@ -35,19 +61,21 @@ impl<T: CpuFloat> Rope<T> for Cpu {
         cos: View<'_, T, Self>,
         sin: View<'_, T, Self>,
         positions: View<'_, i32, Self>,
-        head_dim: usize,
+        head: RotaryHead,
         rotation: Rotation,
     ) -> Result<()> {
         const KERNEL: &str = "rope";
         let [n, width] = x.shape();
-        let fits = head_dim > 0 && head_dim.is_multiple_of(2) && width.is_multiple_of(head_dim);
-        check::argument(KERNEL, fits, || {
-            format!("head_dim {head_dim} is odd, zero, or no divisor of width {width}")
+        let RotaryHead { head_dim, first, .. } = head;
+        check::argument(KERNEL, head_dim > 0 && width.is_multiple_of(head_dim), || {
+            format!("head_dim {head_dim} is zero or no divisor of width {width}")
         })?;
         check::shape(KERNEL, "y", [n, width], y.shape())?;
-        let [table, _] = cos.shape();
-        check::shape(KERNEL, "cos", [table, head_dim / 2], cos.shape())?;
-        check::shape(KERNEL, "sin", [table, head_dim / 2], sin.shape())?;
+        let [table, angles] = cos.shape();
+        check::argument(KERNEL, first + 2 * angles <= head_dim, || {
+            format!("a rotated part of 2·{angles} from {first} on exceeds head_dim {head_dim}")
+        })?;
+        check::shape(KERNEL, "sin", [table, angles], sin.shape())?;
         check::shape(KERNEL, "positions", [1, n], positions.shape())?;
         let positions = Mat::from(positions).vector();
         check::argument(KERNEL, positions.iter().all(|&p| p >= 0), || "a position is negative".to_owned())?;
@@ -61,6 +89,6 @@ impl<T: CpuFloat> Rope<T> for Cpu {
         let tasks = blocks(n, rows_per_piece(width))
             .map(|r| (y.take_rows(r.len()), x.row_range(r.clone()), &positions[r]))
             .collect();
-        self.for_each(tasks, |(y, x, positions)| rotate(y, x, cos, sin, positions, sign))
+        self.for_each(tasks, |(y, x, positions)| rotate(y, x, cos, sin, positions, head, sign))
     }
 }

@@ -4,8 +4,23 @@ use super::Cpu;
 use super::matrix::{Mat, MatMut, blocks};
 use super::parallel::rows_per_piece;
 use crate::check;
-use crate::family::Rows;
+use crate::family::{ColumnBlocks, Rows};
 use crate::{Element, Result, View, ViewMut};
+
+/// An error unless `count` blocks of `width` columns lie within `cols`.
+pub(super) fn check_blocks(
+    kernel: &'static str,
+    what: &'static str,
+    at: ColumnBlocks,
+    count: usize,
+    width: usize,
+    cols: usize,
+) -> Result<()> {
+    let last = count.checked_sub(1).map(|last| at.first + last * at.step + width);
+    check::argument(kernel, last.is_none_or(|end| end <= cols), || {
+        format!("{count} blocks of {width} columns, {at:?}, exceed the {cols} columns of {what}")
+    })
+}
 
 impl<E: Element> Rows<E> for Cpu {
     fn copy_rows(&self, mut y: ViewMut<'_, E, Self>, x: View<'_, E, Self>) -> Result<()> {
@@ -43,6 +58,39 @@ impl<E: Element> Rows<E> for Cpu {
                     y.row(i).fill(E::zeroed());
                 } else {
                     y.row(i).copy_from_slice(x.row(from as usize));
+                }
+            }
+        })
+    }
+
+    fn copy_column_blocks(
+        &self,
+        mut y: ViewMut<'_, E, Self>,
+        y_at: ColumnBlocks,
+        x: View<'_, E, Self>,
+        x_at: ColumnBlocks,
+        count: usize,
+        width: usize,
+    ) -> Result<()> {
+        const KERNEL: &str = "copy_column_blocks";
+        let ([n, y_cols], [_, x_cols]) = (y.shape(), x.shape());
+        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
+        check::argument(KERNEL, count <= 1 || y_at.step >= width, || {
+            format!("blocks of {width} columns overlap in y, {y_at:?}")
+        })?;
+        check_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
+        check_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        let x = Mat::from(x);
+        let mut y = MatMut::from(&mut y);
+        let tasks = blocks(n, rows_per_piece(count * width))
+            .map(|r| (y.take_rows(r.len()), x.row_range(r)))
+            .collect();
+        self.for_each(tasks, |(mut y, x): (MatMut<'_, E>, Mat<'_, E>)| {
+            for (i, x) in x.iter().enumerate() {
+                let y = y.row(i);
+                for b in 0..count {
+                    let (to, from) = (y_at.first + b * y_at.step, x_at.first + b * x_at.step);
+                    y[to..to + width].copy_from_slice(&x[from..from + width]);
                 }
             }
         })

@@ -28,8 +28,10 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key and value heads; divides `heads` (grouped-query attention).
     pub kv_heads: usize,
-    /// Size of a head.
+    /// Size of a head of queries and keys.
     pub head_dim: usize,
+    /// Size of a head of values and outputs; `head_dim` but for multi-head latent attention.
+    pub v_head_dim: usize,
     /// Factor on the scores, `head_dim^−½` as a rule.
     pub scale: f64,
     /// Which keys a query sees.
@@ -42,7 +44,8 @@ pub struct AttentionShape {
 /// log-sum-exp, and [`Attention::attention_backward`] takes the merged output and log-sum-exp, so that both work
 /// block by block (ring attention).
 pub trait Attention<T: Float>: Device {
-    /// `o, q: [q_len · batch, heads · head_dim]`, `k, v: [kv_len · batch, kv_heads · head_dim]`,
+    /// `q: [q_len · batch, heads · head_dim]`, `k: [kv_len · batch, kv_heads · head_dim]`,
+    /// `v: [kv_len · batch, kv_heads · v_head_dim]`, `o: [q_len · batch, heads · v_head_dim]`,
     /// `lse: [q_len · batch, heads]` (natural logarithm; −∞ where a query sees no key, whose output is 0).
     fn attention(
         &self,
@@ -55,14 +58,14 @@ pub trait Attention<T: Float>: Device {
     ) -> Result<()>;
 
     /// Joins a further block into `o` and `lse`: `o = o·exp(lse − l) + o_part·exp(lse_part − l)`, `lse = l`, with
-    /// `l = log(exp(lse) + exp(lse_part))`. `o: [q, heads · head_dim]` is kept in the accumulation type.
+    /// `l = log(exp(lse) + exp(lse_part))`. `o: [q, heads · v_head_dim]` is kept in the accumulation type.
     fn attention_merge(
         &self,
         o: ViewMut<'_, T::Acc, Self>,
         lse: ViewMut<'_, T::Acc, Self>,
         o_part: View<'_, T, Self>,
         lse_part: View<'_, T::Acc, Self>,
-        head_dim: usize,
+        v_head_dim: usize,
     ) -> Result<()>;
 
     /// Overwrites `dq`, `dk`, `dv` with this block's contribution; `o` and `lse` are those over all blocks.

@@ -1,3 +1,4 @@
+use super::ColumnBlocks;
 use crate::{Device, Float, Result, View, ViewMut};
 
 /// Arithmetic on whole matrices.
@@ -24,5 +25,15 @@ pub trait Elementwise<T: Float>: Device {
         y: ViewMut<'_, T, Self>,
         x: View<'_, T, Self>,
         index: View<'_, i32, Self>,
+    ) -> Result<()>;
+
+    /// `y[i, j] = Σ_b x[i, x_at(b) + j]` over `count` blocks `b` of as many columns `j` as `y` has, ascending, summed in
+    /// `T::Acc`, rounded once: backward of a block that was copied beside several.
+    fn sum_column_blocks(
+        &self,
+        y: ViewMut<'_, T, Self>,
+        x: View<'_, T, Self>,
+        x_at: ColumnBlocks,
+        count: usize,
     ) -> Result<()>;
 }

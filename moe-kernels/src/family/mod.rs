@@ -28,6 +28,6 @@ pub use loss::Loss;
 pub use norm::Norm;
 pub use optim::{AdamW, Optim};
 pub use reduce::Reduce;
-pub use rope::{Rope, Rotation};
+pub use rope::{Rope, RotaryHead, RotaryPairs, Rotation};
 pub use routing::{ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
-pub use rows::Rows;
+pub use rows::{ColumnBlocks, Rows};

@@ -1,5 +1,15 @@
 use crate::{Device, Element, Result, View, ViewMut};
 
+/// Blocks of columns of one width, evenly spaced: block `b` starts at column `first + b · step`. With a step of 0 they are
+/// one and the same, to be read only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ColumnBlocks {
+    /// Where block 0 starts.
+    pub first: usize,
+    /// From the start of one to that of the next.
+    pub step: usize,
+}
+
 /// Moving rows.
 pub trait Rows<E: Element>: Device {
     /// `y = x`, shapes equal, strides free.
@@ -11,5 +21,18 @@ pub trait Rows<E: Element>: Device {
         y: ViewMut<'_, E, Self>,
         x: View<'_, E, Self>,
         index: View<'_, i32, Self>,
+    ) -> Result<()>;
+
+    /// `y[i, y_at(b) + j] = x[i, x_at(b) + j]` for each of `count` blocks `b` of `width` columns `j`; the other columns of
+    /// `y` stay as they are. Blocks of `y` must not overlap. What stands in each head goes beside what is common to all
+    /// heads this way.
+    fn copy_column_blocks(
+        &self,
+        y: ViewMut<'_, E, Self>,
+        y_at: ColumnBlocks,
+        x: View<'_, E, Self>,
+        x_at: ColumnBlocks,
+        count: usize,
+        width: usize,
     ) -> Result<()>;
 }

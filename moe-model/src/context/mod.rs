@@ -42,12 +42,25 @@ pub fn positions(seq_len: usize, cp: usize, rank: usize) -> Result<impl Iterator
     Ok(zigzag(cp, rank).into_iter().flat_map(move |chunk| start(chunk)..start(chunk + 1)))
 }
 
+/// The heads of one tensor-parallel rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Heads {
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values; a divisor of those of queries.
+    pub kv_heads: usize,
+    /// Size of a head of queries and keys.
+    pub head_dim: usize,
+    /// Size of a head of values.
+    pub v_head_dim: usize,
+    /// Factor on the scores.
+    pub scale: f64,
+}
+
 /// Causal attention of the heads of one tensor-parallel rank over all ranks of its CP group.
 #[derive(Debug, Clone, Copy)]
 pub struct ContextAttention {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    heads: Heads,
     mask: AttentionMask,
     /// Ranks of an all-to-all.
     ulysses: usize,
@@ -63,29 +76,24 @@ pub struct ContextAttentionSaved<T: Float, D: Device> {
 }
 
 impl ContextAttention {
-    /// `mask` is that of the whole sequence, causal where there is a ring. `heads` and `kv_heads` are those of one tensor-parallel rank. The inner digit of CP, over which they are cut
-    /// further, must divide the heads; and divide the key-value heads or be a multiple of them: then several ranks get
+    /// `mask` is that of the whole sequence, causal where there is a ring. The inner digit of CP, over which heads are cut
+    /// further, must divide them; and divide the key-value heads or be a multiple of them: then several ranks get
     /// the same one, and their gradients are added.
     ///
     /// # Errors
     /// [`Error::Heads`] if they cannot be cut so.
-    pub fn new(
-        heads: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        mask: AttentionMask,
-        folding: &Folding,
-    ) -> Result<Self> {
+    pub fn new(heads: Heads, mask: AttentionMask, folding: &Folding) -> Result<Self> {
         let ulysses = folding.size(Attention::CP_INNER);
+        let Heads { heads: queries, kv_heads, .. } = heads;
         let shared = kv_heads > 0 && ulysses.is_multiple_of(kv_heads);
-        if !heads.is_multiple_of(ulysses) || !(kv_heads.is_multiple_of(ulysses) || shared) {
-            return Err(Error::Heads { heads, kv_heads, ulysses });
+        if !queries.is_multiple_of(ulysses) || !(kv_heads.is_multiple_of(ulysses) || shared) {
+            return Err(Error::Heads { heads: queries, kv_heads, ulysses });
         }
-        Ok(ContextAttention { heads, kv_heads, head_dim, mask, ulysses })
+        Ok(ContextAttention { heads, mask, ulysses })
     }
 
-    /// `q: [n, heads · head_dim]` and `kv: [n, 2 · kv_heads · head_dim]`, keys before values, of this rank's tokens of
-    /// micro-batch `m`; returns `o`, of the shape of `q`.
+    /// `q: [n, heads · head_dim]` and `kv: [n, kv_heads · (head_dim + v_head_dim)]`, keys before values, of this rank's tokens
+    /// of micro-batch `m`; returns `o: [n, heads · v_head_dim]`.
     pub fn forward<T: Float, D: Backend<T>>(
         &self,
         m: u32,
@@ -99,16 +107,14 @@ impl ContextAttention {
             return Ok((o.clone(), ContextAttentionSaved { q, kv, o, lse }));
         }
         let comm = cx.group(Attention::CP_INNER)?;
-        let (queries, keys) = (self.exchange(self.heads), self.exchange(self.kv_heads));
-        let width = kv.shape()[1] / 2;
-        let parts = [kv.columns(0..width)?, kv.columns(width..2 * width)?];
-        let kv = keys.start_to_heads(device, comm, &parts)?;
-        let q = queries.start_to_heads(device, comm, &[q])?;
+        let (queries, keys, outputs) = (self.queries(), self.keys_and_values(), self.outputs());
+        let kv = keys.start_to_heads(device, comm, self.split(&kv)?)?;
+        let q = queries.start_to_heads(device, comm, [q])?;
         let kv = keys.finish_to_heads(device, &kv.wait()?)?;
         let q = queries.finish_to_heads(device, &q.wait()?)?;
         let (o, lse) = ring.forward(&q, &kv)?;
-        let own = queries.start_to_rows(device, comm, std::slice::from_ref(&o))?;
-        Ok((queries.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { q, kv, o, lse }))
+        let own = outputs.start_to_rows(device, comm, [o.clone()])?;
+        Ok((outputs.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { q, kv, o, lse }))
     }
 
     /// The gradients of queries, keys and values.
@@ -125,20 +131,35 @@ impl ContextAttention {
             return ring.backward(&d_o, &q, &kv, &o, &lse);
         }
         let comm = cx.group(Attention::CP_INNER)?;
-        let (queries, keys) = (self.exchange(self.heads), self.exchange(self.kv_heads));
-        let d_o = queries.start_to_heads(device, comm, &[d_o])?;
-        let d_o = queries.finish_to_heads(device, &d_o.wait()?)?;
+        let (queries, keys, outputs) = (self.queries(), self.keys_and_values(), self.outputs());
+        let d_o = outputs.start_to_heads(device, comm, [d_o])?;
+        let d_o = outputs.finish_to_heads(device, &d_o.wait()?)?;
         let [dq, dk, dv] = ring.backward(&d_o, &q, &kv, &o, &lse)?;
-        let dkv = keys.start_to_rows(device, comm, &[dk, dv])?;
-        let dq = queries.start_to_rows(device, comm, &[dq])?;
+        let dkv = keys.start_to_rows(device, comm, [dk, dv])?;
+        let dq = queries.start_to_rows(device, comm, [dq])?;
         let dkv = keys.finish_to_rows(device, &dkv.wait()?)?;
         let dq = queries.finish_to_rows(device, &dq.wait()?)?;
-        let width = dkv.shape()[1] / 2;
-        Ok([dq, dkv.columns(0..width)?, dkv.columns(width..2 * width)?])
+        let [dk, dv] = self.split(&dkv)?;
+        Ok([dq, dk, dv])
     }
 
-    fn exchange(&self, heads: usize) -> Exchange {
-        Exchange { ranks: self.ulysses, heads, head_dim: self.head_dim }
+    /// Keys, and values.
+    fn split<T: Float, D: Device>(&self, kv: &Tensor<T, D>) -> Result<[Tensor<T, D>; 2]> {
+        let (keys, all) = (self.heads.kv_heads * self.heads.head_dim, kv.shape()[1]);
+        Ok([kv.columns(0..keys)?, kv.columns(keys..all)?])
+    }
+
+    fn queries(&self) -> Exchange<1> {
+        Exchange { ranks: self.ulysses, heads: self.heads.heads, head_dims: [self.heads.head_dim] }
+    }
+
+    fn outputs(&self) -> Exchange<1> {
+        Exchange { ranks: self.ulysses, heads: self.heads.heads, head_dims: [self.heads.v_head_dim] }
+    }
+
+    fn keys_and_values(&self) -> Exchange<2> {
+        let Heads { kv_heads, head_dim, v_head_dim, .. } = self.heads;
+        Exchange { ranks: self.ulysses, heads: kv_heads, head_dims: [head_dim, v_head_dim] }
     }
 
     fn ring<'a, T: Float, D: Backend<T>>(&self, m: u32, cx: &'a Cx<T, D>) -> Result<Ring<'a, D>> {
@@ -148,10 +169,11 @@ impl ContextAttention {
             batch: batch.batch,
             q_len: len,
             kv_len: len,
-            heads: self.heads / self.ulysses,
-            kv_heads: self.kv_heads.div_ceil(self.ulysses),
-            head_dim: self.head_dim,
-            scale: (self.head_dim as f64).sqrt().recip(),
+            heads: self.heads.heads / self.ulysses,
+            kv_heads: self.heads.kv_heads.div_ceil(self.ulysses),
+            head_dim: self.heads.head_dim,
+            v_head_dim: self.heads.v_head_dim,
+            scale: self.heads.scale,
             mask: self.mask,
         };
         Ok(Ring { comm: cx.group(Attention::CP_OUTER)?, device: &cx.device, shape })

@@ -100,6 +100,13 @@ impl<D: Device> Ring<'_, D> {
         positions.start * self.shape.batch..positions.end * self.shape.batch
     }
 
+    /// Where keys, and values, stand in `kv`.
+    fn columns(&self) -> [Range<usize>; 2] {
+        let AttentionShape { kv_heads, head_dim, v_head_dim, .. } = self.shape;
+        let keys = kv_heads * head_dim;
+        [0..keys, keys..keys + kv_heads * v_head_dim]
+    }
+
     fn block_shape(&self, block: &Block) -> AttentionShape {
         let (q_len, kv_len) = (block.queries.len(), block.keys.len());
         AttentionShape { q_len, kv_len, mask: block.mask, ..self.shape }
@@ -112,16 +119,17 @@ impl<D: Device> Ring<'_, D> {
     {
         let q = q.view().rows(self.rows(&block.queries))?;
         let kv = kv.view().rows(self.rows(&block.keys))?;
-        let [n, width] = q.shape();
-        let kv_width = kv.shape()[1] / 2;
-        let mut o = Tensor::uninit(self.device, n, width)?;
-        let mut lse = Tensor::uninit(self.device, n, self.shape.heads)?;
-        let (k, v) = (kv.columns(0..kv_width)?, kv.columns(kv_width..2 * kv_width)?);
+        let (n, heads) = (q.shape()[0], self.shape.heads);
+        let mut o = Tensor::uninit(self.device, n, heads * self.shape.v_head_dim)?;
+        let mut lse = Tensor::uninit(self.device, n, heads)?;
+        let [keys, values] = self.columns();
+        let (k, v) = (kv.columns(keys)?, kv.columns(values)?);
         self.device.attention(o.view_mut()?, lse.view_mut()?, q, k, v, &self.block_shape(block))?;
         Ok((o, lse))
     }
 
-    /// `q: [n, heads · head_dim]`, `kv: [n, 2 · kv_heads · head_dim]`; returns `o` and the log-sum-exp over all keys.
+    /// `q: [n, heads · head_dim]`, `kv: [n, kv_heads · (head_dim + v_head_dim)]`; returns `o: [n, heads · v_head_dim]` and the
+    /// log-sum-exp over all keys.
     pub fn forward<T: Float>(&self, q: &Tensor<T, D>, kv: &Tensor<T, D>) -> Result<Attended<T, D>>
     where
         D: Attention<T> + Elementwise<T>,
@@ -144,7 +152,7 @@ impl<D: Device> Ring<'_, D> {
                 lse.view_mut()?.rows(rows)?,
                 part.view(),
                 part_lse.view(),
-                self.shape.head_dim,
+                self.shape.v_head_dim,
             )?;
             step += 1;
         }
@@ -170,11 +178,11 @@ impl<D: Device> Ring<'_, D> {
         if incoming.is_none() {
             return Ok([own_dq, own_dk, own_dv]);
         }
-        let kv_width = kv.shape()[1] / 2;
+        let [k_columns, v_columns] = self.columns();
         let mut dq = self.widened(&own_dq)?;
-        let mut dkv = Tensor::uninit(self.device, kv.shape()[0], 2 * kv_width)?;
-        self.device.widen(dkv.view_mut()?.columns(0..kv_width)?, own_dk.view())?;
-        self.device.widen(dkv.view_mut()?.columns(kv_width..2 * kv_width)?, own_dv.view())?;
+        let mut dkv = Tensor::uninit(self.device, kv.shape()[0], kv.shape()[1])?;
+        self.device.widen(dkv.view_mut()?.columns(k_columns.clone())?, own_dk.view())?;
+        self.device.widen(dkv.view_mut()?.columns(v_columns.clone())?, own_dv.view())?;
         let mut behind = self.pass_on(&dkv, Cargo::TheirGradients, 1)?;
         let mut step = 1;
         while let Some(transfer) = incoming {
@@ -185,13 +193,13 @@ impl<D: Device> Ring<'_, D> {
             self.add(dq.view_mut()?.rows(self.rows(&block.queries))?, &part_dq)?;
             let mut dkv = behind.wait()?;
             let keys = self.rows(&block.keys);
-            self.add(dkv.view_mut()?.rows(keys.clone())?.columns(0..kv_width)?, &part_dk)?;
-            self.add(dkv.view_mut()?.rows(keys)?.columns(kv_width..2 * kv_width)?, &part_dv)?;
+            self.add(dkv.view_mut()?.rows(keys.clone())?.columns(k_columns.clone())?, &part_dk)?;
+            self.add(dkv.view_mut()?.rows(keys)?.columns(v_columns.clone())?, &part_dv)?;
             step += 1;
             behind = self.pass_on(&dkv, Cargo::TheirGradients, step)?;
         }
         let dkv = self.narrowed(&behind.wait()?)?;
-        let (dk, dv) = (dkv.columns(0..kv_width)?, dkv.columns(kv_width..2 * kv_width)?);
+        let (dk, dv) = (dkv.columns(k_columns)?, dkv.columns(v_columns)?);
         Ok([self.narrowed(&dq)?, dk, dv])
     }
 
@@ -210,18 +218,18 @@ impl<D: Device> Ring<'_, D> {
     {
         let queries = self.rows(&block.queries);
         let kv = kv.view().rows(self.rows(&block.keys))?;
-        let (keys, kv_width) = (kv.shape()[0], kv.shape()[1] / 2);
+        let ([k_columns, v_columns], keys) = (self.columns(), kv.shape()[0]);
         let mut dq = Tensor::uninit(self.device, queries.len(), q.shape()[1])?;
-        let mut dk = Tensor::uninit(self.device, keys, kv_width)?;
-        let mut dv = Tensor::uninit(self.device, keys, kv_width)?;
+        let mut dk = Tensor::uninit(self.device, keys, k_columns.len())?;
+        let mut dv = Tensor::uninit(self.device, keys, v_columns.len())?;
         self.device.attention_backward(
             dq.view_mut()?,
             dk.view_mut()?,
             dv.view_mut()?,
             d_o.view().rows(queries.clone())?,
             q.view().rows(queries.clone())?,
-            kv.columns(0..kv_width)?,
-            kv.columns(kv_width..2 * kv_width)?,
+            kv.columns(k_columns)?,
+            kv.columns(v_columns)?,
             o.view().rows(queries.clone())?,
             lse.view().rows(queries)?,
             &self.block_shape(block),

@@ -34,6 +34,7 @@ fn blocks_are_the_causal_mask_and_the_same_work_for_all() {
             heads: 1,
             kv_heads: 1,
             head_dim: 1,
+            v_head_dim: 1,
             scale: 1.0,
             mask: AttentionMask::Causal,
         };

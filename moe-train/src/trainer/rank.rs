@@ -43,8 +43,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
         let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
-        let rope =
-            RopeTable::new(&device, setup.sequence_length, setup.model.head_dim(), setup.model.rope_theta)?;
+        let rope = RopeTable::of(&device, &setup.model, setup.sequence_length)?;
         let objective = Objective {
             micro_batches: setup.micro_batches(),
             sequences: setup.global_batch_size,

@@ -16,20 +16,21 @@ pub(super) struct HeadGradient<T> {
     dv: Vec<T>,
     keys: usize,
     dim: usize,
+    v_dim: usize,
     scale: T,
     mask: AttentionMask,
 }
 
 impl<T: CpuFloat> HeadGradient<T> {
     pub(super) fn new(k: Mat<'_, T>, v: Mat<'_, T>, scale: T, mask: AttentionMask) -> Self {
-        let (keys, dim) = (k.rows(), k.cols());
-        let zeros = vec![T::ZERO; keys * dim];
-        HeadGradient { k: k.packed(), v: v.packed(), dk: zeros.clone(), dv: zeros, keys, dim, scale, mask }
+        let (keys, dim, v_dim) = (k.rows(), k.cols(), v.cols());
+        let [dk, dv] = [dim, v_dim].map(|dim| vec![T::ZERO; keys * dim]);
+        HeadGradient { k: k.packed(), v: v.packed(), dk, dv, keys, dim, v_dim, scale, mask }
     }
 
     /// Writes `dk` and `dv`.
     pub(super) fn finish(self, mut dk: Head<'_, T>, mut dv: Head<'_, T>) {
-        for (i, (k, v)) in self.dk.chunks_exact(self.dim).zip(self.dv.chunks_exact(self.dim)).enumerate() {
+        for (i, (k, v)) in self.dk.chunks_exact(self.dim).zip(self.dv.chunks_exact(self.v_dim)).enumerate() {
             dk.row(i).copy_from_slice(k);
             dv.row(i).copy_from_slice(v);
         }
@@ -45,22 +46,22 @@ impl<T: CpuFloat> HeadGradient<T> {
         o: Mat<'_, T>,
         lse: Mat<'_, T>,
     ) {
-        let dim = self.dim;
+        let (dim, v_dim) = (self.dim, self.v_dim);
         let (mut tile, mut dtile) = (vec![T::ZERO; TILE * TILE], vec![T::ZERO; TILE * TILE]);
         let mut dq_tile = vec![T::ZERO; TILE * dim];
         for queries in blocks(q.rows(), TILE) {
             let n = queries.len();
             let (q, d_o) = (q.row_range(queries.clone()).packed(), d_o.row_range(queries.clone()).packed());
-            let (q, d_o) = (Mat::new(&q, n, dim), Mat::new(&d_o, n, dim));
+            let (q, d_o) = (Mat::new(&q, n, dim), Mat::new(&d_o, n, v_dim));
             let lse = lse.row_range(queries.clone()).packed();
             let mut delta = [T::ZERO; TILE];
             row_dots(&mut delta[..n], d_o, o.row_range(queries.clone()));
             dq_tile.fill(T::ZERO);
             for keys in blocks(self.keys, TILE).filter(|keys| meets(self.mask, &queries, keys)) {
                 let cols = keys.len();
-                let part = keys.start * dim..keys.end * dim;
-                let k = Mat::new(&self.k[part.clone()], cols, dim).faer();
-                let v = Mat::new(&self.v[part.clone()], cols, dim).faer();
+                let [k_part, v_part] = [dim, v_dim].map(|dim| keys.start * dim..keys.end * dim);
+                let k = Mat::new(&self.k[k_part.clone()], cols, dim).faer();
+                let v = Mat::new(&self.v[v_part.clone()], cols, v_dim).faer();
                 T::matmul(
                     MatMut::new(&mut tile, n, cols).faer(),
                     Accum::Replace,
@@ -86,9 +87,9 @@ impl<T: CpuFloat> HeadGradient<T> {
                     keys,
                 );
                 let (p, ds) = (Mat::new(&tile, n, cols).faer(), Mat::new(&dtile, n, cols).faer());
-                let dv = MatMut::new(&mut self.dv[part.clone()], cols, dim).faer();
+                let dv = MatMut::new(&mut self.dv[v_part], cols, v_dim).faer();
                 T::matmul(dv, Accum::Add, p.transpose(), d_o.faer(), T::ONE);
-                let dk = MatMut::new(&mut self.dk[part], cols, dim).faer();
+                let dk = MatMut::new(&mut self.dk[k_part], cols, dim).faer();
                 T::matmul(dk, Accum::Add, ds.transpose(), q.faer(), T::ONE);
                 T::matmul(MatMut::new(&mut dq_tile, n, dim).faer(), Accum::Add, ds, k, T::ONE);
             }

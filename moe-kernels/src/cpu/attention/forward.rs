@@ -18,10 +18,10 @@ pub(super) fn forward_head<T: CpuFloat>(
     scale: T,
     mask: AttentionMask,
 ) {
-    let dim = q.cols();
+    let (dim, v_dim) = (q.cols(), v.cols());
     let (k_packed, v_packed) = (k.packed(), v.packed());
-    let (k, v) = (Mat::new(&k_packed, k.rows(), dim), Mat::new(&v_packed, v.rows(), dim));
-    let (mut scores, mut acc) = (vec![T::ZERO; TILE * TILE], vec![T::ZERO; TILE * dim]);
+    let (k, v) = (Mat::new(&k_packed, k.rows(), dim), Mat::new(&v_packed, v.rows(), v_dim));
+    let (mut scores, mut acc) = (vec![T::ZERO; TILE * TILE], vec![T::ZERO; TILE * v_dim]);
     for queries in blocks(q.rows(), TILE) {
         let n = queries.len();
         let q = q.row_range(queries.clone()).packed();
@@ -40,13 +40,21 @@ pub(super) fn forward_head<T: CpuFloat>(
                 scale,
             );
             let tile = MatMut::new(scores, n, cols);
-            softmax_step(tile, &mut max, &mut sum, MatMut::new(&mut acc, n, dim), mask, queries.start, keys);
+            softmax_step(
+                tile,
+                &mut max,
+                &mut sum,
+                MatMut::new(&mut acc, n, v_dim),
+                mask,
+                queries.start,
+                keys,
+            );
             let p = Mat::new(scores, n, cols).faer();
-            T::matmul(MatMut::new(&mut acc, n, dim).faer(), Accum::Add, p, v.faer(), T::ONE);
+            T::matmul(MatMut::new(&mut acc, n, v_dim).faer(), Accum::Add, p, v.faer(), T::ONE);
         }
-        normalise(MatMut::new(&mut acc, n, dim), &sum[..n]);
+        normalise(MatMut::new(&mut acc, n, v_dim), &sum[..n]);
         for (i, query) in queries.enumerate() {
-            o.row(query).copy_from_slice(&acc[i * dim..][..dim]);
+            o.row(query).copy_from_slice(&acc[i * v_dim..][..v_dim]);
             lse.row(query)[0] = if sum[i] == T::ZERO { T::NEG_INFINITY } else { max[i] + sum[i].ln() };
         }
     }

@@ -48,27 +48,40 @@ fn head<'a, T>(m: Mat<'a, T>, batch: usize, sequence: usize, head: usize, dim: u
     m.col_range(head * dim..(head + 1) * dim).every(sequence, batch, len)
 }
 
+/// An operand's name and shape.
+type Named = (&'static str, [usize; 2]);
+
 /// Shapes of the operands; names the kernel in errors.
 fn check_shapes(
     kernel: &'static str,
     s: &AttentionShape,
-    queries: &[(&'static str, [usize; 2])],
-    keys: &[(&'static str, [usize; 2])],
+    queries: &[Named],
+    keys: &[Named],
+    outputs: &[Named],
+    values: &[Named],
     lse: [usize; 2],
 ) -> Result<()> {
-    check::argument(kernel, s.batch > 0 && s.head_dim > 0 && s.kv_heads > 0, || {
-        format!("batch {}, head_dim {} and kv_heads {} must be positive", s.batch, s.head_dim, s.kv_heads)
+    let AttentionShape { batch, head_dim, v_head_dim, kv_heads, .. } = *s;
+    check::argument(kernel, batch > 0 && head_dim > 0 && v_head_dim > 0 && kv_heads > 0, || {
+        format!(
+            "batch {batch}, head_dim {head_dim}, v_head_dim {v_head_dim} and kv_heads {kv_heads} must be positive"
+        )
     })?;
     check::argument(kernel, s.heads.is_multiple_of(s.kv_heads), || {
         format!("kv_heads {} does not divide heads {}", s.kv_heads, s.heads)
     })?;
     let sees = s.mask != AttentionMask::SlidingWindow { window: 0 };
     check::argument(kernel, sees, || "a window of 0 keys".to_owned())?;
-    for &(what, got) in queries {
-        check::shape(kernel, what, [s.q_len * s.batch, s.heads * s.head_dim], got)?;
-    }
-    for &(what, got) in keys {
-        check::shape(kernel, what, [s.kv_len * s.batch, s.kv_heads * s.head_dim], got)?;
+    let (q_rows, kv_rows) = (s.q_len * batch, s.kv_len * batch);
+    for (operands, expected) in [
+        (queries, [q_rows, s.heads * head_dim]),
+        (keys, [kv_rows, kv_heads * head_dim]),
+        (outputs, [q_rows, s.heads * v_head_dim]),
+        (values, [kv_rows, kv_heads * v_head_dim]),
+    ] {
+        for &(what, got) in operands {
+            check::shape(kernel, what, expected, got)?;
+        }
     }
     check::shape(kernel, "lse", [s.q_len * s.batch, s.heads], lse)
 }
@@ -84,17 +97,18 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         shape: &AttentionShape,
     ) -> Result<()> {
         let s = *shape;
-        let keys = [("k", k.shape()), ("v", v.shape())];
-        check_shapes("attention", &s, &[("o", o.shape()), ("q", q.shape())], &keys, lse.shape())?;
+        let [q_shape, k_shape] = [[("q", q.shape())], [("k", k.shape())]];
+        let [o_shape, v_shape] = [[("o", o.shape())], [("v", v.shape())]];
+        check_shapes("attention", &s, &q_shape, &k_shape, &o_shape, &v_shape, lse.shape())?;
         let (q, k, v) = (Mat::from(q), Mat::from(k), Mat::from(v));
-        let o = MatMut::from(&mut o).heads(s.batch, s.head_dim);
+        let o = MatMut::from(&mut o).heads(s.batch, s.v_head_dim);
         let lse = MatMut::from(&mut lse).heads(s.batch, 1);
         let tasks = o.into_iter().zip(lse).enumerate().collect();
         self.for_each(tasks, |(task, (o, lse))| {
             let (b, h) = (task / s.heads, task % s.heads);
             let kv = h / (s.heads / s.kv_heads);
             let q = head(q, s.batch, b, h, s.head_dim);
-            let (k, v) = (head(k, s.batch, b, kv, s.head_dim), head(v, s.batch, b, kv, s.head_dim));
+            let (k, v) = (head(k, s.batch, b, kv, s.head_dim), head(v, s.batch, b, kv, s.v_head_dim));
             forward_head(o, lse, q, k, v, T::from_f64(s.scale), s.mask);
         })
     }
@@ -105,24 +119,24 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         mut lse: ViewMut<'_, T, Self>,
         o_part: View<'_, T, Self>,
         lse_part: View<'_, T, Self>,
-        head_dim: usize,
+        v_head_dim: usize,
     ) -> Result<()> {
         const KERNEL: &str = "attention_merge";
         let [n, heads] = lse.shape();
-        check::argument(KERNEL, head_dim > 0, || "head_dim is 0".to_owned())?;
-        check::shape(KERNEL, "o", [n, heads * head_dim], o.shape())?;
-        check::shape(KERNEL, "o_part", [n, heads * head_dim], o_part.shape())?;
+        check::argument(KERNEL, v_head_dim > 0, || "v_head_dim is 0".to_owned())?;
+        check::shape(KERNEL, "o", [n, heads * v_head_dim], o.shape())?;
+        check::shape(KERNEL, "o_part", [n, heads * v_head_dim], o_part.shape())?;
         check::shape(KERNEL, "lse_part", [n, heads], lse_part.shape())?;
         let (o_part, lse_part) = (Mat::from(o_part), Mat::from(lse_part));
         let (mut o, mut lse) = (MatMut::from(&mut o), MatMut::from(&mut lse));
-        let tasks = blocks(n, rows_per_piece(heads * head_dim))
+        let tasks = blocks(n, rows_per_piece(heads * v_head_dim))
             .map(|r| {
                 let outputs = (o.take_rows(r.len()), lse.take_rows(r.len()));
                 (outputs, o_part.row_range(r.clone()), lse_part.row_range(r))
             })
             .collect();
         self.for_each(tasks, |((o, lse), o_part, lse_part)| {
-            softmax::merge(o, lse, o_part, lse_part, head_dim)
+            softmax::merge(o, lse, o_part, lse_part, v_head_dim)
         })
     }
 
@@ -140,25 +154,28 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         shape: &AttentionShape,
     ) -> Result<()> {
         let s = *shape;
-        let queries = [("dq", dq.shape()), ("d_o", d_o.shape()), ("q", q.shape()), ("o", o.shape())];
-        let keys = [("dk", dk.shape()), ("dv", dv.shape()), ("k", k.shape()), ("v", v.shape())];
-        check_shapes("attention_backward", &s, &queries, &keys, lse.shape())?;
+        let queries = [("dq", dq.shape()), ("q", q.shape())];
+        let keys = [("dk", dk.shape()), ("k", k.shape())];
+        let outputs = [("d_o", d_o.shape()), ("o", o.shape())];
+        let values = [("dv", dv.shape()), ("v", v.shape())];
+        check_shapes("attention_backward", &s, &queries, &keys, &outputs, &values, lse.shape())?;
         let group = s.heads / s.kv_heads;
         let (d_o, q, k, v) = (Mat::from(d_o), Mat::from(q), Mat::from(k), Mat::from(v));
         let (o, lse) = (Mat::from(o), Mat::from(lse));
         // A task owns one head of keys and values and the query heads that read it.
         let dq = MatMut::from(&mut dq).heads(s.batch, group * s.head_dim);
         let dk = MatMut::from(&mut dk).heads(s.batch, s.head_dim);
-        let dv = MatMut::from(&mut dv).heads(s.batch, s.head_dim);
+        let dv = MatMut::from(&mut dv).heads(s.batch, s.v_head_dim);
         let tasks = dq.into_iter().zip(dk).zip(dv).enumerate().collect();
         self.for_each(tasks, |(task, ((mut dq, dk), dv))| {
             let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
             let of = |m, h| head(m, s.batch, b, h, s.head_dim);
-            let mut grad = HeadGradient::new(of(k, kv), of(v, kv), T::from_f64(s.scale), s.mask);
+            let of_value = |m, h| head(m, s.batch, b, h, s.v_head_dim);
+            let mut grad = HeadGradient::new(of(k, kv), of_value(v, kv), T::from_f64(s.scale), s.mask);
             for g in 0..group {
                 let h = kv * group + g;
                 let lse = head(lse, s.batch, b, h, 1);
-                grad.add(&mut dq, g * s.head_dim, of(d_o, h), of(q, h), of(o, h), lse);
+                grad.add(&mut dq, g * s.head_dim, of_value(d_o, h), of(q, h), of_value(o, h), lse);
             }
             grad.finish(dk, dv);
         })
