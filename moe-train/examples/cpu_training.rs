@@ -49,6 +49,7 @@ fn time(
         dispatcher: DispatcherKind::AllToAll,
         seed: 0,
         global_batch_size: BATCH,
+        rampup_batch_size: None,
         micro_batch_size,
         sequence_length: SEQUENCE,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },

@@ -241,6 +241,40 @@ fn a_run_writes_metrics_checkpoints_and_a_sample() {
 }
 
 #[test]
+fn a_batch_that_grows_goes_on_from_the_middle_of_its_ramp() {
+    let place = Place::new();
+    let ramp =
+        |samples| format!("train.rampup_batch_size={{ start = 2, increment = 2, samples = {samples} }}");
+    let train = |more: &[&str], samples: usize| place.train(&[more, &["--set", &ramp(samples)]].concat());
+    train(&["--set", "train.output=whole"], 5).ok();
+    let steps = |run| {
+        let lines = place.timeless(run);
+        lines.into_iter().filter(|line| line.get("loss").is_some()).collect::<Vec<_>>()
+    };
+    let whole = steps("whole");
+    let tokens: Vec<_> = whole.iter().map(|line| line["tokens"].as_u64().unwrap()).collect();
+    assert_eq!(tokens, [2, 4, 6, 10, 14, 18].map(|sequences| sequences * 32));
+
+    train(&["--set", "train.steps=2"], 5).ok();
+    let before = place.hashes();
+    for (said, parts) in [
+        (train(&["--resume"], 6), ["samples = 5 }", "samples = 6 } now"]),
+        (place.train(&["--resume"]), ["samples = 5 }", "unset now"]),
+    ] {
+        said.refused(
+            2,
+            &[&["train.rampup_batch_size was { start = 2, increment = 2, "], &parts[..]].concat(),
+        );
+    }
+    // Single sequences cannot be dealt to two data-parallel ranks.
+    let refused = train(&["--resume", "--set", "parallel.tp=1"], 5);
+    refused.refused(2, &["[train] rampup_batch_size: start", "2 % (2·2 = 4) = 2", "the nearest: 4"]);
+    assert_eq!(place.hashes(), before);
+    train(&["--resume"], 5).ok();
+    assert_eq!(steps("run"), whole);
+}
+
+#[test]
 fn topology_prints_the_groups_of_megatron() {
     let place = Place::new();
     let arguments = "topology --world-size 128 --tp 2 --cp 1 --pp 8 --ep 8 --etp 1 --format json";

@@ -140,7 +140,7 @@ fn evaluation_goes_through_the_same_stages() {
 #[test]
 fn too_few_micro_batches_are_refused() {
     let setup = Setup { global_batch_size: 5, ..case((1, 1, 2, 1, 1), Even(2), None) };
-    let error = setup.training_program().unwrap_err().to_string();
+    let error = setup.training_program(5).unwrap_err().to_string();
     assert!(error.ends_with("the nearest numbers of micro-batches: 4, 6; or one group of 5"), "{error}");
-    assert!(Setup { micro_batch_group_size: Some(5), ..setup }.training_program().is_ok());
+    assert!(Setup { micro_batch_group_size: Some(5), ..setup }.training_program(5).is_ok());
 }

@@ -2,6 +2,7 @@
 
 use moe_model::config::ConfigError as ModelError;
 
+use crate::data::RampUpError;
 use crate::durable::IoError;
 use crate::optim::GroupError;
 
@@ -76,6 +77,9 @@ pub enum ConfigError {
         /// What to do instead.
         fix: &'static str,
     },
+    /// The batch does not grow as asked.
+    #[error("[train] rampup_batch_size: {0}")]
+    RampUp(#[from] RampUpError),
     /// The model's fields do not fit together.
     #[error("[model] {0}")]
     Model(#[from] ModelError),

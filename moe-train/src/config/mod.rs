@@ -240,9 +240,15 @@ impl RunConfig {
         if let Some(group) = group {
             require("parallel.micro_batch_group_size", group, vpp > 1, "left out where parallel.vpp = 1")?;
         }
-        let TrainConfig { global_batch_size, micro_batch_size, .. } = self.train;
-        let micro_batches = global_batch_size / (micro_batch_size * folding.size(Attention::DP));
-        interleaved_1f1b(pp as u32, vpp as u32, micro_batches as u32, group.map(|group| group as u32))?;
+        let TrainConfig { rampup_batch_size, micro_batch_size, .. } = self.train;
+        let dp = folding.size(Attention::DP);
+        if let Some(ramp_up) = rampup_batch_size {
+            ramp_up.check_deal(micro_batch_size, dp)?;
+        }
+        for sequences in self.train.batch_sizes()?.sizes() {
+            let micro_batches = sequences / (micro_batch_size * dp);
+            interleaved_1f1b(pp as u32, vpp as u32, micro_batches as u32, group.map(|group| group as u32))?;
+        }
         Ok(())
     }
 

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
+use super::ConfigError;
+use crate::data::{BatchSizes, RampUp};
 use crate::optim::ParamGroup;
 use crate::schedule::DecayStyle;
 
@@ -91,6 +93,10 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Sequences of a step over all ranks, G.
     pub global_batch_size: usize,
+    /// Smaller steps at the start, as in `{ start = 8, increment = 8, samples = 1000 }`: from 8 sequences by 8 to G, reached
+    /// after 1000. All multiples of `micro_batch_size`·dp.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rampup_batch_size: Option<RampUp>,
     /// Sequences that go through the model together, b.
     #[serde(default = "one")]
     pub micro_batch_size: usize,
@@ -125,6 +131,14 @@ pub struct TrainConfig {
 }
 
 impl TrainConfig {
+    /// Sequences of every step.
+    ///
+    /// # Errors
+    /// The ramp-up does not lead to `global_batch_size`.
+    pub fn batch_sizes(&self) -> Result<BatchSizes, ConfigError> {
+        Ok(BatchSizes::new(self.global_batch_size, self.rampup_batch_size)?)
+    }
+
     /// Steps in a row whose loss or gradient may be not finite.
     pub fn non_finite_limit(&self) -> u64 {
         match self.non_finite {

@@ -348,3 +348,41 @@ fn a_file_that_is_missing_is_named() {
     let error = RunConfig::load(Path::new("no/such.toml"), &[] as &[&str]).unwrap_err().to_string();
     assert!(error.starts_with("cannot read no/such.toml: "), "{error}");
 }
+
+#[test]
+fn a_batch_that_grows_fits_the_folding_at_every_step() {
+    let ramp = |start: usize, increment: usize, samples: u64| {
+        format!("train.rampup_batch_size={{ start = {start}, increment = {increment}, samples = {samples} }}")
+    };
+    // DP 2, micro-batches of 2 sequences.
+    let config = with(&["train.global_batch_size=16", &ramp(4, 4, 20)]).unwrap();
+    assert_eq!(config.train.batch_sizes().unwrap().sizes().collect::<Vec<_>>(), [4, 8, 12, 16]);
+    let text = config.to_toml().unwrap();
+    assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+    assert_eq!(with(&[]).unwrap().train.batch_sizes().unwrap().sizes().collect::<Vec<_>>(), [8]);
+
+    let refused = |overrides: &[&str], text: &str| {
+        let error = refusal(overrides);
+        assert!(error.starts_with(text), "{overrides:?}: {error}");
+    };
+    let at = "[train] rampup_batch_size: ";
+    refused(&[&ramp(0, 4, 9)], &format!("{at}start = 0, but it must be at least 1"));
+    refused(&[&ramp(8, 4, 9)], &format!("{at}start = 8, but it must be below global_batch_size = 8"));
+    refused(
+        &["train.global_batch_size=16", &ramp(4, 8, 9)],
+        &format!("{at}global_batch_size - start must be a multiple of increment, but (16 - 4) % 8 = 4"),
+    );
+    refused(
+        &["train.global_batch_size=16", &ramp(2, 2, 9)],
+        &format!(
+            "{at}start must be a multiple of micro_batch_size·dp, but 2 % (2·2 = 4) = 2; the nearest: 4"
+        ),
+    );
+    // Two virtual stages take no single micro-batch.
+    refused(
+        &["parallel.vpp=2", "train.global_batch_size=16", &ramp(4, 4, 9)],
+        "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches",
+    );
+    let unknown = "train.rampup_batch_size={ start = 4, increment = 4, sample = 9 }";
+    refused(&[unknown], "[train] rampup_batch_size: unknown field `sample`");
+}

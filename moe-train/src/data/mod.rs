@@ -4,6 +4,7 @@
 //! on, one of held-out documents. A [`Dataset`] reads a token file as samples of `S + 1` tokens; a [`Sampler`] says which
 //! samples make up which micro-batch of which step. Both know nothing of the mapping.
 
+mod batch_sizes;
 mod dataset;
 mod entropy;
 mod error;
@@ -13,6 +14,7 @@ mod sampler;
 pub mod token_file;
 mod tokenizer;
 
+pub use batch_sizes::{BatchSizes, RampUp, RampUpError};
 pub use dataset::Dataset;
 pub use entropy::unigram_entropy;
 pub use error::DataError;

@@ -2,30 +2,29 @@
 
 use std::ops::Range;
 
-use super::Permutation;
+use super::{BatchSizes, Permutation};
 
 /// The order of samples, by a global index `g` from 0 that is all the state there is.
 ///
-/// Index `g` is sample `π(seed, q)(g mod n)` of epoch `q = ⌊g/n⌋`. Step `t` (from 1) uses `g = (t−1)G … tG−1`; its
+/// Index `g` is sample `π(seed, q)(g mod n)` of epoch `q = ⌊g/n⌋`. Step `t` (from 1) uses the next `G_t` indices; its
 /// micro-batch `u` the sequences `ub … ub+b−1` of these. Data-parallel rank `d` of DP runs `u = j·DP + d`, `j` ascending.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sampler {
     seed: u64,
     samples: u64,
-    global_batch_size: u64,
+    batch_sizes: BatchSizes,
     micro_batch_size: u64,
 }
 
 impl Sampler {
-    /// For `samples` samples per epoch, G `global_batch_size` and b `micro_batch_size`, a divisor of G. None is 0.
-    pub fn new(seed: u64, samples: u64, global_batch_size: usize, micro_batch_size: usize) -> Self {
-        let (global_batch_size, micro_batch_size) = (global_batch_size as u64, micro_batch_size as u64);
-        Sampler { seed, samples, global_batch_size, micro_batch_size }
+    /// For `samples` samples per epoch and b `micro_batch_size`, a divisor of every batch size. None is 0.
+    pub fn new(seed: u64, samples: u64, batch_sizes: BatchSizes, micro_batch_size: usize) -> Self {
+        Sampler { seed, samples, batch_sizes, micro_batch_size: micro_batch_size as u64 }
     }
 
     /// The first global index of a step, from 1: the cursor before it.
     pub fn cursor(&self, step: u64) -> u64 {
-        step.saturating_sub(1) * self.global_batch_size
+        self.batch_sizes.cursor(step)
     }
 
     /// The global indices of micro-batch `u` of a step.
@@ -44,16 +43,21 @@ impl Sampler {
         self.indices(step, u).map(|g| self.sample(g))
     }
 
-    /// The micro-batches that data-parallel rank `d` of `dp` runs, ascending; the same for every step.
-    pub fn of_rank(&self, d: usize, dp: usize) -> impl Iterator<Item = usize> + use<> {
-        let count = (self.global_batch_size / self.micro_batch_size) as usize;
+    /// The micro-batches of a step that data-parallel rank `d` of `dp` runs, ascending.
+    pub fn of_rank(&self, step: u64, d: usize, dp: usize) -> impl Iterator<Item = usize> + use<> {
+        let count = self.batch_sizes.of_step(step) / self.micro_batch_size as usize;
         (d..count).step_by(dp)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::RampUp;
     use super::*;
+
+    fn sampler(seed: u64, samples: u64, global_batch_size: usize, micro_batch_size: usize) -> Sampler {
+        Sampler::new(seed, samples, BatchSizes::new(global_batch_size, None).unwrap(), micro_batch_size)
+    }
 
     /// The samples of steps 1..=steps, in micro-batch order, as `dp` ranks see them.
     fn run(sampler: &Sampler, steps: Range<u64>, dp: usize) -> Vec<u64> {
@@ -61,7 +65,8 @@ mod tests {
         for step in steps {
             let mut by_micro_batch = Vec::new();
             for d in 0..dp {
-                by_micro_batch.extend(sampler.of_rank(d, dp).map(|u| (u, sampler.micro_batch(step, u))));
+                by_micro_batch
+                    .extend(sampler.of_rank(step, d, dp).map(|u| (u, sampler.micro_batch(step, u))));
             }
             by_micro_batch.sort_by_key(|(u, _)| *u);
             samples.extend(by_micro_batch.into_iter().flat_map(|(_, samples)| samples));
@@ -71,7 +76,7 @@ mod tests {
 
     #[test]
     fn an_epoch_has_every_sample_once_and_batches_straddle_epochs() {
-        let sampler = Sampler::new(9, 17, 12, 3);
+        let sampler = sampler(9, 17, 12, 3);
         let samples = run(&sampler, 1..18, 1);
         assert_eq!(samples.len(), 17 * 12);
         let epochs: Vec<&[u64]> = samples.chunks(17).collect();
@@ -85,7 +90,7 @@ mod tests {
 
     #[test]
     fn data_parallelism_and_resuming_do_not_change_the_samples() {
-        let sampler = Sampler::new(1, 1000, 24, 2);
+        let sampler = sampler(1, 1000, 24, 2);
         let whole = run(&sampler, 1..10, 1);
         for dp in [2, 3, 4, 6, 12] {
             assert_eq!(run(&sampler, 1..10, dp), whole, "dp {dp}");
@@ -94,10 +99,23 @@ mod tests {
         assert_eq!(sampler.cursor(6), 5 * 24);
     }
 
+    /// The same samples in the same order, dealt to steps of other sizes.
+    #[test]
+    fn a_ramp_up_changes_no_order() {
+        let ramp_up = RampUp { start: 4, increment: 4, samples: 50 };
+        let ramped = Sampler::new(1, 1000, BatchSizes::new(24, Some(ramp_up)).unwrap(), 2);
+        let whole = run(&sampler(1, 1000, 24, 2), 1..10, 1);
+        for dp in [1, 2] {
+            let samples = run(&ramped, 1..12, dp);
+            assert_eq!(samples.len() as u64, ramped.cursor(12));
+            assert_eq!(samples, whole[..samples.len()], "dp {dp}");
+        }
+    }
+
     #[test]
     fn ranks_interleave() {
-        let sampler = Sampler::new(1, 1000, 12, 2);
-        assert_eq!(sampler.of_rank(1, 3).collect::<Vec<_>>(), [1, 4]);
+        let sampler = sampler(1, 1000, 12, 2);
+        assert_eq!(sampler.of_rank(3, 1, 3).collect::<Vec<_>>(), [1, 4]);
         assert_eq!(sampler.indices(3, 4), 32..34);
     }
 }

@@ -10,20 +10,20 @@ pub struct Progress<W: Write> {
     out: W,
     terminal: bool,
     steps: u64,
-    tokens_per_step: u64,
+    tokens: u64,
     log_interval: u64,
-    /// Running mean of a step's seconds.
-    step_seconds: Option<f64>,
+    /// Running mean of a token's seconds.
+    token_seconds: Option<f64>,
     /// Whether the cursor stands after a line that is to be rewritten.
     live: bool,
 }
 
 impl<W: Write> Progress<W> {
-    /// For a run of `steps` steps of `tokens_per_step` tokens; `terminal` says whether `out` is one. Elsewhere every
+    /// For a run of `steps` steps and `tokens` tokens in all; `terminal` says whether `out` is one. Elsewhere every
     /// `log_interval`-th step gets a line, and so do the first and the last.
-    pub fn new(out: W, terminal: bool, steps: u64, tokens_per_step: u64, log_interval: u64) -> Self {
+    pub fn new(out: W, terminal: bool, steps: u64, tokens: u64, log_interval: u64) -> Self {
         let log_interval = log_interval.max(1);
-        Progress { out, terminal, steps, tokens_per_step, log_interval, step_seconds: None, live: false }
+        Progress { out, terminal, steps, tokens, log_interval, token_seconds: None, live: false }
     }
 
     /// A step is done.
@@ -31,9 +31,9 @@ impl<W: Write> Progress<W> {
     /// # Errors
     /// Those of `out`.
     pub fn step(&mut self, record: &StepRecord) -> io::Result<()> {
-        let seconds = self.tokens_per_step as f64 / record.tokens_per_second;
-        let mean = self.step_seconds.map_or(seconds, |mean| 0.9 * mean + 0.1 * seconds);
-        self.step_seconds = Some(mean);
+        let seconds = record.tokens_per_second.recip();
+        let mean = self.token_seconds.map_or(seconds, |mean| 0.9 * mean + 0.1 * seconds);
+        self.token_seconds = Some(mean);
         let line = self.line(record, mean);
         if self.terminal {
             // Back to the start of the line, and clear what is longer.
@@ -69,7 +69,7 @@ impl<W: Write> Progress<W> {
         self.out.flush()
     }
 
-    fn line(&self, record: &StepRecord, step_seconds: f64) -> String {
+    fn line(&self, record: &StepRecord, token_seconds: f64) -> String {
         let number =
             |value: Option<f64>, digits| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
         let width = self.steps.to_string().len();
@@ -84,8 +84,8 @@ impl<W: Write> Progress<W> {
         if let Some((low, high)) = record.load_spread() {
             line += &format!("  expert load {low:.2}-{high:.2}x");
         }
-        let left = self.steps.saturating_sub(record.step);
-        line + &format!("  ETA {}", duration(left as f64 * step_seconds))
+        let left = self.tokens.saturating_sub(record.tokens);
+        line + &format!("  ETA {}", duration(left as f64 * token_seconds))
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
 
     fn shown(terminal: bool, records: &[StepRecord]) -> String {
         let mut out = Vec::new();
-        let mut progress = Progress::new(&mut out, terminal, 300, 2048, 10);
+        let mut progress = Progress::new(&mut out, terminal, 300, 300 * 2048, 10);
         for record in records {
             progress.step(record).unwrap();
         }

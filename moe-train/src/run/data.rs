@@ -45,12 +45,8 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
     let file = TokenFile::open(&folder.train_tokens())?;
     file.verify()?;
     let train = Dataset::new(file, config.train.sequence_length)?;
-    let sampler = Sampler::new(
-        config.train.seed,
-        train.len(),
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-    );
+    let batch_sizes = config.train.batch_sizes()?;
+    let sampler = Sampler::new(config.train.seed, train.len(), batch_sizes, config.train.micro_batch_size);
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
     let unigram_entropy = unigram_entropy(held_out.dataset.file())?;
     Ok(RunData { train: TextSource { dataset: train, sampler }, held_out, unigram_entropy })

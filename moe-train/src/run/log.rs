@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Stdout};
 use super::RunFolder;
 use crate::Result;
 use crate::config::RunConfig;
+use crate::data::BatchSizes;
 use crate::durable::Context;
 use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, StepRecord};
 use crate::trainer::{SkippedSteps, StepReport};
@@ -14,7 +15,8 @@ pub(super) struct Log {
     lines: JsonLines,
     events: EventFile,
     progress: Progress<Stdout>,
-    tokens_per_step: u64,
+    batch_sizes: BatchSizes,
+    sequence_length: u64,
 }
 
 impl Log {
@@ -25,24 +27,26 @@ impl Log {
             Some(step) => JsonLines::resume(&folder.metrics(), step)?,
         };
         let events = EventFile::create(&folder.tensorboard(), resumed.unwrap_or(0) + 1)?;
-        let tokens_per_step = (config.train.global_batch_size * config.train.sequence_length) as u64;
+        let (train, batch_sizes) = (&config.train, config.train.batch_sizes()?);
+        let sequence_length = train.sequence_length as u64;
+        let tokens = batch_sizes.cursor(train.steps + 1).saturating_mul(sequence_length);
         let out = std::io::stdout();
         let terminal = out.is_terminal();
-        let progress =
-            Progress::new(out, terminal, config.train.steps, tokens_per_step, config.train.log_interval);
-        Ok(Log { lines, events, progress, tokens_per_step })
+        let progress = Progress::new(out, terminal, train.steps, tokens, train.log_interval);
+        Ok(Log { lines, events, progress, batch_sizes, sequence_length })
     }
 
     /// A step that took `seconds`, and the steps that were skipped so far.
     pub fn step(&mut self, report: &StepReport, seconds: f64, skipped: SkippedSteps) -> Result<()> {
+        let tokens_of_step = self.batch_sizes.of_step(report.step) as u64 * self.sequence_length;
         let record = StepRecord {
             step: report.step,
             loss: report.loss,
             total_loss: report.total_loss,
             grad_norm: report.grad_norm.is_finite().then_some(report.grad_norm),
             lr: report.lr,
-            tokens: report.step * self.tokens_per_step,
-            tokens_per_second: self.tokens_per_step as f64 / seconds,
+            tokens: self.batch_sizes.cursor(report.step + 1) * self.sequence_length,
+            tokens_per_second: tokens_of_step as f64 / seconds,
             aux_loss: report.aux_loss,
             sequence_aux_loss: report.sequence_aux_loss,
             z_loss: report.z_loss,

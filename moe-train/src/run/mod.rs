@@ -148,6 +148,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         },
         seed: config.train.seed,
         global_batch_size: config.train.global_batch_size,
+        rampup_batch_size: config.train.rampup_batch_size,
         micro_batch_size: config.train.micro_batch_size,
         sequence_length: config.train.sequence_length,
         optimizer: Hyper { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
@@ -168,6 +169,10 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             ("train.dtype", train.dtype.to_string()),
             ("train.seed", train.seed.to_string()),
             ("train.global_batch_size", train.global_batch_size.to_string()),
+            (
+                "train.rampup_batch_size",
+                train.rampup_batch_size.map_or("unset".to_owned(), |ramp_up| ramp_up.to_string()),
+            ),
             ("train.micro_batch_size", train.micro_batch_size.to_string()),
             ("train.sequence_length", train.sequence_length.to_string()),
         ]

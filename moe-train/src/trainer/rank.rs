@@ -4,7 +4,7 @@ use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Float};
 use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS};
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, Cx, DecoderStage, Mode, Objective, RopeTable, Stats, TypedStage};
+use moe_model::{CommTransport, Cx, DecoderStage, Mode, RopeTable, Stats, TypedStage};
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
 
@@ -12,15 +12,18 @@ use super::report::Totals;
 use super::source::HostBatch;
 use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
+use crate::data::BatchSizes;
 use crate::optim::{GradNorm, Optimizer, ParamGroups, ParamNames, model_tensors, reduce_gradients};
 
 /// A rank's layers, parameters, optimizer state and communicators.
 pub struct RankTrainer<T: Float, D: Backend<T>> {
     setup: Setup,
+    batch_sizes: BatchSizes,
     rank: usize,
     cx: Cx<T, D>,
     stages: Vec<TypedStage<T, D>>,
     transport: CommTransport<D>,
+    /// The passes of a training step of as many sequences as the objective has.
     program: Program,
     optimizer: Optimizer<T, D>,
     names: ParamNames,
@@ -44,15 +47,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
         let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
         let rope = RopeTable::of(&device, &setup.model, setup.sequence_length)?;
-        let objective = Objective {
-            micro_batches: setup.micro_batches(),
-            sequences: setup.global_batch_size,
-            tokens: setup.global_batch_size * setup.sequence_length,
-        };
-        let program = setup.training_program()?;
+        let batch_sizes = setup.batch_sizes()?;
+        let objective = setup.objective(batch_sizes.of_step(1));
+        let program = setup.training_program(objective.sequences)?;
         let cx = Cx::new(device, comms, params, rope, objective);
         Ok(RankTrainer {
             setup,
+            batch_sizes,
             rank,
             cx,
             stages: stages.into_iter().map(TypedStage::new).collect(),
@@ -91,8 +92,10 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// One training step (from 1): forward and backward of all micro-batches, reduction, clipping, update. Collective.
     pub fn step(&mut self, step: u64, source: &dyn BatchSource) -> Result<StepReport> {
         self.cx.mode = Mode::Train { seed: self.setup.seed, step };
-        let (count, first) = (self.setup.micro_batches_per_rank(), self.setup.first_sequence(step));
-        let total_weight = self.load(count, first, |u| source.micro_batch(step, u))?;
+        self.set_batch_size(self.batch_sizes.of_step(step))?;
+        let per_rank = self.cx.objective.micro_batches / self.setup.folding.size(Attention::DP);
+        let total_weight =
+            self.load(per_rank, self.batch_sizes.cursor(step), |u| source.micro_batch(step, u))?;
         self.cx.params.zero_grads(&self.cx.device)?;
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
@@ -100,7 +103,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let grads = reduce_gradients(&mut self.cx)?;
         let norm = GradNorm::of(&self.cx, &grads, &self.names)?;
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
-        let mut report = totals.report(&self.setup, step, total_weight, norm.0);
+        let mut report = totals.report(&self.setup, self.cx.objective, step, total_weight, norm.0);
         report.updated = report.is_finite() && total_weight > 0.0;
         if report.updated {
             let scale = norm.clip_factor(self.setup.clip_grad);
@@ -124,6 +127,15 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         self.cx.batches.clear();
         let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
         Ok((total_weight > 0.0).then(|| totals.loss_sum() / total_weight))
+    }
+
+    /// Prepares steps of `sequences` sequences.
+    fn set_batch_size(&mut self, sequences: usize) -> Result<()> {
+        if sequences != self.cx.objective.sequences {
+            self.program = self.setup.training_program(sequences)?;
+            self.cx.objective = self.setup.objective(sequences);
+        }
+        Ok(())
     }
 
     fn pipeline_rank(&self) -> u32 {

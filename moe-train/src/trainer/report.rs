@@ -2,8 +2,8 @@
 
 use moe_comm::Reduction;
 use moe_kernels::{Backend, Float};
-use moe_model::Cx;
 use moe_model::config::AuxLossScope;
+use moe_model::{Cx, Objective};
 use moe_topology::{Attention, Folding};
 
 use super::Setup;
@@ -90,13 +90,19 @@ impl Totals {
     }
 
     /// The report of a step, not updated yet.
-    pub fn report(&self, setup: &Setup, step: u64, total_weight: f64, grad_norm: f64) -> StepReport {
+    pub fn report(
+        &self,
+        setup: &Setup,
+        objective: Objective,
+        step: u64,
+        total_weight: f64,
+        grad_norm: f64,
+    ) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
-        let (micro_batches, sequences) = (setup.micro_batches() as f64, setup.global_batch_size as f64);
-        let tokens = sequences * setup.sequence_length as f64;
-        let aux = self.aux.iter().sum::<f64>() / micro_batches;
-        let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences;
-        let z = self.z.iter().sum::<f64>() / tokens;
+        let Objective { micro_batches, sequences, tokens } = objective;
+        let aux = self.aux.iter().sum::<f64>() / micro_batches as f64;
+        let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences as f64;
+        let z = self.z.iter().sum::<f64>() / tokens as f64;
         // Loss weights whose sum is not a number are a fault, not the absence of tokens.
         let loss = (total_weight > 0.0 || total_weight.is_nan()).then(|| self.loss / total_weight);
         let model = &setup.model;

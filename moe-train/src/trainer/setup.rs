@@ -1,12 +1,15 @@
 //! What defines a training computation, apart from data and files.
 
 use moe_dispatch::DispatcherKind;
-use moe_model::PipelineLayout;
 use moe_model::config::ModelConfig;
+use moe_model::{Objective, PipelineLayout};
 use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
 
+use crate::Result;
+use crate::config::ConfigError;
+use crate::data::{BatchSizes, RampUp};
 use crate::optim::{Hyper, ParamGroup};
 use crate::schedule::LrSchedule;
 
@@ -25,8 +28,10 @@ pub struct Setup {
     pub dispatcher: DispatcherKind,
     /// Seed of the initial weights.
     pub seed: u64,
-    /// Sequences of a step over all ranks, G.
+    /// Sequences of a step over all ranks, G, after the ramp-up.
     pub global_batch_size: usize,
+    /// Smaller steps at the start.
+    pub rampup_batch_size: Option<RampUp>,
     /// Sequences that go through the pipeline together, b.
     pub micro_batch_size: usize,
     /// Tokens of a sequence, S.
@@ -42,29 +47,35 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Micro-batches of a step over all ranks, U.
+    /// Sequences of every step.
+    ///
+    /// # Errors
+    /// The ramp-up does not lead to G.
+    pub fn batch_sizes(&self) -> Result<BatchSizes> {
+        Ok(BatchSizes::new(self.global_batch_size, self.rampup_batch_size).map_err(ConfigError::from)?)
+    }
+
+    /// Micro-batches over all ranks, U, of a step of G sequences.
     pub fn micro_batches(&self) -> usize {
         self.global_batch_size / self.micro_batch_size
     }
 
-    /// The index of the first sequence of a step (from 1).
-    pub fn first_sequence(&self, step: u64) -> u64 {
-        (step - 1) * self.global_batch_size as u64
+    /// The constants of the objective in a step of `sequences` sequences.
+    pub fn objective(&self, sequences: usize) -> Objective {
+        let (micro_batches, tokens) = (sequences / self.micro_batch_size, sequences * self.sequence_length);
+        Objective { micro_batches, sequences, tokens }
     }
 
-    /// Micro-batches of a step on one data-parallel rank.
-    pub fn micro_batches_per_rank(&self) -> usize {
-        self.micro_batches() / self.folding.size(Attention::DP)
-    }
-
-    /// The passes of a training step over the pipeline: 1F1B, interleaved if ranks have several stages.
+    /// The passes over the pipeline of a training step of `sequences` sequences: 1F1B, interleaved if ranks have several
+    /// stages.
     ///
     /// # Errors
     /// Interleaved stages cannot work in such groups of so many micro-batches.
-    pub fn training_program(&self) -> moe_pipeline::Result<Program> {
+    pub fn training_program(&self, sequences: usize) -> moe_pipeline::Result<Program> {
         let (ranks, stages) = self.ranks_and_stages();
         let group = self.micro_batch_group_size.map(|group| group as u32);
-        let schedule = interleaved_1f1b(ranks, stages, self.micro_batches_per_rank() as u32, group)?;
+        let micro_batches = sequences / (self.micro_batch_size * self.folding.size(Attention::DP));
+        let schedule = interleaved_1f1b(ranks, stages, micro_batches as u32, group)?;
         validate(lower(&schedule)?, None)
     }
 

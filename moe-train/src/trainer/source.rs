@@ -25,7 +25,7 @@ impl Sequence {
 
 /// The global batch of a step, as micro-batches that do not depend on the mapping.
 pub trait BatchSource {
-    /// The sequences of micro-batch `u` (of `global_batch_size / micro_batch_size`) of step `step` (from 1).
+    /// The sequences of micro-batch `u` (of `G_t / micro_batch_size`) of step `step` (from 1).
     fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>>;
 }
 

@@ -105,6 +105,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         dispatcher: DispatcherKind::AllToAll,
         seed: 5,
         global_batch_size: 16,
+        rampup_batch_size: None,
         micro_batch_size: 1,
         sequence_length: 12,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
