@@ -115,6 +115,11 @@ pub struct ModelConfig {
     /// DeepSeek-V2).
     #[serde(default = "routing::default_group_score_topk")]
     pub group_score_topk: usize,
+    /// Whether the experts of a token are chosen by scores plus a bias that balances their load without a loss
+    /// (DeepSeek-V3); false unless given. It takes `scoring_func = "sigmoid"`. See
+    /// [`ExpertBias`](crate::expert_bias::ExpertBias).
+    #[serde(default)]
+    pub moe_router_enable_expert_bias: bool,
     /// Whether the head uses the embedding's weight; false unless given.
     #[serde(default)]
     pub tie_word_embeddings: bool,
@@ -450,6 +455,7 @@ mod tests {
             n_group: 1,
             topk_group: 1,
             group_score_topk: 2,
+            moe_router_enable_expert_bias: false,
             tie_word_embeddings: false,
         }
     }

@@ -131,6 +131,14 @@ pub enum Error {
         /// Ranks of the all-to-all, the inner digit of CP.
         ulysses: usize,
     },
+    /// A buffer was given another number of values.
+    #[error("a buffer of {expected} values was given {got}")]
+    BufferLength {
+        /// Values of the buffer.
+        expected: usize,
+        /// Values given.
+        got: usize,
+    },
     /// A weight was set from a buffer of another size.
     #[error("bucket of {expected} {dtype} elements was given {got}")]
     BucketLength {

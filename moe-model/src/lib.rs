@@ -75,6 +75,7 @@ pub mod cx;
 pub mod dense;
 pub mod embedding;
 pub mod error;
+pub mod expert_bias;
 pub mod head;
 pub mod layer;
 pub mod moe;

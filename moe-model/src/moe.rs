@@ -13,6 +13,7 @@ use crate::axes::{TP_CP, TP_CP_DP};
 use crate::config::{AuxLossScope, ModelConfig};
 use crate::cx::MoeStats;
 use crate::dense::GatedMlpDeferred;
+use crate::expert_bias::ExpertBias;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -30,6 +31,7 @@ pub struct MoeMlp {
     norm: RmsNorm,
     gate: ParamId,
     router: Router,
+    bias: Option<ExpertBias>,
     dispatcher: TokenDispatcher,
     grid: Grid,
     gate_up: ParamId,
@@ -82,6 +84,8 @@ impl MoeMlp {
             placement: Placed::Attention(Placement::new(&[experts, hidden], &[], TP_CP_DP, owner)?),
             init: Init::Normal(config.initializer_range),
         }])?;
+        let bias = config.moe_router_enable_expert_bias;
+        let bias = bias.then(|| ExpertBias::new(params, experts, layer, stage)).transpose()?;
         let expert = |suffix: &str, dims: [usize; 2], inner_dim: usize, std: f64| -> Result<Logical> {
             let shards = [(0, Expert::EP), (inner_dim, Expert::ETP)];
             let placement = Placement::new(&[experts, dims[0], dims[1]], &shards, Expert::EDP, owner)?;
@@ -109,13 +113,23 @@ impl MoeMlp {
         let grid = Grid::of(params.folding(), params.rank())?;
         let dispatcher = TokenDispatcher { kind: dispatcher, num_experts: experts };
         let (function, shared) = (config.gate_function(), SharedExpert::new(params, config, layer, stage)?);
-        Ok(MoeMlp { layer, norm, gate, router, dispatcher, grid, gate_up, down, function, shared })
+        Ok(MoeMlp { layer, norm, gate, router, bias, dispatcher, grid, gate_up, down, function, shared })
     }
 
     /// Fresh statistics for a step.
     pub fn stats(&self) -> MoeStats {
         let counts = vec![0; self.router.config().num_experts];
         MoeStats { layer: self.layer, counts, ..MoeStats::default() }
+    }
+
+    /// Its global index.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// The bias on its choices, if it has one.
+    pub fn expert_bias(&self) -> Option<ExpertBias> {
+        self.bias
     }
 
     fn record(&self, stats: &mut [MoeStats], seen: &RouterStats) {
@@ -140,7 +154,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let unit = cx.group(TP_CP)?;
         let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
         let sequences = cx.batch(m)?.batch;
-        let input = RouterInput { sequences, ..RouterInput::new(&h, cx.params.weight(self.gate)?) };
+        let bias = self.bias.map(|bias| bias.values(&cx.params).view());
+        let input = RouterInput { bias, sequences, ..RouterInput::new(&h, cx.params.weight(self.gate)?) };
         let (routing, router, seen) = self
             .router
             .forward(&device, input, sum_over_unit)

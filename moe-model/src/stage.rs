@@ -9,8 +9,10 @@ use crate::block::{Block, Mlp};
 use crate::config::ModelConfig;
 use crate::cx::MoeStats;
 use crate::embedding::TokenEmbedding;
+use crate::expert_bias::ExpertBias;
 use crate::head::{Head, HeadDeferred, HeadSaved};
 use crate::layer::Layer;
+use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
 use crate::pipeline::PipelineLayout;
 use crate::{Cx, Error, Result};
@@ -76,13 +78,19 @@ impl DecoderStage {
 
     /// Fresh statistics for a step.
     pub fn moe_stats(&self) -> Vec<MoeStats> {
-        self.blocks
-            .iter()
-            .filter_map(|block| match &block.mlp {
-                Mlp::Moe(mlp) => Some(mlp.stats()),
-                Mlp::Dense(_) => None,
-            })
-            .collect()
+        self.moe_layers().map(MoeMlp::stats).collect()
+    }
+
+    /// The biases of its routers, each with the global index of the layer.
+    pub fn expert_biases(&self) -> impl Iterator<Item = (usize, ExpertBias)> {
+        self.moe_layers().filter_map(|mlp| Some((mlp.layer(), mlp.expert_bias()?)))
+    }
+
+    fn moe_layers(&self) -> impl Iterator<Item = &MoeMlp> {
+        self.blocks.iter().filter_map(|block| match &block.mlp {
+            Mlp::Moe(mlp) => Some(mlp),
+            Mlp::Dense(_) => None,
+        })
     }
 
     /// Through the embedding (or from `x`) and the blocks.

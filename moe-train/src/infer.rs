@@ -10,8 +10,8 @@ use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::{Cx, DecoderStage, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
-use crate::checkpoint::Meta;
 use crate::checkpoint::container::Checkpoint;
+use crate::checkpoint::{Meta, read_buffers};
 use crate::data::ByteTokenizer;
 use crate::optim::Moment;
 use crate::{Error, Result};
@@ -80,6 +80,9 @@ where
                 }
             }
             params.set_weights(bucket, Tensor::from_slice(&device, 1, weights.len(), &weights)?)?;
+        }
+        for (id, values) in read_buffers(&params, checkpoint, &device)? {
+            params.set_buffer(id, values)?;
         }
         let mut groups = Comms::<Cpu>::builder();
         groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));

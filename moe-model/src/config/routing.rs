@@ -100,6 +100,13 @@ impl ModelConfig {
                 "a softmax over the chosen experts sums to 1; use scoring_func = \"softmax\"",
             );
         }
+        if self.moe_router_enable_expert_bias && self.scoring_func != ScoringFunc::Sigmoid {
+            return unsupported(
+                "moe_router_enable_expert_bias with softmax scores",
+                "the scale of a softmax's probabilities depends on all logits, so that no bias stays right; use \
+                 scoring_func = \"sigmoid\", or a load-balancing loss",
+            );
+        }
         let scale = self.routed_scaling_factor;
         in_range("routed_scaling_factor", scale, f64::MIN_POSITIVE..=f64::MAX, "finite and above 0")?;
         self.check_groups()?;
@@ -215,6 +222,10 @@ mod tests {
     fn what_makes_no_sense_is_refused_with_the_reason() {
         for (keys, start) in [
             (r#", "norm_topk_prob": false"#, "norm_topk_prob = false with scoring_func = \"softmax-post\""),
+            (
+                r#", "moe_router_enable_expert_bias": true"#,
+                "moe_router_enable_expert_bias with softmax scores",
+            ),
             (r#", "routed_scaling_factor": 0.0"#, "routed_scaling_factor = 0"),
             (r#", "n_group": 0"#, "n_group = 0"),
             (r#", "n_group": 3, "topk_group": 2"#, "num_local_experts must be a multiple of n_group"),

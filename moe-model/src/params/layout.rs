@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use moe_topology::{Attention, Expert, Folding, GroupKey, Placement, View};
+use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Placement, View};
 
 use super::init::{Init, Stream};
 use crate::{Error, Result};
@@ -142,6 +142,21 @@ impl Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParamId(usize);
 
+/// Names a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BufferId(pub(super) usize);
+
+/// A vector in the accumulation type that is no parameter, whole on all ranks of its stage. It starts at 0.
+#[derive(Debug, Clone)]
+pub struct BufferLayout {
+    /// Name, as in a checkpoint.
+    pub name: String,
+    /// Elements.
+    pub len: usize,
+    /// Whether this rank, of all that hold it, writes it.
+    pub counts: bool,
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Slot {
     pub bucket: usize,
@@ -186,12 +201,18 @@ impl BucketLayout {
 pub struct ParamLayout {
     pub(super) slots: Vec<Slot>,
     buckets: Vec<BucketLayout>,
+    buffers: Vec<BufferLayout>,
 }
 
 impl ParamLayout {
     /// The buckets, in an order that is the same on all ranks of a stage.
     pub fn buckets(&self) -> &[BucketLayout] {
         &self.buckets
+    }
+
+    /// The buffers, each with what names it.
+    pub fn buffers(&self) -> impl Iterator<Item = (BufferId, &BufferLayout)> {
+        self.buffers.iter().enumerate().map(|(n, buffer)| (BufferId(n), buffer))
     }
 
     /// `[rows, cols]` of a storage tensor.
@@ -211,12 +232,13 @@ pub struct ParamLayoutBuilder<'a> {
     folding: &'a Folding,
     rank: usize,
     storage: Vec<(Reduction, [usize; 2], Vec<Part>)>,
+    buffers: Vec<BufferLayout>,
 }
 
 impl<'a> ParamLayoutBuilder<'a> {
     /// For one rank of a folding.
     pub fn new(folding: &'a Folding, rank: usize) -> Self {
-        ParamLayoutBuilder { folding, rank, storage: Vec::new() }
+        ParamLayoutBuilder { folding, rank, storage: Vec::new(), buffers: Vec::new() }
     }
 
     /// The folding.
@@ -268,6 +290,22 @@ impl<'a> ParamLayoutBuilder<'a> {
         }
         self.storage.push((common, [rows, cols], parts));
         Ok(ParamId(self.storage.len() - 1))
+    }
+
+    /// A vector without a gradient, in the accumulation type, of which all ranks of its stage hold the whole.
+    ///
+    /// # Errors
+    /// The placement is not that of such a vector.
+    pub fn add_buffer(&mut self, name: String, placement: &Placement<Attention>) -> Result<BufferId> {
+        let &[len] = placement.dims() else {
+            return Err(storage_error(&name, "a buffer is a vector"));
+        };
+        if !placement.shards().is_empty() || placement.partial() != Axes::NONE {
+            return Err(storage_error(&name, "a buffer is whole and has no gradient"));
+        }
+        let counts = placement.counts(self.folding, self.rank);
+        self.buffers.push(BufferLayout { name, len, counts });
+        Ok(BufferId(self.buffers.len() - 1))
     }
 
     /// This rank's blocks of a logical tensor, each with its expert (0 for a tensor of its own).
@@ -323,7 +361,7 @@ impl<'a> ParamLayoutBuilder<'a> {
             let slice = position * per_rank..(position + 1) * per_rank;
             buckets.push(BucketLayout { group, tied, len: per_rank * size, slice, parts: all });
         }
-        ParamLayout { slots, buckets }
+        ParamLayout { slots, buckets, buffers: self.buffers }
     }
 }
 

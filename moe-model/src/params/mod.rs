@@ -5,11 +5,17 @@
 //! them; a *bucket* holds all storage tensors whose gradients are partial over the same axes, so that one collective
 //! reduces them. Everything about a parameter (its block, its start, its reduction, whether it decays, whether this
 //! rank counts it in a norm) is derived from the placement and kept in the [`Part`].
+//!
+//! A *buffer* is state without a gradient, such as the bias of a router: no optimizer, norm or decay sees it, checkpoints
+//! hold it.
 
 mod init;
 mod layout;
 mod store;
 
 pub use init::{Init, Stream};
-pub use layout::{BucketLayout, Logical, Name, ParamId, ParamLayout, ParamLayoutBuilder, Part, Placed};
+pub use layout::{
+    BucketLayout, BufferId, BufferLayout, Logical, Name, ParamId, ParamLayout, ParamLayoutBuilder, Part,
+    Placed,
+};
 pub use store::{ParamStore, WeightAndGrad};

@@ -2,13 +2,13 @@
 
 use moe_kernels::{Device, Element, Float, Tensor, View, ViewMut};
 
-use super::layout::{BucketLayout, ParamId, ParamLayout};
+use super::layout::{BucketLayout, BufferId, ParamId, ParamLayout};
 use crate::{Error, Result};
 
 /// A weight to read and its gradient to add to.
 pub type WeightAndGrad<'a, T, D> = (View<'a, T, D>, ViewMut<'a, <T as Float>::Acc, D>);
 
-/// Weights in `T` and gradients in `T::Acc`, flat by bucket.
+/// Weights in `T` and gradients in `T::Acc`, flat by bucket; buffers in `T::Acc`.
 ///
 /// Gradients live from [`zero_grads`](Self::zero_grads) to [`take_grads`](Self::take_grads): what was handed to a
 /// collective is never written again.
@@ -17,6 +17,7 @@ pub struct ParamStore<T: Float, D: Device> {
     layout: ParamLayout,
     weights: Vec<Tensor<T, D>>,
     grads: Vec<Option<Tensor<T::Acc, D>>>,
+    buffers: Vec<Tensor<T::Acc, D>>,
 }
 
 impl<T: Float, D: Device> ParamStore<T, D> {
@@ -35,7 +36,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
             })
             .collect::<std::result::Result<Vec<_>, _>>()?;
         let grads = weights.iter().map(|_| None).collect();
-        Ok(ParamStore { layout, weights, grads })
+        let buffers = layout.buffers().map(|(_, buffer)| Tensor::zeros(device, 1, buffer.len));
+        let buffers = buffers.collect::<std::result::Result<_, _>>()?;
+        Ok(ParamStore { layout, weights, grads, buffers })
     }
 
     /// Where everything lies.
@@ -98,6 +101,24 @@ impl<T: Float, D: Device> ParamStore<T, D> {
             return Err(Error::BucketLength { expected, got: rows * cols, dtype: <T as Element>::DTYPE });
         }
         self.weights[bucket] = weights.reshape(1, expected)?;
+        Ok(())
+    }
+
+    /// A buffer, `[1, len]`.
+    pub fn buffer(&self, id: BufferId) -> &Tensor<T::Acc, D> {
+        &self.buffers[id.0]
+    }
+
+    /// Replaces a buffer, `[1, len]`.
+    ///
+    /// # Errors
+    /// [`Error::BufferLength`].
+    pub fn set_buffer(&mut self, id: BufferId, values: Tensor<T::Acc, D>) -> Result<()> {
+        let (expected, [rows, cols]) = (self.buffers[id.0].shape()[1], values.shape());
+        if rows * cols != expected {
+            return Err(Error::BufferLength { expected, got: rows * cols });
+        }
+        self.buffers[id.0] = values.reshape(1, expected)?;
         Ok(())
     }
 }

@@ -8,4 +8,5 @@ mod meta;
 mod state;
 
 pub use meta::Meta;
+pub(crate) use state::read_buffers;
 pub use state::{restore, save};

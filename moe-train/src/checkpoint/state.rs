@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
 use moe_kernels::{Backend, Device, Element, Float, Tensor};
+use moe_model::params::{BufferId, ParamStore};
 use moe_topology::Attention;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +14,9 @@ use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceFile
 use crate::optim::{Moment, Shard, sliced_parts};
 use crate::trainer::RankTrainer;
 use crate::{Error, Result};
+
+/// The kind of what is state, but no parameter.
+const BUFFER: &str = "buffer";
 
 /// Writes a checkpoint of `step` to `root` and returns its folder. Collective over the world: every rank writes a file
 /// of its own, and rank 0 completes the checkpoint when all have.
@@ -72,7 +76,57 @@ fn write<T: Float, D: Backend<T>>(
             }
         }
     }
+    for (id, buffer) in cx.params.layout().buffers().filter(|(_, buffer)| buffer.counts) {
+        let spec = PieceSpec {
+            tensor: buffer.name.clone(),
+            kind: BUFFER.to_owned(),
+            dtype: T::Acc::DTYPE,
+            dims: [1, buffer.len],
+            rows: 0..1,
+            cols: 0..buffer.len,
+            part: 0..buffer.len,
+        };
+        writer.write(spec, bytemuck::cast_slice(&cx.params.buffer(id).to_vec(&cx.device)?))?;
+    }
     Ok(writer.finish()?)
+}
+
+type Buffers<T, D> = Vec<(BufferId, Tensor<<T as Float>::Acc, D>)>;
+
+/// The buffers of `params` from a checkpoint, in order.
+///
+/// # Errors
+/// One is missing, of another length or type, or damaged.
+pub(crate) fn read_buffers<T: Float, D: Device>(
+    params: &ParamStore<T, D>,
+    checkpoint: &Checkpoint,
+    device: &D,
+) -> Result<Buffers<T, D>> {
+    let buffers = params.layout().buffers().map(|(id, buffer)| {
+        check_tensor::<T::Acc>(checkpoint, &buffer.name, BUFFER, [1, buffer.len])?;
+        let bytes = checkpoint.read_tensor(&buffer.name, BUFFER)?;
+        Ok((id, Tensor::from_slice(device, 1, buffer.len, &elements::<T::Acc>(&bytes))?))
+    });
+    buffers.collect()
+}
+
+/// That the checkpoint has a tensor of this shape, of elements `A`.
+fn check_tensor<A: Element>(checkpoint: &Checkpoint, name: &str, kind: &str, dims: [usize; 2]) -> Result<()> {
+    let info = checkpoint.tensor(name, kind)?;
+    if (info.dims, info.dtype) == (dims, A::DTYPE) {
+        return Ok(());
+    }
+    Err(CheckpointError::OtherTensor {
+        path: checkpoint.path().to_owned(),
+        tensor: name.to_owned(),
+        written: format!("{:?} {}", info.dims, info.dtype),
+        wanted: format!("{dims:?} {}", A::DTYPE),
+    }
+    .into())
+}
+
+fn elements<A: Element>(bytes: &[u8]) -> Vec<A> {
+    bytes.chunks_exact(size_of::<A>()).map(bytemuck::pod_read_unaligned).collect()
 }
 
 /// Reads a checkpoint into `trainer`, whatever folding wrote it. Collective over the world.
@@ -91,20 +145,10 @@ pub fn restore<T: Float, D: Backend<T>>(
         let [master, m, v] = Moment::ALL.map(|moment| -> Result<Tensor<T::Acc, D>> {
             let mut slice = vec![T::Acc::ZERO; bucket.slice.len()];
             for (part, range) in sliced_parts(bucket) {
-                let info = checkpoint.tensor(&part.name, moment.name())?;
-                if (info.dims, info.dtype) != (part.dims, T::Acc::DTYPE) {
-                    return Err(CheckpointError::OtherTensor {
-                        path: checkpoint.path().to_owned(),
-                        tensor: part.name.clone(),
-                        written: format!("{:?} {}", info.dims, info.dtype),
-                        wanted: format!("{:?} {}", part.dims, T::Acc::DTYPE),
-                    }
-                    .into());
-                }
+                check_tensor::<T::Acc>(checkpoint, &part.name, moment.name(), part.dims)?;
+                let (rows, cols) = (part.rows.clone(), part.cols.clone());
                 let block =
-                    checkpoint.read_block(&part.name, moment.name(), part.rows.clone(), part.cols.clone())?;
-                let block: Vec<T::Acc> =
-                    block.chunks_exact(size_of::<T::Acc>()).map(bytemuck::pod_read_unaligned).collect();
+                    elements::<T::Acc>(&checkpoint.read_block(&part.name, moment.name(), rows, cols)?);
                 slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
                     .copy_from_slice(&block[range.start - part.offset..range.end - part.offset]);
             }
@@ -112,8 +156,12 @@ pub fn restore<T: Float, D: Backend<T>>(
         });
         shards.push(Shard { master: master?, m: m?, v: v? });
     }
+    let buffers = read_buffers(&cx.params, checkpoint, &cx.device)?;
     let (optimizer, cx) = trainer.state_mut();
     optimizer.restore(cx, shards, meta.updates)?;
+    for (id, values) in buffers {
+        cx.params.set_buffer(id, values)?;
+    }
     Ok(meta)
 }
 

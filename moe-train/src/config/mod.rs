@@ -130,6 +130,9 @@ impl RunConfig {
         if config.optimizer.lr_schedule == LrScheduleKind::WarmupStableDecay {
             config.optimizer.wsd_decay_style.get_or_insert(DecayStyle::Linear);
         }
+        if config.model.moe_router_enable_expert_bias {
+            config.optimizer.moe_router_bias_update_rate.get_or_insert(1e-3);
+        }
         config.check()?;
         Ok(config)
     }
@@ -297,6 +300,16 @@ impl RunConfig {
         require("optimizer.eps", o.eps, o.eps >= 1e-8 && finite(o.eps), "finite and at least 1e-8")?;
         require("optimizer.weight_decay", o.weight_decay, finite(o.weight_decay), "finite and at least 0")?;
         require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")?;
+        if let Some(rate) = o.moe_router_bias_update_rate {
+            let setting = "optimizer.moe_router_bias_update_rate";
+            if !self.model.moe_router_enable_expert_bias {
+                let (problem, other) =
+                    ("has no meaning", "model.moe_router_enable_expert_bias = false".to_owned());
+                let fix = "remove it, or set the latter to true".to_owned();
+                return Err(ConfigError::Conflict { setting, problem, other, fix });
+            }
+            require(setting, rate, finite(rate), "finite and at least 0")?;
+        }
         let tensors = model_tensors(&self.model).map_err(ConfigError::Tensors)?;
         ParamGroups::new(&o.groups, o.weight_decay, &tensors)?;
         Ok(())

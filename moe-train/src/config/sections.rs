@@ -239,6 +239,9 @@ pub struct OptimizerConfig {
     pub weight_decay: f64,
     /// Largest gradient norm; 0 does not clip.
     pub clip_grad: f64,
+    /// How far an update moves the biases of `model.moe_router_enable_expert_bias`; 0 freezes them, 0.001 unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moe_router_bias_update_rate: Option<f64>,
     /// `[[optimizer.groups]]`: tensors with a rate or decay of their own, or frozen; the first that matches wins.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<ParamGroup>,
@@ -259,6 +262,7 @@ impl Default for OptimizerConfig {
             eps: 1e-8,
             weight_decay: 0.1,
             clip_grad: 1.0,
+            moe_router_bias_update_rate: None,
             groups: Vec::new(),
         }
     }

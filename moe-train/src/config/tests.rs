@@ -232,6 +232,25 @@ fn parameter_groups_are_checked_against_the_model() {
 }
 
 #[test]
+fn the_rate_of_an_expert_bias_needs_one() {
+    let bias = ["model.moe_router_enable_expert_bias=true", "model.scoring_func=sigmoid"];
+    assert_eq!(with(&[]).unwrap().optimizer.moe_router_bias_update_rate, None);
+    assert_eq!(with(&bias).unwrap().optimizer.moe_router_bias_update_rate, Some(0.001));
+    let rate = |rate| [&bias[..], &[rate]].concat();
+    let frozen = with(&rate("optimizer.moe_router_bias_update_rate=0")).unwrap();
+    assert_eq!(frozen.optimizer.moe_router_bias_update_rate, Some(0.0));
+    assert_eq!(
+        refusal(&rate("optimizer.moe_router_bias_update_rate=-1")),
+        "optimizer.moe_router_bias_update_rate = -1, but it must be finite and at least 0"
+    );
+    assert_eq!(
+        refusal(&["optimizer.moe_router_bias_update_rate=0.1"]),
+        "optimizer.moe_router_bias_update_rate has no meaning with model.moe_router_enable_expert_bias = false: remove \
+         it, or set the latter to true"
+    );
+}
+
+#[test]
 fn later_milestones_are_refused_by_name() {
     let window = ["parallel.cp=2", "model.sliding_window=8"];
     assert_eq!(

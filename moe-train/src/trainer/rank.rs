@@ -108,8 +108,19 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         if report.updated {
             let scale = norm.clip_factor(self.setup.clip_grad);
             self.optimizer.update(&mut self.cx, &grads, report.lr, scale)?;
+            self.update_expert_biases(&totals)?;
         }
         Ok(report)
+    }
+
+    /// Moves the biases of this rank's routers by what all ranks counted.
+    fn update_expert_biases(&mut self, totals: &Totals) -> Result<()> {
+        let rate = self.setup.expert_bias_update_rate;
+        for (layer, bias) in self.stages.iter().flat_map(|stage| stage.expert_biases()) {
+            let counts = totals.expert_counts(&self.setup, layer);
+            bias.update(&counts, rate, &mut self.cx.params, &self.cx.device)?;
+        }
+        Ok(())
     }
 
     /// Mean loss over `micro_batches` micro-batches of held-out sequences (a multiple of DP; fill up with sequences of

@@ -89,6 +89,13 @@ impl Totals {
         self.loss
     }
 
+    /// How often all tokens chose each expert of layer `layer`, before dropping; none if it has no experts.
+    pub fn expert_counts(&self, setup: &Setup, layer: usize) -> Vec<u64> {
+        let row = setup.model.moe_layers().position(|l| l == layer);
+        // Sums of integers below 2^53 are exact.
+        row.map_or_else(Vec::new, |row| self.counts[row].iter().map(|&count| count as u64).collect())
+    }
+
     /// The report of a step, not updated yet.
     pub fn report(
         &self,

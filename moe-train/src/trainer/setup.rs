@@ -44,6 +44,8 @@ pub struct Setup {
     pub lr: LrSchedule,
     /// Largest gradient norm; 0 for no clipping.
     pub clip_grad: f64,
+    /// How far an update moves the biases of routers, where they have one.
+    pub expert_bias_update_rate: f64,
 }
 
 impl Setup {

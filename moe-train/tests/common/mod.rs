@@ -89,6 +89,7 @@ pub fn tiny_model() -> ModelConfig {
         n_group: 1,
         topk_group: 1,
         group_score_topk: 2,
+        moe_router_enable_expert_bias: false,
         tie_word_embeddings: false,
     }
 }
@@ -117,6 +118,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
             shape: LrShape::Decay { decay_steps: 10, style: DecayStyle::Cosine },
         },
         clip_grad: 1.0,
+        expert_bias_update_rate: 0.0,
     }
 }
 
@@ -227,6 +229,12 @@ where
                 values: slices.each_ref().map(|slice| slice[local.clone()].to_vec()),
             });
         }
+    }
+    // A buffer has no moments.
+    for (id, buffer) in cx.params.layout().buffers().filter(|(_, buffer)| buffer.counts) {
+        let (values, none) = (cx.params.buffer(id).to_f64(&cx.device)?, vec![0.0; buffer.len]);
+        let (name, at) = (buffer.name.clone(), (0..buffer.len).collect());
+        pieces.push(Piece { name, len: buffer.len, at, values: [values, none.clone(), none] });
     }
     Ok(pieces)
 }
