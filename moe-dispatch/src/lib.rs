@@ -10,6 +10,7 @@
 //!
 //! - [`AllToAll`], [`AllGather`]: the two dispatchers; [`TokenDispatcher`] picks by name.
 //! - [`Fabric`]: what a tensor library lends; the module `conformance` (feature of that name) holds it to its word.
+//! - [`capacity`]: how many choices an expert takes, and which are dropped.
 //! - [`plan`]: the arithmetic on counts in between, pure.
 //! - `Router`, `NativeFabric`: on this workspace's tensors (feature `native`, on by default). Without it the crate
 //!   depends on `moe-topology` only.
@@ -57,6 +58,7 @@
 
 pub mod all_gather;
 pub mod all_to_all;
+pub mod capacity;
 pub mod dispatcher;
 pub mod error;
 pub mod fabric;

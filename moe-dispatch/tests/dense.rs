@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use layer::{Problem, Skew, world};
 use moe_dispatch::DispatcherKind;
+use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::family::ScoreFunction;
 use moe_topology::{Attention, Folding, Mapping};
 use proptest::prelude::*;
@@ -74,6 +75,7 @@ fn problem(num_experts: usize, top_k: usize, skew: Skew, seed: u64) -> Problem {
         seed,
         units: vec![],
         num_units: 0,
+        capacity: None,
     }
 }
 
@@ -110,6 +112,15 @@ fn skews() -> impl Strategy<Value = Skew> {
     prop_oneof![Just(Skew::None), Just(Skew::Empty), Just(Skew::ToOne)]
 }
 
+/// None, one choice each, some, all.
+fn capacities() -> impl Strategy<Value = Option<(f64, DropPolicy)>> {
+    let policy = prop_oneof![Just(DropPolicy::Probs), Just(DropPolicy::Position)];
+    prop_oneof![
+        1 => Just(None),
+        3 => (prop_oneof![Just(1e-9), 0.3..1.5, Just(1e9)], policy).prop_map(Some),
+    ]
+}
+
 fn cases() -> impl Strategy<Value = Case> {
     let worlds = prop_oneof![Just(1usize), Just(2), Just(4), Just(6), Just(8)];
     let order = prop_oneof![Just("tp-cp-ep-dp-pp"), Just("ep-tp-cp-dp-pp"), Just("cp-tp-ep-dp-pp")];
@@ -130,10 +141,10 @@ fn cases() -> impl Strategy<Value = Case> {
         }
         proptest::sample::select(mappings)
     });
-    let sizes = (1usize..4, 1usize..4, skews(), scores(), any::<u64>());
-    (foldings, sizes).prop_flat_map(|(mapping, (per_rank, top_k, skew, score, seed))| {
+    let sizes = (1usize..4, 1usize..4, skews(), scores(), capacities(), any::<u64>());
+    (foldings, sizes).prop_flat_map(|(mapping, (per_rank, top_k, skew, score, capacity, seed))| {
         let num_experts = (mapping.ep * per_rank).max(2).next_multiple_of(mapping.ep);
-        let problem = Problem { score, ..problem(num_experts, top_k.min(num_experts), skew, seed) };
+        let problem = Problem { score, capacity, ..problem(num_experts, top_k.min(num_experts), skew, seed) };
         let count = prop_oneof![2 => Just(0), 5 => 0..6usize];
         proptest::collection::vec(count, mapping.world_size).prop_map(move |tokens| {
             Case { mapping: mapping.clone(), tokens, problem: problem.clone() }.with_units()
@@ -147,6 +158,24 @@ proptest! {
     fn any_folding_equals_one_rank(case in cases()) {
         prop_assume!(case.problem.margin() > 1e-9);
         case.check();
+    }
+}
+
+/// All choose one expert, of which few are kept: most tokens get nothing from it, and the router still learns.
+#[test]
+fn dropping_under_every_folding_of_eight_ranks() {
+    for (seed, (tp, ep, etp)) in
+        [(1, 1, 1), (2, 4, 2), (4, 8, 1), (8, 1, 8), (8, 2, 2)].into_iter().enumerate()
+    {
+        for policy in [DropPolicy::Probs, DropPolicy::Position] {
+            let skew = [Skew::ToOne, Skew::Empty][seed % 2];
+            let mapping = Mapping { world_size: 8, tp, ep, etp, ..Mapping::default() };
+            let tokens = vec![3, 1, 0, 5, 2, 4, 1, 3];
+            let problem = Problem { capacity: Some((0.7, policy)), ..problem(8, 2, skew, 60 + seed as u64) };
+            let case = Case { mapping, tokens, problem }.with_units();
+            assert!(case.problem.solve().dropped > 5);
+            case.check();
+        }
     }
 }
 

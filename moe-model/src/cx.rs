@@ -4,6 +4,7 @@ use moe_comm::{Comm, Comms};
 use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
 
+use crate::capacity::ExpertCapacity;
 use crate::params::ParamStore;
 use crate::rope::RopeTable;
 use crate::{Error, Result};
@@ -20,6 +21,8 @@ pub struct Cx<T: Float, D: Device> {
     pub rope: RopeTable<T, D>,
     /// What the passes are for.
     pub mode: Mode,
+    /// What experts take of a micro-batch in training; all there is unless given.
+    pub capacity: Option<ExpertCapacity>,
     /// The rank's micro-batches of this step, in order.
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
@@ -37,8 +40,8 @@ impl<T: Float, D: Device> Cx<T, D> {
         rope: RopeTable<T, D>,
         objective: Objective,
     ) -> Self {
-        let (mode, batches, stats) = (Mode::Evaluate, Vec::new(), Stats::default());
-        Cx { device, comms, params, rope, mode, batches, objective, stats }
+        let (mode, capacity, batches, stats) = (Mode::Evaluate, None, Vec::new(), Stats::default());
+        Cx { device, comms, params, rope, mode, capacity, batches, objective, stats }
     }
 
     /// A group of the attention or expert view that was created with the context's communicators.
@@ -145,6 +148,8 @@ pub struct MoeStats {
     pub layer: usize,
     /// Choices per expert, before dropping.
     pub counts: Vec<u64>,
+    /// Choices that were dropped.
+    pub dropped: u64,
     /// This rank's part of Σ over micro-batches of A (the sum over tensor- and context-parallel ranks is whole).
     pub aux: f64,
     /// The same over sequences.

@@ -118,6 +118,19 @@ pub enum Error {
         /// Chunks, two for each context-parallel rank.
         chunks: usize,
     },
+    /// Sequences that cannot be cut into units of dropping.
+    #[error(
+        "sequences of {seq_len} tokens cannot be cut into drop units of tp = {tp} and cp = {cp}: give sizes for which \
+         ({seq_len}/cp) % tp = 0"
+    )]
+    DropUnit {
+        /// Tokens of a sequence.
+        seq_len: usize,
+        /// Parts of a context-parallel part.
+        tp: usize,
+        /// Context-parallel parts.
+        cp: usize,
+    },
     /// The heads of a tensor-parallel rank cannot be cut over the ranks of an all-to-all.
     #[error(
         "{heads} heads with {kv_heads} key-value heads on a tensor-parallel rank cannot be cut over {ulysses} ranks \

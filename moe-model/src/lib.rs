@@ -62,13 +62,14 @@
 //!   with three functions.
 //! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
 //!
-//! A sliding window with ring attention and capacities are not built yet.
+//! A sliding window with ring attention is not built yet.
 
 #![forbid(unsafe_code)]
 
 pub mod attention;
 pub mod axes;
 pub mod block;
+pub mod capacity;
 pub mod config;
 pub mod context;
 pub mod cx;
@@ -89,6 +90,7 @@ pub mod stage;
 pub mod transport;
 
 pub use block::Block;
+pub use capacity::{DropUnit, ExpertCapacity};
 pub use config::ModelConfig;
 pub use cx::{Cx, MicroBatch, Mode, MoeStats, Objective, Stats};
 pub use error::{Error, Result};

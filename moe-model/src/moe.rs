@@ -10,6 +10,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
 use crate::axes::{TP_CP, TP_CP_DP};
+use crate::capacity::Place;
 use crate::config::{AuxLossScope, ModelConfig};
 use crate::cx::MoeStats;
 use crate::dense::GatedMlpDeferred;
@@ -34,6 +35,7 @@ pub struct MoeMlp {
     bias: Option<ExpertBias>,
     dispatcher: TokenDispatcher,
     grid: Grid,
+    place: Place,
     gate_up: ParamId,
     down: ParamId,
     function: GateFunction,
@@ -111,9 +113,23 @@ impl MoeMlp {
             z_loss_coef: config.router_z_loss_coef,
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
+        let place = Place::of(params.folding(), params.rank());
         let dispatcher = TokenDispatcher { kind: dispatcher, num_experts: experts };
         let (function, shared) = (config.gate_function(), SharedExpert::new(params, config, layer, stage)?);
-        Ok(MoeMlp { layer, norm, gate, router, bias, dispatcher, grid, gate_up, down, function, shared })
+        Ok(MoeMlp {
+            layer,
+            norm,
+            gate,
+            router,
+            bias,
+            dispatcher,
+            grid,
+            place,
+            gate_up,
+            down,
+            function,
+            shared,
+        })
     }
 
     /// Fresh statistics for a step.
@@ -132,11 +148,12 @@ impl MoeMlp {
         self.bias
     }
 
-    fn record(&self, stats: &mut [MoeStats], seen: &RouterStats) {
+    fn record(&self, stats: &mut [MoeStats], seen: &RouterStats, dropped: u64) {
         if let Some(own) = stats.iter_mut().find(|s| s.layer == self.layer) {
             for (sum, count) in own.counts.iter_mut().zip(&seen.expert_counts) {
                 *sum += *count as u64;
             }
+            own.dropped += dropped;
             own.aux += seen.aux_loss;
             own.sequence_aux += seen.sequence_aux_loss;
             own.z += seen.z_loss_sum;
@@ -160,7 +177,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             .router
             .forward(&device, input, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
-        self.record(&mut cx.stats.moe, &seen);
+        let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
+        self.record(&mut cx.stats.moe, &seen, dropped);
 
         let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
         let (batch, state) = self.dispatcher.dispatch(&fabric, &h, &routing)?;

@@ -47,6 +47,7 @@ fn time(
         pipeline,
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
+        capacity: None,
         seed: 0,
         global_batch_size: BATCH,
         rampup_batch_size: None,

@@ -4,6 +4,7 @@
 pub mod reference;
 pub mod world;
 
+use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::family::ScoreFunction;
 
 /// Sizes and settings of a layer and its data.
@@ -22,6 +23,8 @@ pub struct Problem {
     /// The micro-batch of each token.
     pub units: Vec<usize>,
     pub num_units: usize,
+    /// Factor and policy of dropping.
+    pub capacity: Option<(f64, DropPolicy)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +47,7 @@ pub struct Outcome {
     pub aux_loss: f64,
     pub z_loss: f64,
     pub expert_counts: Vec<i64>,
+    pub dropped: u64,
 }
 
 /// Uniform in [−1, 1), a function of its arguments alone.
@@ -62,6 +66,13 @@ fn noise(seed: u64, stream: u64, index: usize) -> f64 {
 impl Problem {
     pub fn tokens(&self) -> usize {
         self.units.len()
+    }
+
+    /// The tokens of a unit, in the order that decides who is kept: not that in which ranks hold them.
+    pub fn in_order(&self, unit: usize) -> Vec<usize> {
+        let mut tokens: Vec<usize> = (0..self.tokens()).filter(|&i| self.units[i] == unit).collect();
+        tokens.sort_by(|&a, &b| noise(self.seed, 6, a).total_cmp(&noise(self.seed, 6, b)));
+        tokens
     }
 
     fn random(&self, stream: u64, n: usize, scale: f64) -> Vec<f64> {
@@ -125,5 +136,6 @@ impl Outcome {
         assert_close("aux_loss", &[self.aux_loss], &[expected.aux_loss], tolerance);
         assert_close("z_loss", &[self.z_loss], &[expected.z_loss], tolerance);
         assert_eq!(self.expert_counts, expected.expert_counts);
+        assert_eq!(self.dropped, expected.dropped);
     }
 }

@@ -1,5 +1,6 @@
 //! The layer on one rank: every token visits its experts in turn. Nothing of the crate under test is used.
 
+use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::family::ScoreFunction;
 
 use super::{Outcome, Problem};
@@ -87,11 +88,32 @@ impl Problem {
         self.scores().iter().map(|s| s.margin).fold(f64::MAX, f64::min)
     }
 
+    /// Whether each choice of each token is kept.
+    fn kept(&self, scores: &[Scored]) -> Vec<Vec<bool>> {
+        let mut kept = vec![vec![true; self.top_k]; self.tokens()];
+        let Some((factor, policy)) = self.capacity else { return kept };
+        for unit in 0..self.num_units {
+            let tokens = self.in_order(unit);
+            let mean = factor * (tokens.len() * self.top_k) as f64 / self.num_experts as f64;
+            let capacity = tokens.len().min(1.max((mean * (1.0 - 1e-9)).ceil() as usize));
+            for e in 0..self.num_experts {
+                let choice = |&i: &usize| Some((i, scores[i].chosen.iter().position(|&c| c == e)?));
+                let mut rivals: Vec<(usize, usize)> = tokens.iter().filter_map(choice).collect();
+                if policy == DropPolicy::Probs {
+                    rivals.sort_by(|a, b| scores[b.0].weights[b.1].total_cmp(&scores[a.0].weights[a.1]));
+                }
+                rivals.iter().skip(capacity).for_each(|&(i, k)| kept[i][k] = false);
+            }
+        }
+        kept
+    }
+
     pub fn solve(&self) -> Outcome {
         let &Problem { hidden, intermediate, num_experts, top_k, num_units, .. } = self;
         let (x, dy, router, gate_up, down) =
             (self.x(), self.dy(), self.router(), self.gate_up(), self.down());
         let scores = self.scores();
+        let kept = self.kept(&scores);
         let mut out = Outcome {
             y: vec![0.0; x.len()],
             dx: vec![0.0; x.len()],
@@ -101,6 +123,7 @@ impl Problem {
             aux_loss: 0.0,
             z_loss: scores.iter().map(|s| s.lse * s.lse).sum::<f64>() / self.tokens().max(1) as f64,
             expert_counts: vec![0; num_experts],
+            dropped: kept.iter().flatten().filter(|kept| !**kept).count() as u64,
         };
 
         // Load-balancing loss of each micro-batch, and its derivative by a token's probabilities.
@@ -125,7 +148,11 @@ impl Problem {
             let row = i * hidden..(i + 1) * hidden;
             let (x, dy) = (&x[row.clone()], &dy[row.clone()]);
             let mut dweights = vec![];
-            for (&e, &p) in s.chosen.iter().zip(&s.weights) {
+            for ((&e, &p), &kept) in s.chosen.iter().zip(&s.weights).zip(&kept[i]) {
+                if !kept {
+                    dweights.push(0.0);
+                    continue;
+                }
                 let gate_up = &gate_up[e * 2 * intermediate * hidden..(e + 1) * 2 * intermediate * hidden];
                 let dgate_up =
                     &mut out.dgate_up[e * 2 * intermediate * hidden..(e + 1) * 2 * intermediate * hidden];

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moe_comm::{Comms, Reduction, ThreadRank, ThreadWorld};
+use moe_dispatch::capacity::{Spread, drop_excess, expert_capacity};
 use moe_dispatch::{
     DispatchState, Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Router, RouterConfig, RouterInput,
     RouterScales, TokenDispatcher,
 };
-use moe_kernels::family::{Activation, Elementwise, GateFunction, GroupedGemm, Op};
+use moe_kernels::family::{Activation, DropLimit, Elementwise, GateFunction, GroupedGemm, Op};
 use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Attention, Expert, Folding};
 
@@ -29,6 +30,7 @@ struct Part {
     aux_loss: f64,
     z_loss_sum: f64,
     expert_counts: Vec<i64>,
+    dropped: u64,
 }
 
 /// Runs the layer; world rank `r` has the tokens `shares[r]`, all of one micro-batch per data-parallel rank.
@@ -139,6 +141,20 @@ where
         router.forward(device, RouterInput::new(&x, router_weight.view()), |counts| {
             Ok(unit.all_reduce_host(counts, Reduction::Sum)?)
         })?;
+    let (routing, dropped) = match p.capacity {
+        None => (routing, 0),
+        Some((factor, policy)) => {
+            let in_order = p.in_order(folding.coordinate(me, Attention::DP));
+            let slot = |token| in_order.iter().position(|&t| t == token).expect("a token of the unit") as i32;
+            let slots: Vec<i32> = tokens.clone().map(slot).collect();
+            let slots = Tensor::from_slice(device, 1, n, &slots)?;
+            let capacity = expert_capacity(factor, in_order.len(), p.top_k, p.num_experts);
+            let limit = DropLimit { num_experts: p.num_experts, unit_slots: in_order.len().max(1), capacity };
+            let counts: Vec<usize> = unit.ranks().iter().map(|&rank| shares[rank].len()).collect();
+            let spread = (unit.size() > 1).then_some(Spread { group: unit, tokens: &counts });
+            drop_excess::<T, Cpu>(device, routing, policy, &slots, limit, spread)?
+        }
+    };
     let (batch, state) = dispatcher.dispatch(&fabric, &x, &routing)?;
     assert_eq!(state.rows(), batch.rows);
     let (rows, offsets) = (batch.rows, batch.offsets.view());
@@ -191,6 +207,7 @@ where
         aux_loss: stats.aux_loss,
         z_loss_sum: stats.z_loss_sum,
         expert_counts: stats.expert_counts,
+        dropped,
     })
 }
 
@@ -205,6 +222,7 @@ fn join(p: &Problem, parts: &[Part]) -> Outcome {
         aux_loss: parts.iter().map(|part| part.aux_loss).sum::<f64>() / p.num_units as f64,
         z_loss: parts.iter().map(|part| part.z_loss_sum).sum::<f64>() / p.tokens().max(1) as f64,
         expert_counts: vec![0; p.num_experts],
+        dropped: parts.iter().map(|part| part.dropped).sum(),
     };
     for part in parts {
         let rows = part.tokens.start * p.hidden..part.tokens.end * p.hidden;

@@ -1,5 +1,6 @@
 //! Router scores, choice and sorting.
 
+use std::cmp::Ordering as CmpOrdering;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
@@ -8,7 +9,7 @@ use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
-use crate::family::{ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::family::{DropLimit, ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
 use crate::{Error, Result, View, ViewMut};
 
 /// Added to sums of sigmoids before they divide, as DeepSeek-V3 does.
@@ -266,6 +267,31 @@ simd! {
     }
 }
 
+/// The choices `(i, j)` that lose their place to others of the same expert and unit.
+fn excess<T: CpuFloat>(
+    experts: Mat<'_, i32>,
+    weights: Option<Mat<'_, T>>,
+    slots: &[i32],
+    limit: DropLimit,
+) -> impl Iterator<Item = (usize, usize)> {
+    let unit = move |slot: i32| slot as usize / limit.unit_slots;
+    let units = slots.iter().max().map_or(0, |&slot| unit(slot) + 1);
+    let mut rivals = vec![Vec::new(); units * limit.num_experts];
+    for (i, experts) in experts.iter().enumerate() {
+        for (j, &e) in experts.iter().enumerate().filter(|&(_, &e)| e >= 0) {
+            rivals[unit(slots[i]) * limit.num_experts + e as usize].push((i, j));
+        }
+    }
+    let goes_before = move |&(a, j): &(usize, usize), &(b, l): &(usize, usize)| {
+        let by_weight = weights.and_then(|weights| weights.row(b)[l].partial_cmp(&weights.row(a)[j]));
+        by_weight.unwrap_or(CmpOrdering::Equal).then(slots[a].cmp(&slots[b]))
+    };
+    rivals.into_iter().filter(move |rivals| rivals.len() > limit.capacity).flat_map(move |mut rivals| {
+        rivals.select_nth_unstable_by(limit.capacity, goes_before);
+        rivals.split_off(limit.capacity)
+    })
+}
+
 /// Refuses groups that do not divide `experts`, or leave fewer than `chosen` of them.
 fn check_groups(kernel: &'static str, groups: ExpertGroups, experts: usize, chosen: usize) -> Result<()> {
     let ExpertGroups { count, kept, score_top_k } = groups;
@@ -383,6 +409,44 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         self.for_each(tasks, |(dlogits, routed)| {
             backward(dlogits, routed, function, scale, aux, T::from_f64(2.0 * z));
         })
+    }
+
+    fn drop_excess(
+        &self,
+        mut kept: ViewMut<'_, i32, Self>,
+        experts: View<'_, i32, Self>,
+        weights: Option<View<'_, T, Self>>,
+        slots: View<'_, i32, Self>,
+        limit: DropLimit,
+    ) -> Result<()> {
+        const KERNEL: &str = "drop_excess";
+        let DropLimit { num_experts, unit_slots, .. } = limit;
+        let [n, k] = experts.shape();
+        check::shape(KERNEL, "kept", [n, k], kept.shape())?;
+        check::shape(KERNEL, "slots", [1, n], slots.shape())?;
+        if let Some(weights) = &weights {
+            check::shape(KERNEL, "weights", [n, k], weights.shape())?;
+        }
+        check::argument(KERNEL, unit_slots > 0, || "units without slots".to_owned())?;
+        let (experts, slots) = (Mat::from(experts), Mat::from(slots).vector());
+        check::indices(KERNEL, "expert", experts.iter().flatten(), num_experts)?;
+        check::argument(KERNEL, slots.iter().all(|&slot| slot >= 0), || "a slot is negative".to_owned())?;
+        let weights = weights.map(Mat::from);
+        if let Some(weights) = weights
+            && let Some(row) = weights.iter().position(|row| row.iter().any(|w| w.partial_cmp(w).is_none()))
+        {
+            return Err(Error::NotANumber { kernel: KERNEL, row });
+        }
+        let mut kept = MatMut::from(&mut kept);
+        for (i, experts) in experts.iter().enumerate() {
+            for (kept, &e) in kept.row(i).iter_mut().zip(experts) {
+                *kept = e.max(-1);
+            }
+        }
+        for (i, j) in excess(experts, weights, slots, limit) {
+            kept.row(i)[j] = -1;
+        }
+        Ok(())
     }
 
     fn sort_by_expert(

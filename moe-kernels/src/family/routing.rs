@@ -65,7 +65,18 @@ pub struct RouteOutput<'a, A: Float, D: Device> {
     pub lse: ViewMut<'a, A, D>,
 }
 
-/// Router scores, choice and sorting. `A` is the router's type, an accumulation type.
+/// How many choices an expert may keep of each unit of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DropLimit {
+    /// Experts that can be chosen, E.
+    pub num_experts: usize,
+    /// Slots of a unit: unit `u` has the tokens in slots `u · unit_slots .. (u + 1) · unit_slots`.
+    pub unit_slots: usize,
+    /// Choices of a unit that each expert keeps, C.
+    pub capacity: usize,
+}
+
+/// Router scores, choice, dropping and sorting. `A` is the router's type, an accumulation type.
 pub trait Routing<A: Float>: Device {
     /// Chooses `K` experts for each of `n` tokens from `logits: [n, E]`.
     ///
@@ -94,6 +105,22 @@ pub trait Routing<A: Float>: Device {
         scoring: &Scoring,
         aux: View<'_, A, Self>,
         z: f64,
+    ) -> Result<()>;
+
+    /// Drops what exceeds the capacity of experts: `kept: [n, K]` is `experts: [n, K]` with −1 for the dropped choices.
+    /// Negative experts stay −1 and take no place.
+    ///
+    /// Token `i` stands in slot `slots[i]` (`[1, n]`), no two in the same one; slots say which unit it belongs to, and
+    /// their order decides between choices. Of each unit, each expert keeps the `capacity` choices of the largest
+    /// `weights: [n, K]`, ties to the smaller slot, or without weights those of the smallest slots. A token chooses an
+    /// expert at most once. The result does not depend on the order of the tokens `i`.
+    fn drop_excess(
+        &self,
+        kept: ViewMut<'_, i32, Self>,
+        experts: View<'_, i32, Self>,
+        weights: Option<View<'_, A, Self>>,
+        slots: View<'_, i32, Self>,
+        limit: DropLimit,
     ) -> Result<()>;
 
     /// Stable counting sort of the `n · K` choices by expert.

@@ -89,6 +89,9 @@ pub enum ConfigError {
     /// Parameter groups do not fit the model.
     #[error("[[optimizer.groups]] {0}")]
     Groups(#[from] GroupError),
+    /// Sequences cannot be cut into the parts that drop tokens.
+    #[error("[train] moe_token_drop_parts: {0}")]
+    DropParts(moe_model::Error),
     /// Layers do not fit the stages of the pipeline.
     #[error("[parallel] layers_per_stage: {0}")]
     Layers(moe_model::Error),

@@ -36,6 +36,7 @@
 //! # Ok::<(), moe_train::config::ConfigError>(())
 //! ```
 
+mod capacity;
 mod error;
 mod overrides;
 mod sections;
@@ -53,7 +54,7 @@ use toml::Table;
 pub use error::ConfigError;
 pub use sections::{
     DataConfig, DeviceKind, Dispatcher, LrScheduleKind, NonFinite, OptimizerConfig, ParallelConfig,
-    SampleConfig, TokenizerKind, TrainConfig, TrainDType,
+    SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope, TokenizerKind, TrainConfig, TrainDType,
 };
 
 use crate::durable::Context;
@@ -133,6 +134,7 @@ impl RunConfig {
         if config.model.moe_router_enable_expert_bias {
             config.optimizer.moe_router_bias_update_rate.get_or_insert(1e-3);
         }
+        config.resolve_capacity();
         config.check()?;
         Ok(config)
     }
@@ -222,6 +224,7 @@ impl RunConfig {
     fn check(&self) -> Result<(), ConfigError> {
         self.model.check()?;
         self.check_train()?;
+        self.check_capacity()?;
         self.check_optimizer()?;
         self.check_data()?;
         let (cp, ulysses) = (self.parallel.cp, self.parallel.cp_ulysses);

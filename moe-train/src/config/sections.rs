@@ -102,6 +102,20 @@ pub struct TrainConfig {
     pub micro_batch_size: usize,
     /// Tokens of a sequence, S.
     pub sequence_length: usize,
+    /// Choices that each expert keeps of a unit of tokens, in multiples of what it would get if all got equally many; the
+    /// others are dropped. Without, nothing is dropped; nor is it in evaluation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_expert_capacity_factor: Option<f64>,
+    /// Which choices an expert keeps; `probs` unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_token_drop_policy: Option<TokenDropPolicy>,
+    /// The unit of tokens that compete for an expert; `full` unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_token_drop_scope: Option<TokenDropScope>,
+    /// `sub`: the parts of a micro-batch, as so many ranks would hold them; those of `[parallel]` unless given. They are
+    /// kept in the file of a run, so that it computes the same if it goes on under another folding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_token_drop_parts: Option<TokenDropParts>,
     /// What happens to a step whose loss or gradient is not finite. No weight changes either way.
     #[serde(default)]
     pub non_finite: NonFinite,
@@ -146,6 +160,38 @@ impl TrainConfig {
             NonFinite::Stop => 0,
         }
     }
+}
+
+/// Which choices an expert keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenDropPolicy {
+    /// Those of the largest weights.
+    #[default]
+    Probs,
+    /// The first of their sequences.
+    Position,
+}
+
+/// The unit of tokens that compete for an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenDropScope {
+    /// A micro-batch.
+    #[default]
+    Full,
+    /// The part of it that a rank holds.
+    Sub,
+}
+
+/// Parts of a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenDropParts {
+    /// As many as a context-parallel part would have under this tensor parallelism.
+    pub tp: usize,
+    /// As many as the sequences would have under this context parallelism.
+    pub cp: usize,
 }
 
 /// What happens to a step whose loss or gradient is not finite.

@@ -1,3 +1,5 @@
+use moe_dispatch::capacity::DropPolicy;
+use moe_model::{DropUnit, ExpertCapacity};
 use moe_topology::Attention;
 
 use super::*;
@@ -182,6 +184,68 @@ fn settings_of_another_learning_rate_schedule_are_refused() {
         refusal(&["optimizer.lr_schedule=wsd"])
             .contains("unknown variant `wsd`, expected one of `constant`, ")
     );
+}
+
+#[test]
+fn a_capacity_fills_in_how_tokens_are_dropped_and_keeps_the_parts_under_another_mapping() {
+    assert_eq!(with(&[]).unwrap().capacity(), None);
+    let factor = "train.moe_expert_capacity_factor=1.25";
+    let full = with(&[factor]).unwrap();
+    let unit = DropUnit::MICRO_BATCH;
+    assert_eq!(full.capacity(), Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Probs, unit }));
+    let written = full.to_toml().unwrap();
+    assert!(
+        written.contains("moe_token_drop_policy = \"probs\"\nmoe_token_drop_scope = \"full\"\n"),
+        "{written}"
+    );
+
+    let sub =
+        with(&[factor, "train.moe_token_drop_scope=sub", "train.moe_token_drop_policy=position"]).unwrap();
+    let unit = DropUnit { tp: 2, cp: 1 };
+    let capacity = Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Position, unit });
+    assert_eq!(sub.capacity(), capacity);
+    let written = sub.to_toml().unwrap();
+    let again = RunConfig::parse(&written, "config.toml", &["parallel.tp=1"]).unwrap();
+    assert_eq!((again.parallel.tp, again.capacity()), (1, capacity));
+}
+
+#[test]
+fn keys_of_dropping_that_do_not_fit_are_refused() {
+    let factor = "train.moe_expert_capacity_factor=1.25";
+    for (overrides, refused) in [
+        (
+            &["train.moe_token_drop_policy=position"] as &[&str],
+            "train.moe_token_drop_policy has no meaning with nothing to drop: set train.moe_expert_capacity_factor, \
+             or remove it",
+        ),
+        (
+            &["train.moe_token_drop_scope=sub"],
+            "train.moe_token_drop_scope has no meaning with nothing to drop: set train.moe_expert_capacity_factor, \
+             or remove it",
+        ),
+        (
+            &["train.moe_expert_capacity_factor=0"],
+            "train.moe_expert_capacity_factor = 0, but it must be finite and above 0",
+        ),
+        (
+            &[factor, "train.moe_token_drop_parts={tp = 2, cp = 1}"],
+            "train.moe_token_drop_parts has no meaning with train.moe_token_drop_scope = \"full\": set the scope to \
+             \"sub\", or remove the parts",
+        ),
+        (
+            &[factor, "train.moe_token_drop_scope=sub", "train.moe_token_drop_parts={tp = 3, cp = 1}"],
+            "[train] moe_token_drop_parts: sequences of 64 tokens cannot be cut into drop units of tp = 3 and cp = 1: \
+             give sizes for which (64/cp) % tp = 0",
+        ),
+        (
+            &[factor, "model.first_k_dense_replace=4"],
+            "train.moe_expert_capacity_factor has no meaning with a model without experts: remove it",
+        ),
+    ] {
+        assert_eq!(refusal(overrides), refused);
+    }
+    let unknown = refusal(&[factor, "train.moe_token_drop_policy=random"]);
+    assert!(unknown.contains("unknown variant `random`, expected `probs` or `position`"), "{unknown}");
 }
 
 #[test]

@@ -146,6 +146,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
             Dispatcher::AllToAll => moe_dispatch::DispatcherKind::AllToAll,
             Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,
         },
+        capacity: config.capacity(),
         seed: config.train.seed,
         global_batch_size: config.train.global_batch_size,
         rampup_batch_size: config.train.rampup_batch_size,

@@ -50,7 +50,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let batch_sizes = setup.batch_sizes()?;
         let objective = setup.objective(batch_sizes.of_step(1));
         let program = setup.training_program(objective.sequences)?;
-        let cx = Cx::new(device, comms, params, rope, objective);
+        let mut cx = Cx::new(device, comms, params, rope, objective);
+        cx.capacity = setup.capacity;
         Ok(RankTrainer {
             setup,
             batch_sizes,

@@ -51,13 +51,14 @@ pub(super) struct Totals {
     aux: Vec<f64>,
     sequence_aux: Vec<f64>,
     z: Vec<f64>,
+    dropped: f64,
 }
 
 impl Totals {
     /// Adds up what all ranks saw. Collective over the world.
     pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
         let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
-        let width = experts + 3;
+        let width = experts + 4;
         let mut sums = vec![0.0; 1 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
@@ -71,6 +72,7 @@ impl Totals {
             row[experts] = layer.aux;
             row[experts + 1] = layer.sequence_aux;
             row[experts + 2] = layer.z;
+            row[experts + 3] = layer.dropped as f64;
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
         let all: Vec<_> = sums[1..].chunks_exact(width).collect();
@@ -81,6 +83,7 @@ impl Totals {
             aux: rows().map(|row| row[experts]).collect(),
             sequence_aux: rows().map(|row| row[experts + 1]).collect(),
             z: rows().map(|row| row[experts + 2]).collect(),
+            dropped: rows().map(|row| row[experts + 3]).sum(),
         })
     }
 
@@ -125,7 +128,7 @@ impl Totals {
             aux_loss: aux / layers,
             sequence_aux_loss: sequence_aux / layers,
             z_loss: z / layers,
-            dropped_tokens: 0,
+            dropped_tokens: self.dropped as u64,
             expert_load: self
                 .counts
                 .iter()

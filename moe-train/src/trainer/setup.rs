@@ -2,7 +2,7 @@
 
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
-use moe_model::{Objective, PipelineLayout};
+use moe_model::{ExpertCapacity, Objective, PipelineLayout};
 use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
@@ -26,6 +26,8 @@ pub struct Setup {
     pub micro_batch_group_size: Option<usize>,
     /// How tokens reach their experts.
     pub dispatcher: DispatcherKind,
+    /// What experts take of a micro-batch; without, nothing is dropped.
+    pub capacity: Option<ExpertCapacity>,
     /// Seed of the initial weights.
     pub seed: u64,
     /// Sequences of a step over all ranks, G, after the ramp-up.

@@ -104,6 +104,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         pipeline,
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
+        capacity: None,
         seed: 5,
         global_batch_size: 16,
         rampup_batch_size: None,
@@ -257,6 +258,7 @@ pub fn assert_equal(a: &Outcome, b: &Outcome, setup: &Setup, what: &str) {
         close("aux_loss", x.aux_loss, y.aux_loss);
         close("z_loss", x.z_loss, y.z_loss);
         assert_eq!(x.expert_load, y.expert_load, "{what}: expert load");
+        assert_eq!(x.dropped_tokens, y.dropped_tokens, "{what}: dropped tokens");
         close("lr", x.lr, y.lr);
         assert_eq!((x.step, x.updated), (y.step, y.updated));
     }
