@@ -1,27 +1,30 @@
-//! Causal self-attention with grouped-query heads, rotary positions, tensor, sequence and context parallelism.
+//! Causal self-attention, grouped-query or latent, with rotary positions, tensor, sequence and context parallelism.
 
 use moe_kernels::family::{AttentionMask, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Attention, Owner, Placement};
 
-use crate::axes::CP_DP;
+use crate::axes::{CP_DP, TP_CP_DP};
+use crate::bias::Bias;
 use crate::config::ModelConfig;
 use crate::context::{ContextAttention, ContextAttentionSaved, Heads};
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
-use crate::qkv::{Qkv, QkvDeferred, QkvSaved};
+use crate::projections::{Projections, ProjectionsDeferred, ProjectionsSaved};
 use crate::{Cx, Error, Result};
 
-/// `y = x + W_o · attention(q, k, v)`, with [`q, k, v`](Qkv) of `norm(x)`; each query sees the keys up to its own, of these
-/// the last `sliding_window` if that is set.
+/// `y = x + W_o · attention(q, k, v)`, with [`q, k, v`](Projections) of `norm(x)`; each query sees the keys up to its own, of
+/// these the last `sliding_window` if that is set.
 ///
-/// Rows are gathered over TP before the column-parallel projections and reduce-scattered after the row-parallel one.
+/// Rows, or their latents, are gathered over TP before the column-parallel projections and reduce-scattered after the
+/// row-parallel one.
 #[derive(Debug, Clone, Copy)]
 pub struct SelfAttention {
     norm: RmsNorm,
-    qkv: Qkv,
+    qkv: Projections,
     out: ParamId,
+    out_bias: Option<Bias>,
     core: ContextAttention,
 }
 
@@ -29,7 +32,7 @@ pub struct SelfAttention {
 #[derive(Debug)]
 pub struct SelfAttentionSaved<T: Float, D: Device> {
     norm: RmsNormSaved<T, D>,
-    qkv: QkvSaved<T, D>,
+    qkv: ProjectionsSaved<T, D>,
     o: Tensor<T, D>,
     core: ContextAttentionSaved<T, D>,
 }
@@ -37,7 +40,7 @@ pub struct SelfAttentionSaved<T: Float, D: Device> {
 /// What the weight gradients need.
 #[derive(Debug)]
 pub struct SelfAttentionDeferred<T: Float, D: Device> {
-    qkv: QkvDeferred<T, D>,
+    qkv: ProjectionsDeferred<T, D>,
     o: Tensor<T, D>,
     dy: Tensor<T, D>,
 }
@@ -54,8 +57,12 @@ impl SelfAttention {
         stage: usize,
     ) -> Result<Self> {
         let prefix = format!("model.layers.{layer}");
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim());
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let (hidden, latent) = (config.hidden_size, config.latent_attention());
+        let (head_dim, v_head_dim) = match latent {
+            Some(latent) => (latent.qk_head_dim(), latent.v_head_dim),
+            None => (config.head_dim(), config.head_dim()),
+        };
         let folding = params.folding();
         let mask = match (config.sliding_window, folding.size(Attention::CP_OUTER)) {
             (None, _) => AttentionMask::Causal,
@@ -69,23 +76,27 @@ impl SelfAttention {
             config.rms_norm_eps,
             stage,
         )?;
-        let qkv = Qkv::new(params, config, &format!("{prefix}.self_attn"), stage)?;
-        let dims = [hidden, heads * head_dim];
+        let qkv = Projections::new(params, config, &format!("{prefix}.self_attn"), stage)?;
+        let dims = [hidden, heads * v_head_dim];
         let placement = Placement::new(&dims, &[(1, Attention::TP)], CP_DP, Owner::Stage(stage))?;
         let out = params.add(&[Logical {
             name: Name::One(format!("{prefix}.self_attn.o_proj.weight")),
             placement: Placed::Attention(placement),
             init: Init::Normal(config.residual_std()),
         }])?;
+        let out_bias = (config.attention_bias && latent.is_some())
+            .then(|| Bias::new(params, &format!("{prefix}.self_attn.o_proj"), hidden, TP_CP_DP, stage))
+            .transpose()?;
+        let folding = params.folding();
         let heads = Heads {
             heads: heads / folding.size(Attention::TP),
             kv_heads: kv_heads / folding.size(Attention::TP_OUTER),
             head_dim,
-            v_head_dim: head_dim,
+            v_head_dim,
             scale: (head_dim as f64).sqrt().recip(),
         };
         let core = ContextAttention::new(heads, mask, folding)?;
-        Ok(SelfAttention { norm, qkv, out, core })
+        Ok(SelfAttention { norm, qkv, out, out_bias, core })
     }
 }
 
@@ -96,16 +107,18 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
         let device = cx.device.clone();
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
-        let tp = cx.group(Attention::TP)?;
-        let (q, kv, qkv) = self.qkv.forward(m, tp.all_gather_rows(&h)?, cx)?;
+        let (q, kv, qkv) = self.qkv.forward(m, &h, cx)?;
         let (o, core) = self.core.forward(m, q, kv, cx)?;
 
         let [tokens, hidden] = x.shape();
         let mut partial = Tensor::uninit(&device, o.shape()[0], hidden)?;
         device.gemm(partial.view_mut()?, o.view(), Op::N, cx.params.weight(self.out)?, Op::T)?;
-        let attended = tp.reduce_scatter_rows(&partial)?;
+        let attended = cx.group(Attention::TP)?.reduce_scatter_rows(&partial)?;
         let mut y = Tensor::uninit(&device, tokens, hidden)?;
         device.add(y.view_mut()?, x.view(), attended.view())?;
+        if let Some(bias) = self.out_bias {
+            bias.add_to(y.view_mut()?, cx)?;
+        }
         Ok((y, SelfAttentionSaved { norm, qkv, o, core }))
     }
 
@@ -118,6 +131,9 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
         let SelfAttentionSaved { norm, qkv, o, core } = saved;
+        if let Some(bias) = self.out_bias {
+            bias.backward(&dy, cx)?;
+        }
         let dy_rows = cx.group(Attention::TP)?.all_gather_rows(&dy)?;
 
         let [n, q_width] = o.shape();
@@ -125,8 +141,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         device.gemm(d_o.view_mut()?, dy_rows.view(), Op::N, cx.params.weight(self.out)?, Op::N)?;
 
         let gradients = self.core.backward(m, d_o, core, cx)?;
-        let (d_rows, qkv) = self.qkv.backward_input(m, gradients, qkv, cx)?;
-        let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
+        let (dh, qkv) = self.qkv.backward_input(m, gradients, qkv, cx)?;
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;
         Ok((dx, SelfAttentionDeferred { qkv, o, dy: dy_rows }))

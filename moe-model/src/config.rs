@@ -1,11 +1,13 @@
 //! What defines a model: the keys of a Hugging Face `config.json`.
 
-use moe_kernels::family::GateFunction;
+use moe_kernels::family::{GateFunction, RotaryPairs};
 use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
 
+mod latent;
 mod routing;
 
+pub use latent::LatentAttention;
 pub use routing::{AuxLoss, AuxLossScope, ScoringFunc};
 
 /// A decoder with experts (Mixtral, arXiv 2401.04088, and what Qwen2-MoE, Qwen3-MoE, GLM-4-MoE and DeepSeek add to it). Fields
@@ -54,6 +56,26 @@ pub struct ModelConfig {
     /// Width of one head; `hidden_size / num_attention_heads` unless given. See [`head_dim`](Self::head_dim).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<usize>,
+    /// Width of the latent of keys and values: makes attention multi-head latent attention (DeepSeek-V2 and V3, arXiv
+    /// 2405.04434), which needs the next three too. See [`latent_attention`](Self::latent_attention).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_lora_rank: Option<usize>,
+    /// With latent attention, the part of a query's and key's head that is not rotated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_nope_head_dim: Option<usize>,
+    /// With latent attention, the part that is rotated, of keys the same in all heads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qk_rope_head_dim: Option<usize>,
+    /// With latent attention, the width of a value's head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub v_head_dim: Option<usize>,
+    /// With latent attention, the width of the latent of queries; they have none unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub q_lora_rank: Option<usize>,
+    /// Whether adjacent elements of a head are rotated together, and not those of its two halves; true with latent
+    /// attention unless given, and else false.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_interleave: Option<bool>,
     /// Layers without experts (Qwen2-MoE); none unless given. See [`is_moe_layer`](Self::is_moe_layer).
     #[serde(default)]
     pub mlp_only_layers: Vec<usize>,
@@ -68,7 +90,8 @@ pub struct ModelConfig {
     #[serde(default)]
     pub use_qk_norm: bool,
     /// Whether the projections of queries, keys and values have a bias, as in Qwen2-MoE and GLM-4-MoE; false unless
-    /// given. The output projection has none.
+    /// given. The output projection has none. With latent attention, whether those to the latents and the output
+    /// projection have one, as in transformers' DeepSeek-V3.
     #[serde(default)]
     pub attention_bias: bool,
     /// Keys that a query sees, itself among them; all up to its own unless given.
@@ -195,6 +218,15 @@ pub enum ConfigError {
         /// The range, in words that follow "must be".
         allowed: String,
     },
+    /// Latent attention without one of its sizes.
+    #[error(
+        "{missing} is missing: latent attention needs kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim; \
+         without it leave these and q_lora_rank out"
+    )]
+    LatentAttention {
+        /// The missing key.
+        missing: &'static str,
+    },
     /// A setting is known but not built.
     #[error("{setting} is not supported: {why}")]
     Unsupported {
@@ -206,9 +238,23 @@ pub enum ConfigError {
 }
 
 impl ModelConfig {
-    /// Width of one head: [`head_dim`](Self#structfield.head_dim), or `hidden_size / num_attention_heads`.
+    /// Width of one head of grouped-query attention: [`head_dim`](Self#structfield.head_dim), or
+    /// `hidden_size / num_attention_heads`.
     pub fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    /// What of a query's and key's head is rotated: all of it, or `qk_rope_head_dim`.
+    pub fn rotary_dim(&self) -> usize {
+        self.latent_attention().map_or_else(|| self.head_dim(), |latent| latent.qk_rope_head_dim)
+    }
+
+    /// Which elements are rotated together, as kernels take it.
+    pub fn rotary_pairs(&self) -> RotaryPairs {
+        match self.rope_interleave.unwrap_or(self.kv_lora_rank.is_some()) {
+            true => RotaryPairs::Adjacent,
+            false => RotaryPairs::Halves,
+        }
     }
 
     /// Inner width of one expert: `moe_intermediate_size`, or `intermediate_size`.
@@ -262,14 +308,7 @@ impl ModelConfig {
 
     fn parameters_with(&self, experts: usize) -> u64 {
         let hidden = self.hidden_size as u64;
-        let heads = (self.num_attention_heads + self.num_key_value_heads) as u64 * self.head_dim() as u64;
-        let head_dim = self.head_dim() as u64;
-        let norms = if self.use_qk_norm { 2 * head_dim } else { 0 };
-        let biases = match self.attention_bias {
-            true => heads + self.num_key_value_heads as u64 * head_dim,
-            false => 0,
-        };
-        let every_layer = 2 * heads * hidden + 2 * hidden + norms + biases;
+        let every_layer = self.attention_parameters() + 2 * hidden;
         let gated = |width: usize| 3 * width as u64 * hidden;
         let shared = match self.shared_expert_width() {
             None => 0,
@@ -284,6 +323,18 @@ impl ModelConfig {
             + (layers - moe_layers) * gated(self.intermediate_size)
             + if self.tie_word_embeddings { 1 } else { 2 } * self.vocab_size as u64 * hidden
             + hidden
+    }
+
+    fn attention_parameters(&self) -> u64 {
+        let [hidden, queries, keys] =
+            [self.hidden_size, self.num_attention_heads, self.num_key_value_heads].map(|n| n as u64);
+        if let Some(latent) = self.latent_attention() {
+            return latent.parameters(hidden, queries, self.attention_bias);
+        }
+        let head_dim = self.head_dim() as u64;
+        let norms = if self.use_qk_norm { 2 * head_dim } else { 0 };
+        let biases = if self.attention_bias { (queries + 2 * keys) * head_dim } else { 0 };
+        2 * (queries + keys) * head_dim * hidden + norms + biases
     }
 
     fn has_dense_layers(&self) -> bool {
@@ -342,11 +393,14 @@ impl ModelConfig {
             in_range(name, value as f64, 1.0..=f64::from(i32::MAX), "from 1 to 2147483647")?;
         }
         let heads = ("num_attention_heads", self.num_attention_heads);
-        if self.head_dim.is_none() {
-            multiple(("hidden_size", self.hidden_size), heads)?;
+        self.check_latent()?;
+        if self.kv_lora_rank.is_none() {
+            if self.head_dim.is_none() {
+                multiple(("hidden_size", self.hidden_size), heads)?;
+            }
+            multiple(("head_dim", self.head_dim()), ("2 (rotary pairs)", 2))?;
+            multiple(heads, ("num_key_value_heads", self.num_key_value_heads))?;
         }
-        multiple(("head_dim", self.head_dim()), ("2 (rotary pairs)", 2))?;
-        multiple(heads, ("num_key_value_heads", self.num_key_value_heads))?;
         let (chosen, experts) = (self.num_experts_per_tok as f64, self.num_local_experts);
         let allowed = format!("from 1 to num_local_experts = {experts}");
         in_range("num_experts_per_tok", chosen, 1.0..=experts as f64, &allowed)?;
@@ -441,6 +495,12 @@ mod tests {
             num_attention_heads: 32,
             num_key_value_heads: 8,
             head_dim: None,
+            kv_lora_rank: None,
+            qk_nope_head_dim: None,
+            qk_rope_head_dim: None,
+            v_head_dim: None,
+            q_lora_rank: None,
+            rope_interleave: None,
             num_local_experts: 8,
             num_experts_per_tok: 2,
             rms_norm_eps: 1e-5,

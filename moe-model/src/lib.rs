@@ -68,6 +68,7 @@
 
 pub mod attention;
 pub mod axes;
+pub mod bias;
 pub mod block;
 pub mod capacity;
 pub mod config;
@@ -78,11 +79,13 @@ pub mod embedding;
 pub mod error;
 pub mod expert_bias;
 pub mod head;
+pub mod latent;
 pub mod layer;
 pub mod moe;
 pub mod norm;
 pub mod params;
 pub mod pipeline;
+pub mod projections;
 pub mod qkv;
 pub mod rope;
 pub mod shared;

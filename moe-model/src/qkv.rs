@@ -1,10 +1,11 @@
 //! From rows to queries, keys and values of this rank's heads: projections, biases, norms, rotation.
 
-use moe_kernels::family::{Elementwise, Op, Reduce, Rotation};
+use moe_kernels::family::{Op, Rotation};
 use moe_kernels::{Backend, Device, Float, Tensor, View, ViewMut};
 use moe_topology::{Attention, Axes, Owner, Placement};
 
 use crate::axes::{CP_DP, SHARED_KV};
+use crate::bias::add_column_sums;
 use crate::config::ModelConfig;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -46,7 +47,7 @@ pub struct QkvSaved<T: Float, D: Device> {
 }
 
 /// Queries, keys beside values, and what backward needs.
-pub type Projected<T, D> = (Tensor<T, D>, Tensor<T, D>, QkvSaved<T, D>);
+pub type Projected<T, D, Saved> = (Tensor<T, D>, Tensor<T, D>, Saved);
 
 /// What the weight gradients need.
 #[derive(Debug)]
@@ -106,15 +107,16 @@ impl Qkv {
         Ok(Qkv { q, kv, biases, norms, head_dim })
     }
 
-    /// `rows: [n, hidden]` of micro-batch `m`, gathered over TP; returns `q: [n, heads · head_dim]` and, keys before
-    /// values, `kv: [n, 2 · kv_heads · head_dim]`.
+    /// `h: [tokens of this rank, hidden]` of micro-batch `m`; returns `q: [n, heads · head_dim]` and, keys before values,
+    /// `kv: [n, 2 · kv_heads · head_dim]` of the rows of all TP ranks and the heads of this one.
     pub fn forward<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        rows: Tensor<T, D>,
+        h: &Tensor<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Projected<T, D>> {
-        let (device, n) = (&cx.device, rows.shape()[0]);
+    ) -> Result<Projected<T, D, QkvSaved<T, D>>> {
+        let (device, rows) = (&cx.device, cx.group(Attention::TP)?.all_gather_rows(h)?);
+        let n = rows.shape()[0];
         let (q_weight, kv_weight) = (cx.params.weight(self.q)?, cx.params.weight(self.kv)?);
         let (q_width, kv_width) = (q_weight.shape()[0], kv_weight.shape()[0] / 2);
         let (keys, values) = (0..kv_width, kv_width..2 * kv_width);
@@ -153,7 +155,7 @@ impl Qkv {
         Ok((q, kv, QkvSaved { rows, norms }))
     }
 
-    /// This rank's part of the gradient of the rows; adds to the gradients of the norms' weights.
+    /// The gradient of `h`; adds to the gradients of the norms' weights.
     pub fn backward_input<T: Float, D: Backend<T>>(
         &self,
         m: u32,
@@ -182,7 +184,8 @@ impl Qkv {
         let mut d_rows_kv = Tensor::uninit(&device, n, hidden)?;
         device.gemm(d_rows_kv.view_mut()?, dkv.view(), Op::N, cx.params.weight(self.kv)?, Op::N)?;
         device.add_assign(d_rows.view_mut()?, d_rows_kv.view())?;
-        Ok((d_rows, QkvDeferred { rows, dq: dq_raw, dkv }))
+        let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
+        Ok((dh, QkvDeferred { rows, dq: dq_raw, dkv }))
     }
 
     /// Adds to the gradients of weights and biases.
@@ -196,13 +199,8 @@ impl Qkv {
         device.gemm_acc(cx.params.grad(self.q)?, dq.view(), Op::T, rows.view(), Op::N)?;
         device.gemm_acc(cx.params.grad(self.kv)?, dkv.view(), Op::T, rows.view(), Op::N)?;
         if let Some(biases) = self.biases {
-            for (bias, dy) in [(biases.q, dq), (biases.kv, dkv)] {
-                let width = dy.shape()[1];
-                let mut sums = Tensor::uninit(&device, 1, width)?;
-                Reduce::<T>::column_sums(&device, sums.view_mut()?, dy.view())?;
-                let grad = cx.params.grad(bias)?.reshape(1, width)?;
-                Elementwise::<T::Acc>::add_assign(&device, grad, sums.view())?;
-            }
+            add_column_sums(biases.q, &dq, cx)?;
+            add_column_sums(biases.kv, &dkv, cx)?;
         }
         Ok(())
     }

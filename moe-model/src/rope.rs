@@ -40,7 +40,7 @@ impl<T: Float, D: Backend<T>> RopeTable<T, D> {
 
     /// That of a model, for positions `0..positions`.
     pub fn of(device: &D, config: &ModelConfig, positions: usize) -> Result<Self> {
-        Self::new(device, positions, config.head_dim(), config.rope_theta, RotaryPairs::Halves)
+        Self::new(device, positions, config.rotary_dim(), config.rope_theta, config.rotary_pairs())
     }
 
     /// `y = x` with the last `d` elements of each head rotated; `x, y: [tokens, heads · head_dim]`.

@@ -1,4 +1,4 @@
-//! Two training steps against PyTorch in float64 (`fixtures/make_golden.py`, `fixtures/make_golden_features.py`).
+//! Two training steps against PyTorch in float64 (`fixtures/make_golden*.py`).
 
 mod common;
 
@@ -23,6 +23,15 @@ fn two_steps_equal_pytorch() {
 #[test]
 fn every_kind_of_layer_equals_pytorch() {
     let golden: Value = serde_json::from_str(include_str!("fixtures/golden_features.json")).unwrap();
+    for run in golden["runs"].as_array().unwrap() {
+        equals_pytorch(run["model"].clone(), &golden["train"], run, run["name"].as_str().unwrap());
+    }
+}
+
+/// Multi-head latent attention as transformers has it.
+#[test]
+fn latent_attention_equals_transformers() {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_latent.json")).unwrap();
     for run in golden["runs"].as_array().unwrap() {
         equals_pytorch(run["model"].clone(), &golden["train"], run, run["name"].as_str().unwrap());
     }
