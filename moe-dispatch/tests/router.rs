@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 const HIDDEN: usize = 4;
 const NUM_EXPERTS: usize = 6;
-const SCALES: RouterScales = RouterScales { micro_batches: 3, sequences: 7, valid_tokens: 29 };
+const SCALES: RouterScales<'static> =
+    RouterScales { micro_batches: 3, sequences: 7, valid_tokens: 29, step_counts: &[9, 0, 21, 7, 4, 17] };
 const SCORES: [ScoreFunction; 5] = [
     ScoreFunction::SoftmaxPost,
     ScoreFunction::SoftmaxPre { normalize: false },
@@ -29,6 +30,7 @@ fn config(scoring: impl Into<Scoring>, top_k: usize) -> RouterConfig {
         scoring: scoring.into(),
         aux_loss_coef: 0.7,
         sequence_aux_loss_coef: 0.4,
+        global_aux_loss_coef: 0.9,
         z_loss_coef: 0.2,
     }
 }
@@ -60,7 +62,7 @@ fn with<'a>(
     RouterInput { bias: bias.map(Tensor::view), sequences, ..RouterInput::new(x, weight.view()) }
 }
 
-/// `Σ dweights ⊙ weights` plus this rank's part of the three losses, and the choice.
+/// `Σ dweights ⊙ weights` plus this rank's part of the four losses, and the choice.
 fn objective(
     router: &Router,
     x: &[f64],
@@ -75,8 +77,12 @@ fn objective(
     let input = with(&x, &weight, bias.as_ref(), 2);
     let (routing, _, stats) = router.forward(&device, input, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
-    let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, z_loss_coef, .. } = *router.config();
+    let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, global_aux_loss_coef, z_loss_coef, .. } =
+        *router.config();
+    let of_step: f64 = SCALES.step_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    let divisor = (router.config().top_k * 29 * 29) as f64;
     let objective = main
+        + global_aux_loss_coef * NUM_EXPERTS as f64 * of_step / divisor
         + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
         + sequence_aux_loss_coef * stats.sequence_aux_loss / SCALES.sequences as f64
         + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64;
@@ -170,6 +176,7 @@ fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
     let (routing, _, stats) = router.forward(&device, with(&x, &weight, Some(&bias), 2), alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [4, 5, 4, 5, 4, 5, 5, 4]);
     assert_eq!(stats.expert_counts, [0, 0, 0, 0, 4, 4]);
+    assert_eq!(stats.plain_counts, [2, 1, 3, 1, 1, 0]);
 
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let weights = routing.weights.to_f64(&device).unwrap();
@@ -192,6 +199,8 @@ fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
         6.0 * sum / (2.0 * (tokens.len() * tokens.len()) as f64)
     };
     assert!((stats.aux_loss - balance(&[0, 1, 2, 3])).abs() < 1e-14);
+    let whole: f64 = stats.plain_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    assert!((6.0 * whole / (2.0 * 16.0) - stats.aux_loss).abs() < 1e-14);
     assert!((stats.sequence_aux_loss - balance(&[0, 2]) - balance(&[1, 3])).abs() < 1e-14);
 }
 
@@ -276,6 +285,7 @@ fn what_cannot_be_is_refused() {
     refused(RouterConfig { top_k: NUM_EXPERTS + 1, ..good });
     refused(RouterConfig { z_loss_coef: f64::NAN, ..good });
     refused(RouterConfig { sequence_aux_loss_coef: f64::INFINITY, ..good });
+    refused(RouterConfig { global_aux_loss_coef: f64::NAN, ..good });
     for (count, kept, score_top_k) in
         [(0, 1, 1), (4, 2, 1), (3, 0, 1), (6, 1, 1), (3, 4, 1), (3, 2, 0), (3, 2, 3)]
     {
@@ -293,11 +303,12 @@ fn what_cannot_be_is_refused() {
         let uneven = router.forward(&device, with(&x, &weight, None, sequences), alone);
         assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
     }
-    let (_, saved, _) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
-    let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
-    let scales = RouterScales { valid_tokens: 0, ..SCALES };
-    let dweights = tensor(1, 2, &[1.0, 1.0]);
-    let refused =
-        router.backward(&device, &dweights, saved, weight.view(), dweight.view_mut().unwrap(), scales);
-    assert!(matches!(refused, Err(Error::Router { .. })));
+    for scales in [RouterScales { valid_tokens: 0, ..SCALES }, RouterScales { step_counts: &[], ..SCALES }] {
+        let (_, saved, _) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
+        let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
+        let dweights = tensor(1, 2, &[1.0, 1.0]);
+        let refused =
+            router.backward(&device, &dweights, saved, weight.view(), dweight.view_mut().unwrap(), scales);
+        assert!(matches!(refused, Err(Error::Router { .. })), "{scales:?}");
+    }
 }

@@ -1,5 +1,7 @@
 //! What a rank lends to its layers.
 
+use std::collections::BTreeMap;
+
 use moe_comm::{Comm, Comms};
 use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
@@ -27,6 +29,9 @@ pub struct Cx<T: Float, D: Device> {
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
     pub objective: Objective,
+    /// Choices that the load-balancing loss of the whole step counts, of each expert by layer, over all micro-batches and all
+    /// ranks of the stage; empty where every rank has one micro-batch, whose layers add up their own.
+    pub step_counts: BTreeMap<usize, Vec<i64>>,
     /// What the forward passes of this step saw.
     pub stats: Stats,
 }
@@ -41,7 +46,18 @@ impl<T: Float, D: Device> Cx<T, D> {
         objective: Objective,
     ) -> Self {
         let (mode, capacity, batches, stats) = (Mode::Evaluate, None, Vec::new(), Stats::default());
-        Cx { device, comms, params, rope, mode, capacity, batches, objective, stats }
+        Cx {
+            device,
+            comms,
+            params,
+            rope,
+            mode,
+            capacity,
+            batches,
+            objective,
+            step_counts: BTreeMap::new(),
+            stats,
+        }
     }
 
     /// A group of the attention or expert view that was created with the context's communicators.
@@ -150,6 +166,10 @@ pub struct MoeStats {
     pub counts: Vec<u64>,
     /// Choices that were dropped.
     pub dropped: u64,
+    /// Choices per expert that the load-balancing losses count: the K best without bias and groups.
+    pub plain_counts: Vec<i64>,
+    /// Sums over this rank's tokens of their share of the scores, per expert.
+    pub prob_sums: Vec<f64>,
     /// This rank's part of Σ over micro-batches of A (the sum over tensor- and context-parallel ranks is whole).
     pub aux: f64,
     /// The same over sequences.

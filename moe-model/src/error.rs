@@ -110,6 +110,16 @@ pub enum Error {
         /// Micro-batches of this rank.
         batches: usize,
     },
+    /// The load-balancing loss of a whole step was asked for its gradient before its choices were counted.
+    #[error(
+        "layer {layer}: the choices of a step of {batches} micro-batches were not counted before its backward passes"
+    )]
+    NotCounted {
+        /// Global index of the layer.
+        layer: usize,
+        /// Micro-batches of this rank.
+        batches: usize,
+    },
     /// A sequence cannot be cut into zig-zag chunks.
     #[error("a sequence of {seq_len} tokens is not {chunks} (2·cp) equal chunks: {seq_len} % {chunks} = {}", seq_len % chunks)]
     Chunks {

@@ -100,7 +100,7 @@ pub use error::{Error, Result};
 pub use layer::Layer;
 pub use pipeline::PipelineLayout;
 pub use rope::RopeTable;
-pub use stage::{DecoderStage, TypedStage};
+pub use stage::{CountingStage, DecoderStage, TypedStage};
 pub use transport::CommTransport;
 
 /// The README's example runs as a test.

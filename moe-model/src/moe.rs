@@ -47,6 +47,8 @@ pub struct MoeMlp {
 pub struct MoeMlpSaved<T: Float, D: Device> {
     norm: RmsNormSaved<T, D>,
     router: RouterSaved<T, D>,
+    /// This rank's choices that the load-balancing losses count.
+    plain_counts: Vec<i64>,
     state: TokenDispatcherState<Tensor<i32, D>>,
     x: Tensor<T, D>,
     probs: Tensor<T::Acc, D>,
@@ -110,6 +112,7 @@ impl MoeMlp {
             scoring: config.scoring(),
             aux_loss_coef: config.aux_loss_coef(AuxLossScope::MicroBatch),
             sequence_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Sequence),
+            global_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Global),
             z_loss_coef: config.router_z_loss_coef,
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
@@ -134,8 +137,14 @@ impl MoeMlp {
 
     /// Fresh statistics for a step.
     pub fn stats(&self) -> MoeStats {
-        let counts = vec![0; self.router.config().num_experts];
-        MoeStats { layer: self.layer, counts, ..MoeStats::default() }
+        let experts = self.router.config().num_experts;
+        MoeStats {
+            layer: self.layer,
+            counts: vec![0; experts],
+            plain_counts: vec![0; experts],
+            prob_sums: vec![0.0; experts],
+            ..MoeStats::default()
+        }
     }
 
     /// Its global index.
@@ -154,9 +163,24 @@ impl MoeMlp {
                 *sum += *count as u64;
             }
             own.dropped += dropped;
+            own.plain_counts.iter_mut().zip(&seen.plain_counts).for_each(|(sum, count)| *sum += count);
+            own.prob_sums.iter_mut().zip(&seen.prob_sums).for_each(|(sum, p)| *sum += p);
             own.aux += seen.aux_loss;
             own.sequence_aux += seen.sequence_aux_loss;
             own.z += seen.z_loss_sum;
+        }
+    }
+
+    /// Choices of the whole step, where its load-balancing loss asks for them: counted beforehand, or, where every rank has
+    /// one micro-batch, `own` added up now.
+    fn step_counts<T: Float, D: Device>(&self, own: &[i64], cx: &Cx<T, D>) -> Result<Vec<i64>> {
+        if self.router.config().global_aux_loss_coef == 0.0 {
+            return Ok(Vec::new());
+        }
+        match (cx.step_counts.get(&self.layer), cx.batches.len()) {
+            (Some(counts), _) => Ok(counts.clone()),
+            (None, 1) => Ok(cx.group(TP_CP_DP)?.all_reduce_host(own, Reduction::Sum)?),
+            (None, batches) => Err(Error::NotCounted { layer: self.layer, batches }),
         }
     }
 }
@@ -208,8 +232,10 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             }
             None => None,
         };
-        let (x, probs, offsets) = (batch.x, batch.probs, batch.offsets);
-        Ok((y, MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated, shared }))
+        let (x, probs, offsets, plain_counts) = (batch.x, batch.probs, batch.offsets, seen.plain_counts);
+        let saved =
+            MoeMlpSaved { norm, router, plain_counts, state, x, probs, offsets, gate_up, activated, shared };
+        Ok((y, saved))
     }
 
     fn backward_input(
@@ -220,7 +246,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
-        let MoeMlpSaved { norm, router, state, x, probs, offsets, gate_up, activated, shared } = saved;
+        let MoeMlpSaved { norm, router, plain_counts, state, x, probs, offsets, gate_up, activated, shared } =
+            saved;
         let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
         let d_out = self.dispatcher.combine_backward(&fabric, &dy, &state)?;
         let (n, inner, hidden) = (d_out.shape()[0], activated.shape()[1], d_out.shape()[1]);
@@ -243,10 +270,12 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         device.grouped_gemm(dx_rows.view_mut()?, d_gate_up.view(), gate_up_weight, Op::N, offsets.view())?;
         let (mut dh, dweights) = self.dispatcher.dispatch_backward(&fabric, dx_rows, d_probs, &state)?;
 
+        let step_counts = self.step_counts(&plain_counts, cx)?;
         let scales = RouterScales {
             micro_batches: cx.objective.micro_batches as u64,
             sequences: cx.objective.sequences as u64,
             valid_tokens: cx.objective.tokens as u64,
+            step_counts: &step_counts,
         };
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
         let d_router = self.router.backward(&device, &dweights, router, weight, grad, scales)?;

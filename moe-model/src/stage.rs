@@ -93,6 +93,21 @@ impl DecoderStage {
         })
     }
 
+    /// What the first block gets: from the embedding, or `x`.
+    fn input<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Option<Tensor<T, D>>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        match (&self.embedding, x) {
+            (Some(embedding), None) => embedding.forward(m, cx),
+            (None, Some(x)) => Ok(x),
+            (Some(_), Some(_)) => Err(self.error("the first stage takes no activation")),
+            (None, None) => Err(self.error("a later stage needs the activation of the one before")),
+        }
+    }
+
     /// Through the embedding (or from `x`) and the blocks.
     fn body<T: Float, D: Backend<T>>(
         &self,
@@ -100,12 +115,7 @@ impl DecoderStage {
         x: Option<Tensor<T, D>>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, SavedBlocks<T, D>)> {
-        let mut x = match (&self.embedding, x) {
-            (Some(embedding), None) => embedding.forward(m, cx)?,
-            (None, Some(x)) => x,
-            (Some(_), Some(_)) => return Err(self.error("the first stage takes no activation")),
-            (None, None) => return Err(self.error("a later stage needs the activation of the one before")),
-        };
+        let mut x = self.input(m, x, cx)?;
         let mut saved = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             let (y, kept) = block.forward(m, x, cx)?;
@@ -132,6 +142,56 @@ impl DecoderStage {
 
     fn error(&self, what: &'static str) -> Error {
         Error::Stage { stage: self.stage, what }
+    }
+}
+
+/// A [`DecoderStage`] that keeps nothing and has no head: for passes that are made for what routers count, in
+/// [`Cx::stats`].
+#[derive(Debug)]
+pub struct CountingStage<'a, T, D> {
+    stage: &'a DecoderStage,
+    types: std::marker::PhantomData<fn() -> (T, D)>,
+}
+
+impl<'a, T: Float, D: Device> CountingStage<'a, T, D> {
+    /// Counts in the layers of `stage`.
+    pub fn new(stage: &'a DecoderStage) -> Self {
+        CountingStage { stage, types: std::marker::PhantomData }
+    }
+}
+
+impl<T: Float, D: Backend<T>> Stage for CountingStage<'_, T, D> {
+    type Cx = Cx<T, D>;
+    type Act = Tensor<T, D>;
+    type Saved = ();
+    type Deferred = ();
+    type Error = Error;
+
+    fn forward(
+        &self,
+        m: u32,
+        x: Option<Self::Act>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Option<Self::Act>, Self::Saved)> {
+        let mut x = self.stage.input(m, x, cx)?;
+        for block in &self.stage.blocks {
+            (x, _) = block.forward(m, x, cx)?;
+        }
+        Ok((self.stage.head.is_none().then_some(x), ()))
+    }
+
+    fn backward_input(
+        &self,
+        _m: u32,
+        _dy: Option<Self::Act>,
+        _saved: Self::Saved,
+        _cx: &mut Cx<T, D>,
+    ) -> Result<(Option<Self::Act>, Self::Deferred)> {
+        Err(self.stage.error("a pass that counts has no backward"))
+    }
+
+    fn backward_weight(&self, _m: u32, _deferred: Self::Deferred, _cx: &mut Cx<T, D>) -> Result<()> {
+        Err(self.stage.error("a pass that counts has no backward"))
     }
 }
 

@@ -19,7 +19,7 @@ fn two_steps_equal_pytorch() {
     }
 }
 
-/// Dense layers, shared experts, norms of heads, biases, GeGLU, a window, tied embeddings.
+/// Dense layers, shared experts, norms of heads, biases, GeGLU, a window, tied embeddings; load balancing over a step.
 #[test]
 fn every_kind_of_layer_equals_pytorch() {
     let golden: Value = serde_json::from_str(include_str!("fixtures/golden_features.json")).unwrap();
@@ -54,7 +54,12 @@ fn equals_pytorch(model: Value, train: &Value, run: &Value, what: &str) {
     let steps = run["steps"].as_array().unwrap();
     let source = Recorded(run["steps"].clone(), setup.micro_batch_size);
     let ours = common::train_on(setup.clone(), steps.len() as u64, source);
-    assert_equal(&ours, &expected(run), &setup, what);
+    let expected = expected(run);
+    assert_equal(&ours, &expected, &setup, what);
+    for (a, b) in ours.reports.iter().zip(&expected.reports) {
+        let (a, b) = (a.global_aux_loss, b.global_aux_loss);
+        assert!(b.is_nan() || (a - b).abs() <= 1e-10 * b, "{what}: global_aux_loss {a} and {b}");
+    }
 }
 
 /// The sequences that PyTorch saw.
@@ -84,6 +89,7 @@ fn expected(run: &Value) -> Outcome {
             lr: get("lr"),
             aux_loss: get("aux_loss"),
             sequence_aux_loss: get("aux_loss"), // not recorded, not compared
+            global_aux_loss: step["global_aux_loss"].as_f64().unwrap_or(f64::NAN), // compared where recorded
             z_loss: get("z_loss"),
             dropped_tokens: 0,
             expert_load: serde_json::from_value(step["expert_load"].clone()).unwrap(),

@@ -2,11 +2,12 @@
 
 mod common;
 
-use common::{assert_equal, setup, tiny_model, train};
+use common::{RandomBatches, assert_equal, setup, tiny_model, train, train_on};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
-use moe_model::ModelConfig;
 use moe_model::config::{AuxLoss, AuxLossScope, ScoringFunc};
+use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Mapping};
+use moe_train::trainer::{BatchSource, Sequence, Setup};
 
 /// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
 type Sizes = (usize, usize, usize, usize, usize, usize, usize);
@@ -75,6 +76,72 @@ fn softmax_in_groups_judged_by_their_best_expert() {
         routed_scaling_factor: 1.5,
         ..tiny_model()
     });
+}
+
+fn global(coef: f64) -> Vec<AuxLoss> {
+    vec![AuxLoss { scope: AuxLossScope::Global, coef }]
+}
+
+/// One rank has four micro-batches and counts them beforehand; where four data-parallel ranks have one each, they add up as
+/// they go. With groups the counted choice is not the actual one.
+#[test]
+fn the_loss_of_the_whole_step() {
+    let model = ModelConfig {
+        scoring_func: ScoringFunc::Softmax,
+        n_group: 4,
+        topk_group: 2,
+        first_k_dense_replace: 1,
+        router_aux_loss_coef: None,
+        router_aux_losses: [global(0.07), losses(0.04, 0.03)].concat(),
+        ..tiny_model()
+    };
+    check(model.clone());
+    // Several stages per rank, one of them without experts.
+    let foldings = [(1, 1, 2, 1, 1), (2, 2, 2, 1, 4), (1, 4, 1, 2, 2), (2, 4, 2, 2, 4)];
+    let mappings = foldings.map(|(tp, dp, pp, etp, ep)| {
+        (Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, ..Mapping::default() }, AllToAll)
+    });
+    common::check(&ModelConfig { num_hidden_layers: 4, ..model }, mappings, 2, |setup| {
+        setup.global_batch_size = 8;
+        let stages = setup.folding.size(Attention::PP);
+        let virtual_stages = if setup.folding.size(Attention::DP) == 4 { 1 } else { stages };
+        setup.pipeline = PipelineLayout::even(4, stages, virtual_stages).unwrap();
+    });
+}
+
+/// With one micro-batch in a step, both scopes are one loss; a pass that counts leaves no trace in what is measured.
+#[test]
+fn the_step_is_a_large_micro_batch() {
+    let run = |losses, micro_batch_size| {
+        let model = ModelConfig { router_aux_loss_coef: None, router_aux_losses: losses, ..tiny_model() };
+        let setup = Setup { global_batch_size: 4, micro_batch_size, ..setup(model, Mapping::default()) };
+        let source = Sequences { micro_batch: micro_batch_size, seq_len: setup.sequence_length };
+        (train_on(setup.clone(), 2, source), setup)
+    };
+    let ((whole, setup), (step, _)) = (run(losses(0.05, 0.0), 4), run(global(0.05), 4));
+    assert_equal(&step, &whole, &setup, "one micro-batch");
+    // Micro-batches have losses of their own, but the step does not know them.
+    let (mut parts, _) = run(global(0.05), 1);
+    for (part, whole) in parts.reports.iter_mut().zip(&whole.reports) {
+        assert_ne!(part.aux_loss, whole.aux_loss);
+        part.aux_loss = whole.aux_loss;
+    }
+    assert_equal(&parts, &whole, &setup, "four micro-batches");
+}
+
+/// The same sequences however they are cut into micro-batches.
+struct Sequences {
+    micro_batch: usize,
+    seq_len: usize,
+}
+
+impl BatchSource for Sequences {
+    fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<Sequence>> {
+        let source = RandomBatches { vocab: 37, seq_len: self.seq_len, micro_batch: 1 };
+        let sequences =
+            (u * self.micro_batch..(u + 1) * self.micro_batch).map(|g| source.micro_batch(step, g));
+        Ok(sequences.collect::<Result<Vec<_>, _>>()?.concat())
+    }
 }
 
 /// With one sequence in a micro-batch, both scopes are one loss.

@@ -12,7 +12,8 @@ impl Router {
     /// of the two losses are added here.
     ///
     /// # Errors
-    /// [`Error::Router`] if the scales say that the step has no tokens while this rank has; errors of the device.
+    /// [`Error::Router`] if the scales say that the step has no tokens while this rank has, or lack the counts of a loss of
+    /// the whole step; errors of the device.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
@@ -20,7 +21,7 @@ impl Router {
         saved: RouterSaved<T, D>,
         weight: View<'_, T, D>,
         dweight: ViewMut<'_, T::Acc, D>,
-        scales: RouterScales,
+        scales: RouterScales<'_>,
     ) -> Result<Tensor<T, D>, Error> {
         let RouterSaved { x, experts, logits, unit } = saved;
         let [tokens, hidden] = x.shape();
@@ -31,6 +32,10 @@ impl Router {
         }
         if scales.micro_batches == 0 || scales.sequences == 0 || scales.valid_tokens == 0 {
             return Err(Error::Router { what: format!("{tokens} tokens in a step of {scales:?}") });
+        }
+        if self.config.global_aux_loss_coef != 0.0 && scales.step_counts.len() != num_experts {
+            let (got, what) = (scales.step_counts.len(), "the load-balancing loss of the whole step");
+            return Err(Error::Router { what: format!("{what} needs {num_experts} counts, but got {got}") });
         }
         let aux = self.aux_gradient(&unit, scales);
         let aux = Tensor::<T::Acc, D>::from_f64(device, aux.len() / num_experts, num_experts, &aux)?;
@@ -58,19 +63,21 @@ impl Router {
 
     /// The derivative of the objective by a token's probabilities, one row for each sequence: the sum over the losses of
     /// `c·E·C_e/(n_u·K·T²)`.
-    fn aux_gradient(&self, unit: &UnitCounts, scales: RouterScales) -> Vec<f64> {
-        let RouterConfig { num_experts, top_k, aux_loss_coef, sequence_aux_loss_coef, .. } = self.config;
+    fn aux_gradient(&self, unit: &UnitCounts, scales: RouterScales<'_>) -> Vec<f64> {
+        let RouterConfig { num_experts, top_k, .. } = self.config;
         let factor = |coef: f64, units: u64, tokens: i64| {
             let divisor = units as f64 * top_k as f64 * (tokens as f64).powi(2);
             if tokens == 0 { 0.0 } else { coef * num_experts as f64 / divisor }
         };
         let (all, tokens) = unit.micro_batch();
-        let of_micro_batch = factor(aux_loss_coef, scales.micro_batches, tokens);
+        let of_micro_batch = factor(self.config.aux_loss_coef, scales.micro_batches, tokens);
+        let of_step = factor(self.config.global_aux_loss_coef, 1, scales.valid_tokens as i64);
+        // What is the same for all sequences.
+        let mut shared: Vec<f64> = all.iter().map(|&count| of_micro_batch * count as f64).collect();
+        shared.iter_mut().zip(scales.step_counts).for_each(|(sum, &count)| *sum += of_step * count as f64);
         let rows = unit.sequences().flat_map(|(own, tokens)| {
-            let of_sequence = factor(sequence_aux_loss_coef, scales.sequences, tokens);
-            let sum =
-                move |(&all, &own): (&i64, &i64)| of_micro_batch * all as f64 + of_sequence * own as f64;
-            all.iter().zip(own).map(sum)
+            let of_sequence = factor(self.config.sequence_aux_loss_coef, scales.sequences, tokens);
+            shared.iter().zip(own).map(move |(shared, &own)| shared + of_sequence * own as f64)
         });
         rows.collect()
     }

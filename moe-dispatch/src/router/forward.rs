@@ -50,6 +50,7 @@ impl Router {
         let chosen = experts.to_vec(device)?;
         let expert_counts = self.count(&chosen);
         let counted = unbiased.map_or(Ok(chosen), |unbiased| unbiased.to_vec(device))?;
+        let plain_counts = self.count(&counted);
         let rows = self.count_by_sequence(&counted, sequences);
         let expected = rows.len();
         let rows = sum_over_unit(&rows)?;
@@ -62,11 +63,17 @@ impl Router {
         // One row of sums per sequence: the rows of a sequence-major matrix side by side.
         let probs = probs.reshape(tokens / sequences, sequences * num_experts)?;
         let prob_sums = column_sums::<T, D>(device, &probs)?;
+        let mut all_probs = vec![0.0; num_experts];
+        for sequence in prob_sums.chunks_exact(num_experts) {
+            all_probs.iter_mut().zip(sequence).for_each(|(sum, p)| *sum += p);
+        }
         let stats = RouterStats {
             aux_loss: self.aux_loss(&prob_sums, &unit),
             sequence_aux_loss: self.sequence_aux_loss(&prob_sums, &unit),
             z_loss_sum: sum_of_squares::<T, D>(device, &lse)?,
             expert_counts,
+            plain_counts,
+            prob_sums: all_probs,
         };
         let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
         Ok((routing, RouterSaved { x: x.clone(), experts, logits, unit }, stats))

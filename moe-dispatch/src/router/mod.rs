@@ -21,36 +21,42 @@ pub struct RouterConfig {
     pub aux_loss_coef: f64,
     /// Coefficient of the load-balancing loss of each sequence; 0 without.
     pub sequence_aux_loss_coef: f64,
+    /// Coefficient of the load-balancing loss of the whole step; 0 without.
+    pub global_aux_loss_coef: f64,
     /// Coefficient of the z-loss (arXiv 2202.08906); 0 without.
     pub z_loss_coef: f64,
 }
 
 /// Top-k router by softmax or sigmoid scores, scored in the accumulation type, with load-balancing losses (arXiv
-/// 2101.03961) of each micro-batch and of each sequence, and the z-loss.
+/// 2101.03961) of each micro-batch, of each sequence and of the whole step, and the z-loss.
 ///
 /// The losses are part of the objective, and [`backward`](Router::backward) adds their exact gradients; no factor of
 /// the mapping (1/DP, CP, TP) is among them.
 ///
-/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches (or sequences) `u`
-///   of the step, each with `T_u` tokens, and `P_ue` the sum of their shares of the scores over all experts (a softmax,
+/// - Load balancing, per layer: `(1/n_u) Σ_u E/(K·T_u²) Σ_e C_ue·P_ue` over the `n_u` micro-batches (or sequences, or the
+///   one whole) `u` of the step, each with `T_u` tokens, and `P_ue` the sum of their shares of the scores over all experts (a softmax,
 ///   or sigmoids divided by their sum); 1 when balanced. `C_ue` counts the tokens with expert `e` among their K best
 ///   *without* bias and groups: what the scores themselves say. Tokens are spread over the ranks of a TP×CP group, hence
-///   the sum that `forward` asks for.
+///   the sum that `forward` asks for; the counts of a whole step are the caller's to add up
+///   ([`RouterStats::plain_counts`]) and to give to `backward`.
 /// - z-loss, per layer: `(1/T_v) Σ_i logsumexp(logits_i)²` over the `T_v` tokens of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Router {
     config: RouterConfig,
 }
 
-/// Sizes of the step that the gradients of the losses are divided by; the same on all ranks.
+/// What the gradients of the losses take from the step as a whole; the same on all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RouterScales {
+pub struct RouterScales<'a> {
     /// Micro-batches of the step over all data-parallel ranks.
     pub micro_batches: u64,
     /// Sequences of the step over all data-parallel ranks.
     pub sequences: u64,
     /// Tokens of the step that are no padding, `T_v`.
     pub valid_tokens: u64,
+    /// Sum of [`RouterStats::plain_counts`] over the micro-batches of the step and all ranks of the stage; empty where
+    /// the whole step has no load-balancing loss.
+    pub step_counts: &'a [i64],
 }
 
 /// What [`Router::forward`] routes, and by what.
@@ -126,6 +132,12 @@ impl UnitCounts {
 pub struct RouterStats {
     /// How often this rank's tokens chose each expert.
     pub expert_counts: Vec<i64>,
+    /// How often each expert was among the K best of this rank's tokens without bias and groups: what the load-balancing
+    /// losses count.
+    pub plain_counts: Vec<i64>,
+    /// `P_e`, the sum over this rank's tokens of their share of the scores. The loss of the whole step is
+    /// `E/(K·T_v²) Σ_e C_e·P_e` with both summed over its micro-batches and all ranks of the stage.
+    pub prob_sums: Vec<f64>,
     /// This rank's part of the micro-batch's load-balancing loss, `E/(K·T²) Σ_e C_e·P_e` with `P_e` over its own
     /// tokens, without coefficient. The loss of the step is the sum over all ranks and micro-batches, divided by
     /// the number of micro-batches.
@@ -164,6 +176,7 @@ impl Router {
         for (name, number) in [
             ("aux_loss_coef", config.aux_loss_coef),
             ("sequence_aux_loss_coef", config.sequence_aux_loss_coef),
+            ("global_aux_loss_coef", config.global_aux_loss_coef),
             ("z_loss_coef", config.z_loss_coef),
             ("scale", scoring.scale),
         ] {

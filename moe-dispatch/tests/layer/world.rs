@@ -135,6 +135,7 @@ where
         scoring: p.score.into(),
         aux_loss_coef: p.aux_loss_coef,
         sequence_aux_loss_coef: 0.0,
+        global_aux_loss_coef: 0.0,
         z_loss_coef: p.z_loss_coef,
     })?;
     let (routing, saved, stats) =
@@ -190,7 +191,7 @@ where
     let (dx_experts, dweights) = dispatcher.dispatch_backward(&fabric, dx_rows, dprobs, &state)?;
     let mut drouter = Tensor::<T::Acc, Cpu>::zeros(device, p.num_experts, hidden)?;
     let (micro_batches, valid_tokens) = (p.num_units as u64, p.tokens() as u64);
-    let scales = RouterScales { micro_batches, sequences: micro_batches, valid_tokens };
+    let scales = RouterScales { micro_batches, sequences: micro_batches, valid_tokens, step_counts: &[] };
     let dx_router =
         router.backward(device, &dweights, saved, router_weight.view(), drouter.view_mut()?, scales)?;
     let mut dx = Tensor::<T, Cpu>::uninit(device, n, hidden)?;

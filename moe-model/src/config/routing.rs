@@ -26,7 +26,8 @@ pub enum AuxLossScope {
     MicroBatch,
     /// Each sequence.
     Sequence,
-    /// The whole step; [`check`](ModelConfig::check) refuses it, since it needs all counts before the first backward.
+    /// The whole step. Its gradient needs all choices before the first backward pass: with one micro-batch per
+    /// data-parallel rank they are added up at no cost, with several a forward pass over all of them comes first.
     Global,
     /// All layers of a micro-batch together, as in transformers; [`check`](ModelConfig::check) refuses it, since its
     /// counts would have to travel through the pipeline.
@@ -126,14 +127,7 @@ impl ModelConfig {
         for (n, loss) in self.router_aux_losses.iter().enumerate() {
             in_range("router_aux_losses.coef", loss.coef, 0.0..=f64::MAX, "finite and at least 0")?;
             match loss.scope {
-                AuxLossScope::MicroBatch | AuxLossScope::Sequence => {}
-                AuxLossScope::Global => {
-                    return unsupported(
-                        "router_aux_losses with scope = \"global\"",
-                        "it needs all counts of a step before the first backward; use \"micro_batch\" with a \
-                         larger micro_batch_size",
-                    );
-                }
+                AuxLossScope::MicroBatch | AuxLossScope::Sequence | AuxLossScope::Global => {}
                 AuxLossScope::Model => {
                     return unsupported(
                         "router_aux_losses with scope = \"model\"",
@@ -245,10 +239,6 @@ mod tests {
             (
                 r#", "router_aux_losses": [{"scope": "sequence", "coef": -1.0}]"#,
                 "router_aux_losses.coef = -1",
-            ),
-            (
-                r#", "router_aux_losses": [{"scope": "global", "coef": 1.0}]"#,
-                "router_aux_losses with scope = \"global\"",
             ),
             (
                 r#", "router_aux_losses": [{"scope": "model", "coef": 1.0}]"#,

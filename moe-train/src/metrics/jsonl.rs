@@ -134,6 +134,7 @@ mod tests {
             tokens_per_second: 1234.5,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
+            global_aux_loss: 1.0,
             z_loss: 2.0 / 3.0,
             dropped_tokens: 0,
             skipped_steps: 0,

@@ -128,6 +128,7 @@ mod tests {
             tokens_per_second: 4096.0,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
+            global_aux_loss: 1.0,
             z_loss: 1.0,
             dropped_tokens: 0,
             skipped_steps: 0,

@@ -23,6 +23,8 @@ pub struct StepRecord {
     pub aux_loss: f64,
     /// The same with each sequence, not each micro-batch, as a unit.
     pub sequence_aux_loss: f64,
+    /// The same with the whole step as one unit.
+    pub global_aux_loss: f64,
     /// Mean over MoE layers of the z-loss, without its coefficient.
     pub z_loss: f64,
     /// Dropped (token, expert) pairs of all layers.
@@ -57,6 +59,7 @@ impl StepRecord {
             ("train/skipped_steps", Some(self.skipped_steps as f64)),
             ("moe/aux_loss", Some(self.aux_loss)),
             ("moe/sequence_aux_loss", Some(self.sequence_aux_loss)),
+            ("moe/global_aux_loss", Some(self.global_aux_loss)),
             ("moe/z_loss", Some(self.z_loss)),
             ("moe/dropped_tokens", Some(self.dropped_tokens as f64)),
             ("moe/min_expert_load", spread.map(|(low, _)| low)),

@@ -49,6 +49,7 @@ impl Log {
             tokens_per_second: tokens_of_step as f64 / seconds,
             aux_loss: report.aux_loss,
             sequence_aux_loss: report.sequence_aux_loss,
+            global_aux_loss: report.global_aux_loss,
             z_loss: report.z_loss,
             dropped_tokens: report.dropped_tokens,
             skipped_steps: skipped.total,

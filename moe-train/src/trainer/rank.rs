@@ -1,10 +1,11 @@
 //! One rank of a training run.
 
 use moe_comm::{Comms, CommsBuilder, Reduction, World};
-use moe_kernels::{Backend, Float};
-use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS};
+use moe_kernels::{Backend, Device, Float};
+use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, TP_CP_DP};
+use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, Cx, DecoderStage, Mode, RopeTable, Stats, TypedStage};
+use moe_model::{CommTransport, CountingStage, Cx, DecoderStage, Mode, RopeTable, Stats, TypedStage};
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
 
@@ -97,6 +98,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let per_rank = self.cx.objective.micro_batches / self.setup.folding.size(Attention::DP);
         let total_weight =
             self.load(per_rank, self.batch_sizes.cursor(step), |u| source.micro_batch(step, u))?;
+        self.count_step()?;
         self.cx.params.zero_grads(&self.cx.device)?;
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
@@ -150,6 +152,26 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         Ok(())
     }
 
+    /// Counts the choices of the whole step by forward passes of their own, where a load-balancing loss needs them before the
+    /// first backward pass and this rank has several micro-batches. Leaves fresh statistics.
+    fn count_step(&mut self) -> Result<()> {
+        self.cx.step_counts.clear();
+        let micro_batches = self.cx.batches.len();
+        if self.setup.model.aux_loss_coef(AuxLossScope::Global) == 0.0 || micro_batches == 1 {
+            return Ok(());
+        }
+        let program = self.setup.evaluation_program(micro_batches)?;
+        let stages: Vec<_> = self.stages.iter().map(|stage| CountingStage::new(stage)).collect();
+        execute(&program, self.pipeline_rank(), &stages, &mut self.transport, &mut self.cx)?;
+
+        let counted = std::mem::replace(&mut self.cx.stats, fresh_stats(&self.stages)).moe;
+        let own: Vec<i64> = counted.iter().flat_map(|layer| layer.plain_counts.iter().copied()).collect();
+        let sums = self.cx.comms.group(TP_CP_DP)?.all_reduce_host(&own, Reduction::Sum)?;
+        let sums = sums.chunks_exact(self.setup.model.num_local_experts).map(<[i64]>::to_vec);
+        self.cx.step_counts = counted.iter().map(|layer| layer.layer).zip(sums).collect();
+        Ok(())
+    }
+
     fn pipeline_rank(&self) -> u32 {
         self.setup.folding.stage(self.rank) as u32
     }
@@ -175,10 +197,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let total = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
         self.cx.batches =
             host.iter().map(|batch| batch.upload(&self.cx.device, total)).collect::<Result<_>>()?;
-        let moe = self.stages.iter().flat_map(|stage| stage.moe_stats()).collect();
-        self.cx.stats = Stats { loss: 0.0, moe };
+        self.cx.stats = fresh_stats(&self.stages);
         Ok(total)
     }
+}
+
+fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>]) -> Stats {
+    Stats { loss: 0.0, moe: stages.iter().flat_map(|stage| stage.moe_stats()).collect() }
 }
 
 /// The layers and parameters of one rank.

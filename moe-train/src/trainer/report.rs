@@ -26,6 +26,8 @@ pub struct StepReport {
     pub aux_loss: f64,
     /// The same with each sequence as a unit.
     pub sequence_aux_loss: f64,
+    /// The same with the whole step as one unit.
+    pub global_aux_loss: f64,
     /// Mean over MoE layers of the z-loss, without its coefficient.
     pub z_loss: f64,
     /// Dropped (token, expert) pairs over all layers.
@@ -48,6 +50,8 @@ impl StepReport {
 pub(super) struct Totals {
     loss: f64,
     counts: Vec<Vec<f64>>,
+    plain_counts: Vec<Vec<f64>>,
+    prob_sums: Vec<Vec<f64>>,
     aux: Vec<f64>,
     sequence_aux: Vec<f64>,
     z: Vec<f64>,
@@ -58,7 +62,7 @@ impl Totals {
     /// Adds up what all ranks saw. Collective over the world.
     pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
         let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
-        let width = experts + 4;
+        let width = 3 * experts + 4;
         let mut sums = vec![0.0; 1 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
@@ -66,13 +70,11 @@ impl Totals {
         }
         for layer in &cx.stats.moe {
             let row = &mut sums[1 + layer.layer * width..][..width];
-            for (sum, &count) in row.iter_mut().zip(&layer.counts) {
-                *sum = count as f64;
-            }
-            row[experts] = layer.aux;
-            row[experts + 1] = layer.sequence_aux;
-            row[experts + 2] = layer.z;
-            row[experts + 3] = layer.dropped as f64;
+            let counts = layer.counts.iter().map(|&count| count as f64);
+            let plain = layer.plain_counts.iter().map(|&count| count as f64);
+            let losses = [layer.aux, layer.sequence_aux, layer.z, layer.dropped as f64];
+            let all = counts.chain(plain).chain(layer.prob_sums.iter().copied()).chain(losses);
+            row.iter_mut().zip(all).for_each(|(sum, value)| *sum = value);
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
         let all: Vec<_> = sums[1..].chunks_exact(width).collect();
@@ -80,10 +82,12 @@ impl Totals {
         Ok(Totals {
             loss: sums[0],
             counts: rows().map(|row| row[..experts].to_vec()).collect(),
-            aux: rows().map(|row| row[experts]).collect(),
-            sequence_aux: rows().map(|row| row[experts + 1]).collect(),
-            z: rows().map(|row| row[experts + 2]).collect(),
-            dropped: rows().map(|row| row[experts + 3]).sum(),
+            plain_counts: rows().map(|row| row[experts..2 * experts].to_vec()).collect(),
+            prob_sums: rows().map(|row| row[2 * experts..3 * experts].to_vec()).collect(),
+            aux: rows().map(|row| row[3 * experts]).collect(),
+            sequence_aux: rows().map(|row| row[3 * experts + 1]).collect(),
+            z: rows().map(|row| row[3 * experts + 2]).collect(),
+            dropped: rows().map(|row| row[3 * experts + 3]).sum(),
         })
     }
 
@@ -99,6 +103,18 @@ impl Totals {
         row.map_or_else(Vec::new, |row| self.counts[row].iter().map(|&count| count as u64).collect())
     }
 
+    /// Σ over layers of `E Σ_e C_e·P_e / divisor`, both of the whole step.
+    fn global_aux(&self, divisor: f64) -> f64 {
+        let layers = self.plain_counts.iter().zip(&self.prob_sums);
+        let sum: f64 = layers
+            .map(|(counts, probs)| {
+                let sum: f64 = counts.iter().zip(probs).map(|(c, p)| c * p).sum();
+                counts.len() as f64 * sum
+            })
+            .sum();
+        sum / divisor
+    }
+
     /// The report of a step, not updated yet.
     pub fn report(
         &self,
@@ -112,12 +128,14 @@ impl Totals {
         let Objective { micro_batches, sequences, tokens } = objective;
         let aux = self.aux.iter().sum::<f64>() / micro_batches as f64;
         let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences as f64;
+        let global_aux = self.global_aux(setup.model.num_experts_per_tok as f64 * (tokens as f64).powi(2));
         let z = self.z.iter().sum::<f64>() / tokens as f64;
         // Loss weights whose sum is not a number are a fault, not the absence of tokens.
         let loss = (total_weight > 0.0 || total_weight.is_nan()).then(|| self.loss / total_weight);
         let model = &setup.model;
         let losses = model.aux_loss_coef(AuxLossScope::MicroBatch) * aux
             + model.aux_loss_coef(AuxLossScope::Sequence) * sequence_aux
+            + model.aux_loss_coef(AuxLossScope::Global) * global_aux
             + model.router_z_loss_coef * z;
         StepReport {
             step,
@@ -127,6 +145,7 @@ impl Totals {
             lr: setup.lr.at(step),
             aux_loss: aux / layers,
             sequence_aux_loss: sequence_aux / layers,
+            global_aux_loss: global_aux / layers,
             z_loss: z / layers,
             dropped_tokens: self.dropped as u64,
             expert_load: self

@@ -45,6 +45,7 @@ mod tests {
             lr: 0.1,
             aux_loss: 0.0,
             sequence_aux_loss: 0.0,
+            global_aux_loss: 0.0,
             z_loss: 0.0,
             dropped_tokens: 0,
             expert_load: Vec::new(),

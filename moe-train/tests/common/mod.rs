@@ -149,8 +149,12 @@ pub fn check(
         let folded = train(with(mapping, dispatcher), steps);
         assert_equal(&folded, &reference, &one, &what);
         for (a, b) in folded.reports.iter().zip(&reference.reports) {
-            let (a, b) = (a.sequence_aux_loss, b.sequence_aux_loss);
-            assert!((a - b).abs() <= 1e-10 * b.abs(), "{what}: sequence_aux_loss {a} and {b}");
+            for (name, a, b) in [
+                ("sequence_aux_loss", a.sequence_aux_loss, b.sequence_aux_loss),
+                ("global_aux_loss", a.global_aux_loss, b.global_aux_loss),
+            ] {
+                assert!((a - b).abs() <= 1e-10 * b.abs(), "{what}: {name} {a} and {b}");
+            }
         }
     }
 }
