@@ -9,12 +9,14 @@ const HIDDEN: usize = 4;
 const NUM_EXPERTS: usize = 6;
 const SCALES: RouterScales<'static> =
     RouterScales { micro_batches: 3, sequences: 7, valid_tokens: 29, step_counts: &[9, 0, 21, 7, 4, 17] };
-const SCORES: [ScoreFunction; 5] = [
+const SCORES: [ScoreFunction; 7] = [
     ScoreFunction::SoftmaxPost,
     ScoreFunction::SoftmaxPre { normalize: false },
     ScoreFunction::SoftmaxPre { normalize: true },
     ScoreFunction::Sigmoid { normalize: false },
     ScoreFunction::Sigmoid { normalize: true },
+    ScoreFunction::SqrtSoftplus { normalize: false },
+    ScoreFunction::SqrtSoftplus { normalize: true },
 ];
 const GROUPS: [Option<ExpertGroups>; 3] = [
     None,
@@ -28,15 +30,12 @@ fn config(scoring: impl Into<Scoring>, top_k: usize) -> RouterConfig {
         num_experts: NUM_EXPERTS,
         top_k,
         scoring: scoring.into(),
+        in_f64: false,
         aux_loss_coef: 0.7,
         sequence_aux_loss_coef: 0.4,
         global_aux_loss_coef: 0.9,
         z_loss_coef: 0.2,
     }
-}
-
-fn is_sigmoid(scoring: &Scoring) -> bool {
-    matches!(scoring.function, ScoreFunction::Sigmoid { .. })
 }
 
 /// Counts of the micro-batch: this rank's, and those of another one with 5 tokens of each sequence.
@@ -103,7 +102,7 @@ proptest! {
         biased in any::<bool>(),
     ) {
         let scoring = Scoring { function, groups, scale };
-        let bias = (biased && is_sigmoid(&scoring)).then_some(&BIAS[..]);
+        let bias = (biased && scoring.function.is_separate()).then_some(&BIAS[..]);
         let router = Router::new(config(scoring, top_k)).unwrap();
         let dweights = &dweights[..4 * top_k];
         let device = Cpu::poisoned(1);
@@ -202,6 +201,71 @@ fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
     let whole: f64 = stats.plain_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
     assert!((6.0 * whole / (2.0 * 16.0) - stats.aux_loss).abs() < 1e-14);
     assert!((stats.sequence_aux_loss - balance(&[0, 2]) - balance(&[1, 3])).abs() < 1e-14);
+}
+
+/// Single precision around double: the same as a router of double precision, but for the rounding of what goes in and out.
+#[test]
+fn scores_in_f64_of_tokens_in_f32() {
+    let device = Cpu::poisoned(1);
+    let rounded = |n: usize, step: f64| -> Vec<f64> {
+        (0..n).map(|i| f64::from((((i * i) as f64 * step).sin() * 0.8) as f32)).collect()
+    };
+    let (x, weight) = (rounded(4 * HIDDEN, 0.7), rounded(NUM_EXPERTS * HIDDEN, 1.3));
+    let (bias, dweights) = (rounded(NUM_EXPERTS, 2.1), rounded(8, 0.3));
+    for function in SCORES {
+        let config = RouterConfig { in_f64: true, ..config(function, 2) };
+        let router = Router::new(config).unwrap();
+        let bias = function.is_separate().then_some(&bias);
+
+        let single =
+            |rows, cols, values: &[f64]| Tensor::<f32, Cpu>::from_f64(&device, rows, cols, values).unwrap();
+        let (x32, w32) = (single(4, HIDDEN, &x), single(NUM_EXPERTS, HIDDEN, &weight));
+        let bias32 = bias.map(|bias| single(1, NUM_EXPERTS, bias));
+        let input = RouterInput {
+            bias: bias32.as_ref().map(Tensor::view),
+            sequences: 2,
+            ..RouterInput::new(&x32, w32.view())
+        };
+        let (routing, saved, stats) = router.forward(&device, input, with_another_rank).unwrap();
+        let mut dw = single(NUM_EXPERTS, HIDDEN, &[0.5; NUM_EXPERTS * HIDDEN]);
+        let dx = router
+            .backward(&device, &single(1, 8, &dweights), saved, w32.view(), dw.view_mut().unwrap(), SCALES)
+            .unwrap();
+
+        let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
+        let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
+        let input = with(&x64, &w64, bias64.as_ref(), 2);
+        let (want, saved, wanted) = router.forward(&device, input, with_another_rank).unwrap();
+        let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
+        let dx64 = router
+            .backward(&device, &tensor(1, 8, &dweights), saved, w64.view(), dw64.view_mut().unwrap(), SCALES)
+            .unwrap();
+
+        assert_eq!(stats, wanted, "not a bit of the losses is lost");
+        assert_eq!(routing.experts.to_vec(&device).unwrap(), want.experts.to_vec(&device).unwrap());
+        let once = |x: &Tensor<f64, Cpu>| -> Vec<f32> {
+            x.to_vec(&device).unwrap().into_iter().map(|x| x as f32).collect()
+        };
+        assert_eq!(routing.weights.to_vec(&device).unwrap(), once(&want.weights), "rounded once");
+        assert_eq!(dx.to_vec(&device).unwrap(), once(&dx64), "rounded once");
+        for (got, want) in dw.to_vec(&device).unwrap().into_iter().zip(once(&dw64)) {
+            assert_eq!(got, 0.5 + want, "rounded, then added");
+        }
+    }
+}
+
+/// Two logits that are one number in single precision.
+#[test]
+fn near_ties_are_told_apart_in_f64() {
+    let device = Cpu::poisoned(1);
+    let x = Tensor::<f32, Cpu>::from_f64(&device, 1, 2, &[1.0, 2f64.powi(-30)]).unwrap();
+    let weight = Tensor::<f32, Cpu>::from_f64(&device, 2, 2, &[1.0, 0.0, 1.0, 1.0]).unwrap();
+    for (in_f64, chosen) in [(false, 0), (true, 1)] {
+        let config = RouterConfig { num_experts: 2, in_f64, ..config(ScoreFunction::SoftmaxPost, 1) };
+        let input = RouterInput::new(&x, weight.view());
+        let (routing, _, _) = Router::new(config).unwrap().forward(&device, input, alone).unwrap();
+        assert_eq!(routing.experts.to_vec(&device).unwrap(), [chosen]);
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation, RouteOutput,
-    Routing, Rows, ScoreFunction,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation, RouteInput,
+    RouteOutput, Routing, Rows, ScoreFunction,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -193,7 +193,8 @@ fn rowwise(c: &mut Criterion) {
             let (weights, experts) = (mutable!(weights), mutable!(experts));
             let (probs, lse) = (mutable!(probs), mutable!(lse));
             let out = RouteOutput { weights, experts, unbiased: None, probs, lse };
-            cpu.route(out, logits.view(), None, &ScoreFunction::SoftmaxPost.into()).expect("route");
+            cpu.route(out, RouteInput::new(logits.view()), &ScoreFunction::SoftmaxPost.into())
+                .expect("route");
         })
     });
     measure(c, "sort_by_expert", rows, |cpu| {

@@ -11,16 +11,16 @@ macro_rules! backend {
         /// A device with every kernel family for weights and activations of type `T`.
         ///
         /// An alias of supertraits (bounds in a `where` clause would not be implied), implemented by every device
-        /// that has the families.
+        /// that has the families. A router may compute in double precision whatever `T` is.
         pub trait Backend<T: Float>: $($bound)* {}
         impl<T: Float, D> Backend<T> for D where D: $($bound)* {}
     };
 }
 backend! {
-    Gemm<T> + Gemm<T::Acc> + GroupedGemm<T>
+    Gemm<T> + Gemm<T::Acc> + Gemm<f64> + GroupedGemm<T>
         + Rows<T> + Rows<T::Acc> + Rows<i32>
         + Elementwise<T> + Elementwise<T::Acc>
         + Norm<T> + Rope<T> + Attention<T> + Activation<T>
-        + Routing<T::Acc> + Embedding<T> + Loss<T> + Optim<T>
-        + Reduce<T> + Reduce<T::Acc>
+        + Routing<T::Acc> + Routing<f64> + Embedding<T> + Loss<T> + Optim<T>
+        + Reduce<T> + Reduce<T::Acc> + Reduce<f64>
 }

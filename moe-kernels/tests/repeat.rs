@@ -2,7 +2,7 @@
 
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Embedding, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, RouteOutput, Routing, ScoreFunction,
+    GroupedGemm, Loss, Norm, Op, Optim, Reduce, RouteInput, RouteOutput, Routing, ScoreFunction,
 };
 use moe_kernels::{Cpu, Element, Result, Tensor};
 
@@ -127,7 +127,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
         probs: probs.view_mut()?,
         lse: lse.view_mut()?,
     };
-    cpu.route(out, x.view(), None, &ScoreFunction::SoftmaxPost.into())?;
+    cpu.route(out, RouteInput::new(x.view()), &ScoreFunction::SoftmaxPost.into())?;
     bits.keep(cpu, "weights", &weights)?;
     bits.keep(cpu, "experts", &experts)?;
 

@@ -8,7 +8,7 @@ mod latent;
 mod routing;
 
 pub use latent::LatentAttention;
-pub use routing::{AuxLoss, AuxLossScope, ScoringFunc};
+pub use routing::{AuxLoss, AuxLossScope, RouterDType, ScoringFunc};
 
 /// A decoder with experts (Mixtral, arXiv 2401.04088, and what Qwen2-MoE, Qwen3-MoE, GLM-4-MoE and DeepSeek add to it). Fields
 /// carry the names of Hugging Face's `MixtralConfig` and of those models' configurations; what has a default in
@@ -122,6 +122,9 @@ pub struct ModelConfig {
     /// From logits to scores; softmax over the chosen unless given.
     #[serde(default)]
     pub scoring_func: ScoringFunc,
+    /// Type in which routers compute, from logits to losses; the accumulation type unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_router_dtype: Option<RouterDType>,
     /// Whether the chosen experts' weights are divided by their sum; true unless given.
     #[serde(default = "default_norm_topk_prob")]
     pub norm_topk_prob: bool,
@@ -139,7 +142,7 @@ pub struct ModelConfig {
     #[serde(default = "routing::default_group_score_topk")]
     pub group_score_topk: usize,
     /// Whether the experts of a token are chosen by scores plus a bias that balances their load without a loss
-    /// (DeepSeek-V3); false unless given. It takes `scoring_func = "sigmoid"`. See
+    /// (DeepSeek-V3); false unless given. It takes `scoring_func` `"sigmoid"` or `"sqrtsoftplus"`. See
     /// [`ExpertBias`](crate::expert_bias::ExpertBias).
     #[serde(default)]
     pub moe_router_enable_expert_bias: bool,
@@ -510,6 +513,7 @@ mod tests {
             router_aux_losses: Vec::new(),
             router_z_loss_coef: 0.0,
             scoring_func: ScoringFunc::SoftmaxPost,
+            moe_router_dtype: None,
             norm_topk_prob: true,
             routed_scaling_factor: 1.0,
             n_group: 1,

@@ -11,7 +11,7 @@ use moe_topology::{Expert, Owner, Placement};
 
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::Place;
-use crate::config::{AuxLossScope, ModelConfig};
+use crate::config::{AuxLossScope, ModelConfig, RouterDType};
 use crate::cx::MoeStats;
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
@@ -110,6 +110,7 @@ impl MoeMlp {
             num_experts: experts,
             top_k: config.num_experts_per_tok,
             scoring: config.scoring(),
+            in_f64: config.moe_router_dtype == Some(RouterDType::F64),
             aux_loss_coef: config.aux_loss_coef(AuxLossScope::MicroBatch),
             sequence_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Sequence),
             global_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Global),

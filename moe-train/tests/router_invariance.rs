@@ -3,11 +3,13 @@
 mod common;
 
 use common::{RandomBatches, assert_equal, setup, tiny_model, train, train_on};
+use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
-use moe_model::config::{AuxLoss, AuxLossScope, ScoringFunc};
+use moe_kernels::Cpu;
+use moe_model::config::{AuxLoss, AuxLossScope, RouterDType, ScoringFunc};
 use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Mapping};
-use moe_train::trainer::{BatchSource, Sequence, Setup};
+use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
 /// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
 type Sizes = (usize, usize, usize, usize, usize, usize, usize);
@@ -31,7 +33,10 @@ fn check(model: ModelConfig) {
         let mapping = Mapping { world_size: tp * cp * dp * pp, tp, cp, pp, etp, ep, ..Mapping::default() };
         (mapping.split(Attention::CP_INNER, ulysses), dispatcher)
     });
-    common::check(&model, foldings, 2, |setup| (setup.global_batch_size, setup.micro_batch_size) = (8, 2));
+    common::check(&model, foldings, 2, |setup| {
+        (setup.global_batch_size, setup.micro_batch_size) = (8, 2);
+        setup.expert_bias_update_rate = 0.05;
+    });
 }
 
 fn losses(micro_batch: f64, sequence: f64) -> Vec<AuxLoss> {
@@ -61,6 +66,16 @@ fn unnormalised_sigmoids_with_losses_of_two_scopes() {
         norm_topk_prob: false,
         router_aux_loss_coef: None,
         router_aux_losses: losses(0.04, 0.03),
+        ..tiny_model()
+    });
+}
+
+#[test]
+fn roots_of_softplus_with_a_bias() {
+    check(ModelConfig {
+        scoring_func: ScoringFunc::SqrtSoftplus,
+        moe_router_enable_expert_bias: true,
+        routed_scaling_factor: 1.5,
         ..tiny_model()
     });
 }
@@ -141,6 +156,36 @@ impl BatchSource for Sequences {
         let sequences =
             (u * self.micro_batch..(u + 1) * self.micro_batch).map(|g| source.micro_batch(step, g));
         Ok(sequences.collect::<Result<Vec<_>, _>>()?.concat())
+    }
+}
+
+/// Where everything else is in single precision, a router in double precision stands in its own way: what goes in and out
+/// of it is converted on every rank.
+#[test]
+fn routers_in_f64_of_a_model_in_f32() {
+    let losses = |dtype, mapping: Mapping| {
+        let model = ModelConfig { moe_router_dtype: dtype, router_aux_loss_coef: Some(0.1), ..tiny_model() };
+        let mut setup = setup(model, mapping);
+        setup.global_batch_size = 8;
+        let ranks = ThreadWorld::run(setup.folding.world_size(), common::DEADLINE, move |world| {
+            let source = RandomBatches { vocab: 37, seq_len: 12, micro_batch: 1 };
+            let mut trainer = RankTrainer::<f32, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+            (1..=3).map(|step| trainer.step(step, &source)).collect::<moe_train::Result<Vec<_>>>()
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        ranks[0].iter().map(|report| (report.total_loss.unwrap(), report.grad_norm)).collect::<Vec<_>>()
+    };
+    let folded = Mapping { world_size: 4, tp: 2, ep: 4, ..Mapping::default() };
+    let reference = losses(Some(RouterDType::F64), Mapping::default());
+    assert_ne!(losses(None, Mapping::default()), reference);
+    for (other, what) in [
+        (losses(Some(RouterDType::F64), folded), "folded"),
+        (losses(None, Mapping::default()), "in single precision"),
+    ] {
+        for ((loss, norm), (want, want_norm)) in other.into_iter().zip(&reference) {
+            assert!((loss - want).abs() < 1e-5 * want, "{what}: {loss} and {want}");
+            assert!((norm - want_norm).abs() < 1e-4 * want_norm, "{what}: {norm} and {want_norm}");
+        }
     }
 }
 

@@ -1,8 +1,17 @@
-use moe_kernels::family::{Elementwise, Gemm, Op};
+use moe_kernels::family::{Elementwise, Gemm, Op, Routing};
 use moe_kernels::{Backend, Float, Tensor, View, ViewMut};
 
-use super::{Router, RouterConfig, RouterSaved, RouterScales, UnitCounts};
+use super::types::{narrowed, narrowed_f64, widened, widened_f64};
+use super::{Logits, Router, RouterConfig, RouterSaved, RouterScales, UnitCounts};
 use crate::Error;
+
+/// What the losses add to the gradient by the logits.
+struct Losses {
+    /// The derivative of the objective by a token's probabilities, a row of E for each sequence.
+    aux: Vec<f64>,
+    /// The derivative by the square of a token's log-sum-exp.
+    z: f64,
+}
 
 impl Router {
     /// The gradient of the objective by the router's input, `[n, H]`; that by its weight is added to
@@ -25,7 +34,7 @@ impl Router {
     ) -> Result<Tensor<T, D>, Error> {
         let RouterSaved { x, experts, logits, unit } = saved;
         let [tokens, hidden] = x.shape();
-        let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
+        let RouterConfig { num_experts, top_k, .. } = self.config;
 
         if tokens == 0 {
             return Ok(Tensor::uninit(device, 0, hidden)?);
@@ -37,28 +46,62 @@ impl Router {
             let (got, what) = (scales.step_counts.len(), "the load-balancing loss of the whole step");
             return Err(Error::Router { what: format!("{what} needs {num_experts} counts, but got {got}") });
         }
-        let aux = self.aux_gradient(&unit, scales);
-        let aux = Tensor::<T::Acc, D>::from_f64(device, aux.len() / num_experts, num_experts, &aux)?;
-        let z = self.config.z_loss_coef / scales.valid_tokens as f64;
-        let mut dlogits = Tensor::<T::Acc, D>::uninit(device, tokens, num_experts)?;
+        let dweights = dweights.reshape(tokens, top_k)?;
+        let losses = Losses {
+            aux: self.aux_gradient(&unit, scales),
+            z: self.config.z_loss_coef / scales.valid_tokens as f64,
+        };
+
+        // Products of the logits' type, as forward: rounding their gradient to T would lose the small losses.
+        match logits {
+            Logits::Acc(logits) => {
+                let dlogits = self.dlogits(device, dweights.view(), experts.view(), &logits, &losses)?;
+                let (mut wide_x, mut wide_weight) = (None, None);
+                let x = widened(device, x.view(), &mut wide_x)?;
+                let weight = widened(device, weight, &mut wide_weight)?;
+                Gemm::<T::Acc>::gemm_acc(device, dweight, dlogits.view(), Op::T, x, Op::N)?;
+                let mut dx = Tensor::<T::Acc, D>::uninit(device, tokens, hidden)?;
+                Gemm::<T::Acc>::gemm(device, dx.view_mut()?, dlogits.view(), Op::N, weight, Op::N)?;
+                narrowed(device, dx)
+            }
+            Logits::F64(logits) => {
+                let dweights = widened_f64::<T::Acc, D>(device, dweights.view())?;
+                let dlogits = self.dlogits(device, dweights.view(), experts.view(), &logits, &losses)?;
+                let (x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+                let mut own = Tensor::<f64, D>::uninit(device, num_experts, hidden)?;
+                Gemm::<f64>::gemm(device, own.view_mut()?, dlogits.view(), Op::T, x.view(), Op::N)?;
+                let own = narrowed_f64::<T::Acc, D>(device, &own)?;
+                Elementwise::<T::Acc>::add_assign(device, dweight, own.view())?;
+                let mut dx = Tensor::<f64, D>::uninit(device, tokens, hidden)?;
+                Gemm::<f64>::gemm(device, dx.view_mut()?, dlogits.view(), Op::N, weight.view(), Op::N)?;
+                narrowed_f64(device, &dx)
+            }
+        }
+    }
+
+    /// The gradient of the objective by the logits, `[n, E]`, in their type.
+    fn dlogits<R: Float<Acc = R>, D: Routing<R>>(
+        &self,
+        device: &D,
+        dweights: View<'_, R, D>,
+        experts: View<'_, i32, D>,
+        logits: &Tensor<R, D>,
+        losses: &Losses,
+    ) -> Result<Tensor<R, D>, Error> {
+        let RouterConfig { num_experts, scoring, .. } = self.config;
+        let Losses { aux, z } = losses;
+        let aux = Tensor::<R, D>::from_f64(device, aux.len() / num_experts, num_experts, aux)?;
+        let mut dlogits = Tensor::<R, D>::uninit(device, logits.shape()[0], num_experts)?;
         device.route_backward(
             dlogits.view_mut()?,
-            dweights.reshape(tokens, top_k)?.view(),
-            experts.view(),
+            dweights,
+            experts,
             logits.view(),
             &scoring,
             aux.view(),
-            z,
+            *z,
         )?;
-
-        // Products of the accumulation type, as forward: rounding dlogits to T would lose the small losses.
-        let (mut wide_x, mut wide_weight) = (None, None);
-        let x = widened(device, x.view(), &mut wide_x)?;
-        let weight = widened(device, weight, &mut wide_weight)?;
-        Gemm::<T::Acc>::gemm_acc(device, dweight, dlogits.view(), Op::T, x, Op::N)?;
-        let mut dx = Tensor::<T::Acc, D>::uninit(device, tokens, hidden)?;
-        Gemm::<T::Acc>::gemm(device, dx.view_mut()?, dlogits.view(), Op::N, weight, Op::N)?;
-        narrowed(device, dx)
+        Ok(dlogits)
     }
 
     /// The derivative of the objective by a token's probabilities, one row for each sequence: the sum over the losses of
@@ -81,35 +124,4 @@ impl Router {
         });
         rows.collect()
     }
-}
-
-/// True if `T` is its own accumulation type, so that its bytes need no conversion.
-fn is_wide<T: Float>() -> bool {
-    T::DTYPE == <T::Acc as moe_kernels::Element>::DTYPE
-}
-
-/// `x` in the accumulation type: the same memory if that is `T`, else a copy in `hold`.
-fn widened<'a, T: Float, D: Backend<T>>(
-    device: &D,
-    x: View<'a, T, D>,
-    hold: &'a mut Option<Tensor<T::Acc, D>>,
-) -> Result<View<'a, T::Acc, D>, Error> {
-    if is_wide::<T>() {
-        return Ok(View::new(x.buf(), x.layout())?);
-    }
-    let [rows, cols] = x.shape();
-    let mut wide = Tensor::uninit(device, rows, cols)?;
-    Elementwise::<T>::widen(device, wide.view_mut()?, x)?;
-    Ok(hold.insert(wide).view())
-}
-
-/// `x` rounded to `T`: the same memory if that is the accumulation type.
-fn narrowed<T: Float, D: Backend<T>>(device: &D, x: Tensor<T::Acc, D>) -> Result<Tensor<T, D>, Error> {
-    if is_wide::<T>() {
-        return Ok(Tensor::from_buf(x.buf().clone(), x.layout())?);
-    }
-    let [rows, cols] = x.shape();
-    let mut narrow = Tensor::uninit(device, rows, cols)?;
-    Elementwise::<T>::narrow(device, narrow.view_mut()?, x.view())?;
-    Ok(narrow)
 }

@@ -1,8 +1,21 @@
-use moe_kernels::family::{Gemm, Op, Reduce, RouteOutput};
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::family::{self, Gemm, Op, Reduce, RouteInput, RouteOutput};
+use moe_kernels::{Backend, Device, Float, Tensor, View};
 
-use super::{Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
+use super::types::{narrowed_f64, widened_f64};
+use super::{Logits, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
 use crate::{Error, Routing};
+
+/// What was chosen, and what that says about the rank's tokens.
+struct Chosen<D: Device> {
+    /// `[n, K]`.
+    experts: Tensor<i32, D>,
+    /// `n · K`: the choices that the losses count.
+    counted: Vec<i32>,
+    expert_counts: Vec<i64>,
+    /// `sequences · E`.
+    prob_sums: Vec<f64>,
+    z_loss_sum: f64,
+}
 
 impl Router {
     /// Routes the tokens of this rank.
@@ -21,16 +34,64 @@ impl Router {
     ) -> Result<Routed<T, D>, Error> {
         let RouterInput { x, weight, bias, sequences } = input;
         let [tokens, _] = x.shape();
-        let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
+        let RouterConfig { num_experts, top_k, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {
             return Err(Error::Router {
                 what: format!("{tokens} tokens are not {sequences} equal sequences"),
             });
         }
 
-        let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
-        Gemm::<T>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight, Op::T)?;
+        let (logits, weights, chosen) = if self.widens::<T>() {
+            let (x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+            let mut logits = Tensor::<f64, D>::zeros(device, tokens, num_experts)?;
+            Gemm::<f64>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight.view(), Op::T)?;
+            let bias = bias.map(|bias| widened_f64::<T::Acc, D>(device, bias)).transpose()?;
+            let (weights, chosen) =
+                self.choose(device, &logits, bias.as_ref().map(Tensor::view), sequences)?;
+            (Logits::F64(logits), narrowed_f64::<T::Acc, D>(device, &weights)?, chosen)
+        } else {
+            let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
+            Gemm::<T>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight, Op::T)?;
+            let (weights, chosen) = self.choose(device, &logits, bias, sequences)?;
+            (Logits::Acc(logits), weights, chosen)
+        };
+        let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum } = chosen;
+        let plain_counts = self.count(&counted);
+        let rows = self.count_by_sequence(&counted, sequences);
+        let expected = rows.len();
+        let rows = sum_over_unit(&rows)?;
+        if rows.len() != expected {
+            let what = format!("the sum of {expected} counts came back as {}", rows.len());
+            return Err(Error::Router { what });
+        }
+        let unit = UnitCounts { rows, num_experts };
 
+        let mut all_probs = vec![0.0; num_experts];
+        for sequence in prob_sums.chunks_exact(num_experts) {
+            all_probs.iter_mut().zip(sequence).for_each(|(sum, p)| *sum += p);
+        }
+        let stats = RouterStats {
+            aux_loss: self.aux_loss(&prob_sums, &unit),
+            sequence_aux_loss: self.sequence_aux_loss(&prob_sums, &unit),
+            z_loss_sum,
+            expert_counts,
+            plain_counts,
+            prob_sums: all_probs,
+        };
+        let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
+        Ok((routing, RouterSaved { x: x.clone(), experts, logits, unit }, stats))
+    }
+
+    /// The choice by `logits: [n, E]`, in their type; also its weights, `[n, K]`.
+    fn choose<R: Float<Acc = R>, D: family::Routing<R> + Reduce<R>>(
+        &self,
+        device: &D,
+        logits: &Tensor<R, D>,
+        bias: Option<View<'_, R, D>>,
+        sequences: usize,
+    ) -> Result<(Tensor<R, D>, Chosen<D>), Error> {
+        let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
+        let [tokens, _] = logits.shape();
         let mut weights = Tensor::uninit(device, tokens, top_k)?;
         let mut experts = Tensor::uninit(device, tokens, top_k)?;
         // Without bias and groups the choice itself is what the load-balancing losses count.
@@ -45,38 +106,16 @@ impl Router {
             probs: probs.view_mut()?,
             lse: lse.view_mut()?,
         };
-        device.route(out, logits.view(), bias, &scoring)?;
+        device.route(out, RouteInput { bias, ..RouteInput::new(logits.view()) }, &scoring)?;
 
         let chosen = experts.to_vec(device)?;
         let expert_counts = self.count(&chosen);
         let counted = unbiased.map_or(Ok(chosen), |unbiased| unbiased.to_vec(device))?;
-        let plain_counts = self.count(&counted);
-        let rows = self.count_by_sequence(&counted, sequences);
-        let expected = rows.len();
-        let rows = sum_over_unit(&rows)?;
-        if rows.len() != expected {
-            let what = format!("the sum of {expected} counts came back as {}", rows.len());
-            return Err(Error::Router { what });
-        }
-        let unit = UnitCounts { rows, num_experts };
-
         // One row of sums per sequence: the rows of a sequence-major matrix side by side.
         let probs = probs.reshape(tokens / sequences, sequences * num_experts)?;
-        let prob_sums = column_sums::<T, D>(device, &probs)?;
-        let mut all_probs = vec![0.0; num_experts];
-        for sequence in prob_sums.chunks_exact(num_experts) {
-            all_probs.iter_mut().zip(sequence).for_each(|(sum, p)| *sum += p);
-        }
-        let stats = RouterStats {
-            aux_loss: self.aux_loss(&prob_sums, &unit),
-            sequence_aux_loss: self.sequence_aux_loss(&prob_sums, &unit),
-            z_loss_sum: sum_of_squares::<T, D>(device, &lse)?,
-            expert_counts,
-            plain_counts,
-            prob_sums: all_probs,
-        };
-        let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
-        Ok((routing, RouterSaved { x: x.clone(), experts, logits, unit }, stats))
+        let prob_sums = column_sums(device, &probs)?;
+        let z_loss_sum = sum_of_squares(device, &lse)?;
+        Ok((weights, Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum }))
     }
 
     fn count(&self, experts: &[i32]) -> Vec<i64> {
@@ -121,14 +160,14 @@ impl Router {
     }
 }
 
-fn column_sums<T: Float, D: Backend<T>>(device: &D, probs: &Tensor<T::Acc, D>) -> Result<Vec<f64>, Error> {
-    let mut sums = Tensor::<T::Acc, D>::uninit(device, 1, probs.shape()[1])?;
-    Reduce::<T::Acc>::column_sums(device, sums.view_mut()?, probs.view())?;
+fn column_sums<R: Float<Acc = R>, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<Vec<f64>, Error> {
+    let mut sums = Tensor::<R, D>::uninit(device, 1, x.shape()[1])?;
+    device.column_sums(sums.view_mut()?, x.view())?;
     Ok(sums.to_f64(device)?)
 }
 
-fn sum_of_squares<T: Float, D: Backend<T>>(device: &D, lse: &Tensor<T::Acc, D>) -> Result<f64, Error> {
+fn sum_of_squares<R: Float, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<f64, Error> {
     let mut sum = Tensor::<f64, D>::zeros(device, 1, 1)?;
-    Reduce::<T::Acc>::dot(device, sum.view_mut()?, lse.view(), lse.view())?;
+    device.dot(sum.view_mut()?, x.view(), x.view())?;
     Ok(sum.to_vec(device)?[0])
 }

@@ -2,9 +2,10 @@
 
 mod backward;
 mod forward;
+mod types;
 
 use moe_kernels::family::{ExpertGroups, Scoring};
-use moe_kernels::{Device, Float, Tensor, View};
+use moe_kernels::{DType, Device, Element, Float, Tensor, View};
 
 use crate::{Error, Routing};
 
@@ -17,6 +18,8 @@ pub struct RouterConfig {
     pub top_k: usize,
     /// From logits to choices and weights.
     pub scoring: Scoring,
+    /// Whether all that is computed, from logits to losses, is in f64 even where tensors accumulate in less.
+    pub in_f64: bool,
     /// Coefficient of the load-balancing loss of each micro-batch (`router_aux_loss_coef`); 0 without.
     pub aux_loss_coef: f64,
     /// Coefficient of the load-balancing loss of each sequence; 0 without.
@@ -27,7 +30,7 @@ pub struct RouterConfig {
     pub z_loss_coef: f64,
 }
 
-/// Top-k router by softmax or sigmoid scores, scored in the accumulation type, with load-balancing losses (arXiv
+/// Top-k router by softmax or other scores, computed in the accumulation type or in f64, with load-balancing losses (arXiv
 /// 2101.03961) of each micro-batch, of each sequence and of the whole step, and the z-loss.
 ///
 /// The losses are part of the objective, and [`backward`](Router::backward) adds their exact gradients; no factor of
@@ -68,7 +71,8 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub x: &'a Tensor<T, D>,
     /// `[E, H]`.
     pub weight: View<'a, T, D>,
-    /// `[1, E]`, added to sigmoid scores where they are compared, not where they become weights; none unless given.
+    /// `[1, E]`, added to scores (not a softmax's) where they are compared, not where they become weights; none unless
+    /// given.
     pub bias: Option<View<'a, T::Acc, D>>,
     /// Sequences of the micro-batch; 1 unless given.
     pub sequences: usize,
@@ -95,8 +99,15 @@ pub struct RouterSaved<T: Float, D: Device> {
     /// `[n, K]`.
     experts: Tensor<i32, D>,
     /// `[n, E]`.
-    logits: Tensor<T::Acc, D>,
+    logits: Logits<T, D>,
     unit: UnitCounts,
+}
+
+/// Logits in the router's type.
+#[derive(Debug, Clone)]
+enum Logits<T: Float, D: Device> {
+    Acc(Tensor<T::Acc, D>),
+    F64(Tensor<f64, D>),
 }
 
 /// The choices that the load-balancing losses count, of a whole micro-batch.
@@ -185,6 +196,11 @@ impl Router {
             }
         }
         Ok(Router { config })
+    }
+
+    /// Whether it computes in f64 what tensors of `T` accumulate in less.
+    fn widens<T: Float>(&self) -> bool {
+        self.config.in_f64 && <T::Acc as Element>::DTYPE != DType::F64
     }
 
     /// What it computes.

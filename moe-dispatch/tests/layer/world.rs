@@ -133,6 +133,7 @@ where
         num_experts: p.num_experts,
         top_k: p.top_k,
         scoring: p.score.into(),
+        in_f64: false,
         aux_loss_coef: p.aux_loss_coef,
         sequence_aux_loss_coef: 0.0,
         global_aux_loss_coef: 0.0,

@@ -36,7 +36,21 @@ pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
         device.narrow(narrow.view_mut(), wide.view()).expect("narrow");
         assert_close("narrow", &narrow.read(), &a, 0.0);
 
+        let mut double = output::<f64, D>(device, rows, cols);
+        device.widen_f64(double.view_mut(), pa.view()).expect("widen_f64");
+        assert_close("widen_f64", &double.read(), &a, 0.0);
+        let mut back = output::<T, D>(device, rows, cols);
+        device.narrow_f64(back.view_mut(), double.view()).expect("narrow_f64");
+        assert_close("narrow_f64", &back.read(), &a, 0.0);
+        // Between two numbers of `T` or, in double precision, one of them.
+        let thirds = Matrix::from_fn(rows, cols, |i, c| (a.at(i, c) + 1.0) / 3.0);
+        device.narrow_f64(back.view_mut(), place::<f64, D>(device, &thirds).view()).expect("narrow_f64");
+        let rounded = Matrix::from_fn(rows, cols, |i, c| T::from_f64(thirds.at(i, c)).to_f64());
+        assert_close("narrow_f64", &back.read(), &rounded, 0.0);
+
         let mut other = output::<T, D>(device, rows + 1, cols);
+        assert_refused("narrow_f64", device.narrow_f64(other.view_mut(), double.view()));
+        assert_refused("widen_f64", device.widen_f64(double.view_mut(), other.view()));
         assert_refused("add", device.add(other.view_mut(), pa.view(), pb.view()));
         assert_refused("add_assign", device.add_assign(other.view_mut(), pa.view()));
         assert_refused("narrow", device.narrow(other.view_mut(), wide.view()));

@@ -4,7 +4,7 @@ use super::GRADIENT;
 use super::host::{
     Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place, place_ints,
 };
-use crate::family::{DropLimit, ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
 use crate::{Device, Error, Float, Result};
 
 /// Tokens, experts, choices.
@@ -19,6 +19,8 @@ fn scorings(count: usize, k: usize) -> Vec<Scoring> {
         ScoreFunction::SoftmaxPre { normalize: true },
         ScoreFunction::Sigmoid { normalize: false },
         ScoreFunction::Sigmoid { normalize: true },
+        ScoreFunction::SqrtSoftplus { normalize: false },
+        ScoreFunction::SqrtSoftplus { normalize: true },
     ];
     let groups = [(2, 1, 1), (3, 2, 2), (4, 2, 1), (4, 3, 2), (12, 5, 1)]
         .map(|(count, kept, score_top_k)| ExpertGroups { count, kept, score_top_k })
@@ -42,8 +44,13 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-fn is_sigmoid(scoring: &Scoring) -> bool {
-    matches!(scoring.function, ScoreFunction::Sigmoid { .. })
+/// What a logit is worth before it is divided by anything.
+fn score(function: ScoreFunction, x: f64) -> f64 {
+    match function {
+        ScoreFunction::SoftmaxPost | ScoreFunction::SoftmaxPre { .. } => x.exp(),
+        ScoreFunction::Sigmoid { .. } => sigmoid(x),
+        ScoreFunction::SqrtSoftplus { .. } => x.exp().ln_1p().sqrt(),
+    }
 }
 
 fn lse(logits: &Matrix, i: usize) -> f64 {
@@ -51,7 +58,7 @@ fn lse(logits: &Matrix, i: usize) -> f64 {
 }
 
 fn probs(logits: &Matrix, scoring: &Scoring) -> Matrix {
-    let score = |x: f64| if is_sigmoid(scoring) { sigmoid(x) } else { x.exp() };
+    let score = |x| score(scoring.function, x);
     Matrix::from_fn(logits.rows, logits.cols, |i, e| {
         score(logits.at(i, e)) / (0..logits.cols).map(|j| score(logits.at(i, j))).sum::<f64>()
     })
@@ -60,14 +67,12 @@ fn probs(logits: &Matrix, scoring: &Scoring) -> Matrix {
 /// The weights of fixed choices.
 fn weights(logits: &Matrix, experts: &[i32], k: usize, scoring: &Scoring) -> Matrix {
     Matrix::from_fn(logits.rows, k, |i, slot| {
-        let score = |&e: &i32| {
-            let x = logits.at(i, e as usize);
-            if is_sigmoid(scoring) { sigmoid(x) } else { x.exp() }
-        };
+        let score = |&e: &i32| score(scoring.function, logits.at(i, e as usize));
         let chosen = &experts[i * k..(i + 1) * k];
         let over: f64 = match scoring.function {
             ScoreFunction::SoftmaxPre { normalize: false } => lse(logits, i).exp(),
-            ScoreFunction::Sigmoid { normalize: false } => 1.0,
+            ScoreFunction::Sigmoid { normalize: false }
+            | ScoreFunction::SqrtSoftplus { normalize: false } => 1.0,
             _ => chosen.iter().map(score).sum(),
         };
         scoring.scale * score(&chosen[slot]) / over
@@ -86,10 +91,9 @@ fn top(scores: &[f64], k: usize) -> Vec<usize> {
 fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> Vec<i32> {
     let probs = probs(logits, scoring);
     let choice = (0..logits.rows).flat_map(|i| {
-        let score = |e: usize| {
-            let x = logits.at(i, e);
-            let bias = bias.map_or(0.0, |bias| bias.at(0, e));
-            if is_sigmoid(scoring) { sigmoid(x) + bias } else { x }
+        let score = |e: usize| match scoring.function.is_separate() {
+            true => score(scoring.function, logits.at(i, e)) + bias.map_or(0.0, |bias| bias.at(0, e)),
+            false => logits.at(i, e),
         };
         let mut scores: Vec<f64> = (0..logits.cols).map(score).collect();
         if let Some(groups) = scoring.groups {
@@ -111,7 +115,8 @@ fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -
 /// [`Routing`]: scores, ties, groups, biases, gradients with auxiliary and z-loss, not-a-number, dropping, the stable sort.
 pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
-    extreme_sigmoids::<A, D>(device, tolerance);
+    extreme_scores::<A, D>(device, tolerance);
+    given_choices::<A, D>(device, tolerance);
     refusals::<A, D>(device);
     not_a_number::<A, D>(device);
     dropping::<A, D>(device);
@@ -134,6 +139,17 @@ fn route<A: Float<Acc = A>, D: Routing<A>>(
     bias: Option<&Matrix>,
     scoring: &Scoring,
 ) -> (Result<()>, Routed<A, D>) {
+    route_given::<A, D>(device, logits, k, bias, None, scoring)
+}
+
+fn route_given<A: Float<Acc = A>, D: Routing<A>>(
+    device: &D,
+    logits: &Matrix,
+    k: usize,
+    bias: Option<&Matrix>,
+    given: Option<&[i32]>,
+    scoring: &Scoring,
+) -> (Result<()>, Routed<A, D>) {
     let [n, count] = [logits.rows, logits.cols];
     let mut out = Routed {
         weights: output(device, n, k),
@@ -150,7 +166,13 @@ fn route<A: Float<Acc = A>, D: Routing<A>>(
         probs: out.probs.view_mut(),
         lse: out.lse.view_mut(),
     };
-    (device.route(views, logits.view(), bias.as_ref().map(Placed::view), scoring), out)
+    let given = given.map(|given| place_ints(device, given.len() / k, k, given));
+    let input = RouteInput {
+        logits: logits.view(),
+        bias: bias.as_ref().map(Placed::view),
+        given: given.as_ref().map(Placed::view),
+    };
+    (device.route(views, input, scoring), out)
 }
 
 /// Logits that are far apart in the router's type, but for the ties.
@@ -185,7 +207,7 @@ fn choice<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
         let bias = Matrix::from_fn(1, count, |_, e| ((5 * e + 3) % 7) as f64 / 8.0 - 0.25);
         for scoring in scorings(count, k) {
             let biases: &[Option<&Matrix>] =
-                if is_sigmoid(&scoring) { &[None, Some(&bias)] } else { &[None] };
+                if scoring.function.is_separate() { &[None, Some(&bias)] } else { &[None] };
             for &bias in biases {
                 let what = format!("{n} tokens, {k} of {count}, {scoring:?}, bias {}", bias.is_some());
                 let (routed, out) = route::<A, D>(device, &logits, k, bias, &scoring);
@@ -252,16 +274,82 @@ fn gradients<A: Float<Acc = A>, D: Routing<A>>(
     }
 }
 
-/// Sigmoids so small that their sum is lost in a naive formula keep their ratios; saturated ones tie.
-fn extreme_sigmoids<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
-    let scoring = Scoring::from(ScoreFunction::Sigmoid { normalize: true });
+/// Scores so small that their sum, or they themselves, are lost in a naive formula keep their ratios; saturated sigmoids
+/// tie, and large logits have roots.
+fn extreme_scores<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     let logits = Matrix { rows: 2, cols: 3, data: vec![-30.0, -31.0, -60.0, 200.0, 100.0, 300.0] };
-    let (routed, out) = route::<A, D>(device, &logits, 2, None, &scoring);
+    let ratio = |a: f64, b: f64| [a / (a + b), b / (a + b)];
+    for (function, experts, want) in [
+        (
+            ScoreFunction::Sigmoid { normalize: true },
+            [0, 1, 0, 1],
+            [ratio((-30f64).exp(), (-31f64).exp()), [0.5, 0.5]],
+        ),
+        (
+            ScoreFunction::SqrtSoftplus { normalize: true },
+            [0, 1, 2, 0],
+            [ratio((-15f64).exp(), (-15.5f64).exp()), ratio(300f64.sqrt(), 200f64.sqrt())],
+        ),
+    ] {
+        let (routed, out) = route::<A, D>(device, &logits, 2, None, &function.into());
+        routed.expect("route");
+        assert_eq!(out.experts.elements(), experts, "small and large logits, {function:?}");
+        let want = Matrix { rows: 2, cols: 2, data: want.concat() };
+        let what = format!("weights of small and large logits, {function:?}");
+        assert_close(&what, &out.weights.read(), &want, tolerance.max(1e-6));
+    }
+
+    // Roots of softplus and their slopes, where e^x is no number of single precision any more.
+    let scoring = Scoring::from(ScoreFunction::SqrtSoftplus { normalize: false });
+    let logits = Matrix { rows: 1, cols: 4, data: vec![-41.0, -120.0, -39.5, -15.0] };
+    let (routed, out) = route::<A, D>(device, &logits, 4, None, &scoring);
     routed.expect("route");
-    assert_eq!(out.experts.elements(), [0, 1, 0, 1], "small and saturated sigmoids");
-    let (a, b) = ((-30f64).exp(), (-31f64).exp());
-    let want = Matrix { rows: 2, cols: 2, data: vec![a / (a + b), b / (a + b), 0.5, 0.5] };
-    assert_close("weights of small and saturated sigmoids", &out.weights.read(), &want, tolerance.max(1e-6));
+    let want = Matrix::row(&[-15.0f64, -39.5, -41.0, -120.0].map(|x| (x / 2.0).exp()));
+    let got = out.weights.read();
+    let relative = Matrix::from_fn(1, 4, |_, k| got.at(0, k) / want.at(0, k));
+    assert_close("small roots of softplus", &relative, &Matrix::row(&[1.0; 4]), tolerance.max(1e-6));
+    let (none, one) = (Matrix::row(&[0.0; 4]), Matrix::row(&[1.0; 4]));
+    let (pl, pd, pa) =
+        (place::<A, D>(device, &logits), place::<A, D>(device, &one), place::<A, D>(device, &none));
+    let (mut dl, experts) = (output::<A, D>(device, 1, 4), place_ints(device, 1, 4, &[0, 1, 2, 3]));
+    device
+        .route_backward(dl.view_mut(), pd.view(), experts.view(), pl.view(), &scoring, pa.view(), 0.0)
+        .expect("route_backward");
+    let got = dl.read();
+    let relative = Matrix::from_fn(1, 4, |_, e| got.at(0, e) / ((logits.at(0, e) / 2.0).exp() / 2.0));
+    assert_close("slopes of small roots", &relative, &one, tolerance.max(1e-6));
+}
+
+/// A choice that was made elsewhere gets the weights of these logits; the plain choice is what it would be.
+fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(17);
+    let (n, count, k) = (400, 12, 3);
+    let logits = distinct_logits::<A>(&mut random, n, count);
+    let bias = Matrix::from_fn(1, count, |_, e| e as f64 / 4.0);
+    let given: Vec<i32> = (0..n * k).map(|j| ((j / k * 7 + j % k * 5) % count) as i32).collect();
+    for scoring in scorings(count, k) {
+        let bias = scoring.function.is_separate().then_some(&bias);
+        let (routed, out) = route_given::<A, D>(device, &logits, k, bias, Some(&given), &scoring);
+        routed.expect("route");
+        assert_eq!(out.experts.elements(), given, "given experts, {scoring:?}");
+        let plain = chosen(&logits, k, None, &Scoring { groups: None, ..scoring });
+        assert_eq!(out.unbiased.elements(), plain, "unbiased, {scoring:?}");
+        let want = weights(&logits, &given, k, &scoring);
+        assert_close(
+            &format!("weights of a given choice, {scoring:?}"),
+            &out.weights.read(),
+            &want,
+            tolerance,
+        );
+    }
+    let softmax = Scoring::from(ScoreFunction::SoftmaxPost);
+    let refused = |what: &str, given: &[i32]| {
+        let (result, _) = route_given::<A, D>(device, &logits, k, None, Some(given), &softmax);
+        assert_refused(what, result);
+    };
+    refused("no such expert", &vec![count as i32; n * k]);
+    refused("a negative expert", &vec![-1; n * k]);
+    refused("too few choices", &given[k..]);
 }
 
 fn refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {

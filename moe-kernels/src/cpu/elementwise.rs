@@ -8,7 +8,7 @@ use super::rows::check_blocks;
 use super::simd::simd;
 use crate::check;
 use crate::family::{ColumnBlocks, Elementwise, Rows};
-use crate::{Result, View, ViewMut};
+use crate::{Element, Result, View, ViewMut};
 
 simd! {
     fn add<T>(y: MatMut<'_, T>, a: Mat<'_, T>, b: Mat<'_, T>) {
@@ -69,6 +69,22 @@ simd! {
     }
 }
 
+/// `y = to(x)`.
+fn convert<A: Element, B: Element>(
+    device: &Cpu,
+    mut y: MatMut<'_, B>,
+    x: Mat<'_, A>,
+    to: impl Fn(A) -> B + Sync,
+) -> Result<()> {
+    let tasks =
+        blocks(x.rows(), rows_per_piece(x.cols())).map(|r| (y.take_rows(r.len()), x.row_range(r))).collect();
+    device.for_each(tasks, |(mut y, x)| {
+        for i in 0..y.rows() {
+            y.row(i).iter_mut().zip(x.row(i)).for_each(|(y, &x)| *y = to(x));
+        }
+    })
+}
+
 impl<T: CpuFloat> Elementwise<T> for Cpu {
     fn add(&self, mut y: ViewMut<'_, T, Self>, a: View<'_, T, Self>, b: View<'_, T, Self>) -> Result<()> {
         check::shape("add", "a", y.shape(), a.shape())?;
@@ -106,6 +122,16 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
 
     fn narrow(&self, y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {
         self.copy_rows(y, x)
+    }
+
+    fn widen_f64(&self, mut y: ViewMut<'_, f64, Self>, x: View<'_, T, Self>) -> Result<()> {
+        check::shape("widen_f64", "x", y.shape(), x.shape())?;
+        convert(self, MatMut::from(&mut y), Mat::from(x), T::to_f64)
+    }
+
+    fn narrow_f64(&self, mut y: ViewMut<'_, T, Self>, x: View<'_, f64, Self>) -> Result<()> {
+        check::shape("narrow_f64", "x", y.shape(), x.shape())?;
+        convert(self, MatMut::from(&mut y), Mat::from(x), T::from_f64)
     }
 
     fn gather_sum(

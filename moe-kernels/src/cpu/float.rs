@@ -13,6 +13,8 @@ pub trait CpuFloat: Float<Acc = Self> {
     fn exp(self) -> Self;
     /// Natural logarithm.
     fn ln(self) -> Self;
+    /// `ln(1 + self)`, also where `self` is lost beside 1.
+    fn ln_1p(self) -> Self;
     /// Square root.
     fn sqrt(self) -> Self;
     /// Neither infinite nor NaN.
@@ -39,6 +41,10 @@ macro_rules! cpu_float {
             #[inline(always)]
             fn ln(self) -> Self {
                 $t::ln(self)
+            }
+            #[inline(always)]
+            fn ln_1p(self) -> Self {
+                $t::ln_1p(self)
             }
             #[inline(always)]
             fn sqrt(self) -> Self {

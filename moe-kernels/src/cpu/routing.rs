@@ -9,17 +9,25 @@ use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
-use crate::family::{DropLimit, ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
 use crate::{Error, Result, View, ViewMut};
 
 /// Added to sums of sigmoids before they divide, as DeepSeek-V3 does.
 const EPSILON: f64 = 1e-20;
 
+/// From logits to scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Score {
+    Softmax,
+    Sigmoid,
+    SqrtSoftplus,
+}
+
 /// A score function, as the loops tell them apart. A softmax over the chosen is the softmax over all, divided by the
 /// sum over the chosen: `SoftmaxPost` and a normalised `SoftmaxPre` have the same weights.
 #[derive(Debug, Clone, Copy)]
 struct Function {
-    sigmoid: bool,
+    score: Score,
     /// Whether weights are divided by their sum.
     normalize: bool,
     /// Whether groups are judged by their logits.
@@ -28,13 +36,20 @@ struct Function {
 
 impl From<ScoreFunction> for Function {
     fn from(function: ScoreFunction) -> Self {
-        match function {
-            ScoreFunction::SoftmaxPost => Function { sigmoid: false, normalize: true, by_logits: true },
-            ScoreFunction::SoftmaxPre { normalize } => {
-                Function { sigmoid: false, normalize, by_logits: false }
-            }
-            ScoreFunction::Sigmoid { normalize } => Function { sigmoid: true, normalize, by_logits: false },
-        }
+        let (score, normalize, by_logits) = match function {
+            ScoreFunction::SoftmaxPost => (Score::Softmax, true, true),
+            ScoreFunction::SoftmaxPre { normalize } => (Score::Softmax, normalize, false),
+            ScoreFunction::Sigmoid { normalize } => (Score::Sigmoid, normalize, false),
+            ScoreFunction::SqrtSoftplus { normalize } => (Score::SqrtSoftplus, normalize, false),
+        };
+        Function { score, normalize, by_logits }
+    }
+}
+
+impl Function {
+    /// Whether a score is made of one logit alone.
+    fn is_separate(self) -> bool {
+        self.score != Score::Softmax
     }
 }
 
@@ -95,6 +110,32 @@ fn sigmoid<T: CpuFloat>(x: T) -> (T, T) {
     if x < T::ZERO { (far, near) } else { (near, far) }
 }
 
+/// `s = sqrt(ln(1 + e^x))` and its derivative `sigmoid(x) / 2s`.
+#[inline(always)]
+fn sqrt_softplus<T: CpuFloat>(x: T) -> (T, T) {
+    let two = T::ONE + T::ONE;
+    // Where e^x is lost beside 1, ln(1 + e^x) is e^x, and its root is no subnormal number yet.
+    if x < T::from_f64(-40.0) {
+        let s = (x / two).exp();
+        return (s, s / two);
+    }
+    let e = (if x < T::ZERO { x } else { -x }).exp();
+    let s = ((if x < T::ZERO { T::ZERO } else { x }) + e.ln_1p()).sqrt();
+    (s, sigmoid(x).0 / (two * s))
+}
+
+/// A score that is made of one logit alone, and its derivative.
+#[inline(always)]
+fn separate<T: CpuFloat>(score: Score, x: T) -> (T, T) {
+    match score {
+        Score::SqrtSoftplus => sqrt_softplus(x),
+        Score::Softmax | Score::Sigmoid => {
+            let (s, rest) = sigmoid(x);
+            (s, s * rest)
+        }
+    }
+}
+
 /// The softmax of `logits`; returns their log-sum-exp.
 #[inline(always)]
 fn softmax<T: CpuFloat>(probs: &mut [T], logits: &[T]) -> T {
@@ -123,13 +164,14 @@ simd! {
     /// Returns the first token whose logits have no softmax.
     fn route<T>(
         out: Routes<'_, T>,
-        logits: Mat<'_, T>,
+        tokens: Tokens<'_, T>,
         bias: Option<&[T]>,
         function: Function,
         groups: Option<ExpertGroups>,
         scale: T,
     ) -> Option<usize> {
-        let count = logits.cols();
+        let Tokens { logits, given } = tokens;
+        let (count, is_separate) = (logits.cols(), function.is_separate());
         let mut groups = groups.map(GroupChoice::new);
         let (mut scores, mut biased) = (vec![T::ZERO; count], vec![T::ZERO; count]);
         for (i, logits) in logits.iter().enumerate() {
@@ -138,10 +180,10 @@ simd! {
             if !out.lse[i].is_finite() {
                 return Some(i);
             }
-            if function.sigmoid {
+            if is_separate {
                 let mut sum = T::from_f64(EPSILON);
                 for (s, &x) in scores.iter_mut().zip(logits) {
-                    *s = sigmoid(x).0;
+                    *s = separate(function.score, x).0;
                     sum += *s;
                 }
                 for (p, &s) in probs.iter_mut().zip(&scores) {
@@ -149,7 +191,7 @@ simd! {
                 }
             }
             // Softmax keeps the order of the logits, which rounding does not blur.
-            let plain: &[T] = if function.sigmoid { &scores } else { logits };
+            let plain: &[T] = if is_separate { &scores } else { logits };
             if let Some(bias) = bias {
                 for ((b, &s), &by) in biased.iter_mut().zip(plain).zip(bias) {
                     *b = s + by;
@@ -157,18 +199,19 @@ simd! {
             }
             let order: &[T] = if bias.is_some() { &biased } else { plain };
             let (weights, chosen) = (out.weights.row(i), out.experts.row(i));
-            match &mut groups {
-                None => choose(chosen, order, 0..count),
-                Some(groups) => {
-                    let by_probs = !function.sigmoid && !function.by_logits;
+            match (&given, &mut groups) {
+                (Some(given), _) => chosen.copy_from_slice(given.row(i)),
+                (None, None) => choose(chosen, order, 0..count),
+                (None, Some(groups)) => {
+                    let by_probs = !is_separate && !function.by_logits;
                     groups.choose(chosen, order, if by_probs { probs } else { order });
                 }
             }
             if let Some(unbiased) = &mut out.unbiased {
                 choose(unbiased.row(i), plain, 0..count);
             }
-            let scores: &[T] = if function.sigmoid { &scores } else { probs };
-            let mut total = if function.sigmoid { T::from_f64(EPSILON) } else { T::ZERO };
+            let scores: &[T] = if is_separate { &scores } else { probs };
+            let mut total = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
             for (w, &e) in weights.iter_mut().zip(&*chosen) {
                 *w = scores[e as usize];
                 total += *w;
@@ -181,6 +224,12 @@ simd! {
     }
 }
 
+/// What [`Routing::route`] reads, for some of the tokens.
+struct Tokens<'a, T> {
+    logits: Mat<'a, T>,
+    given: Option<Mat<'a, i32>>,
+}
+
 /// What [`Routing::route_backward`] reads, for some of the tokens.
 struct Routed<'a, T> {
     /// Index of the first token.
@@ -191,8 +240,8 @@ struct Routed<'a, T> {
 }
 
 simd! {
-    /// A softmax `p` under the gradient `d` has `p ⊙ (d − Σ p ⊙ d)`, and `d lse / d logits = p`. A sigmoid `s` under
-    /// `d` has `d·s·(1 − s)`; its share `s / Σ s` under `d` has `(d − Σ share ⊙ d) / Σ s`.
+    /// A softmax `p` under the gradient `d` has `p ⊙ (d − Σ p ⊙ d)`, and `d lse / d logits = p`. A separate score `s`
+    /// under `d` has `d·s'`; its share `s / Σ s` under `d` has `(d − Σ share ⊙ d) / Σ s`.
     fn backward<T>(
         dlogits: MatMut<'_, T>,
         routed: Routed<'_, T>,
@@ -201,26 +250,24 @@ simd! {
         aux: Mat<'_, T>,
         two_z: T,
     ) {
-        let count = routed.logits.cols();
+        let (count, is_separate) = (routed.logits.cols(), function.is_separate());
         let (mut probs, mut scores, mut slopes) =
             (vec![T::ZERO; count], vec![T::ZERO; count], vec![T::ZERO; count]);
         for (i, logits) in routed.logits.iter().enumerate() {
             let (dlogits, aux) = (dlogits.row(i), aux.row((routed.first + i) % aux.rows()));
             let (dweights, experts) = (routed.dweights.row(i), routed.experts.row(i));
             let lse = softmax(&mut probs, logits);
-            let epsilon = if function.sigmoid { T::from_f64(EPSILON) } else { T::ZERO };
+            let epsilon = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
             let mut sum = epsilon;
-            if function.sigmoid {
+            if is_separate {
                 for ((s, slope), &x) in scores.iter_mut().zip(&mut slopes).zip(logits) {
-                    let (at, rest) = sigmoid(x);
-                    *s = at;
-                    *slope = at * rest;
-                    sum += at;
+                    (*s, *slope) = separate(function.score, x);
+                    sum += *s;
                 }
             }
 
             // The chosen: their sum, and the mean of the gradient over them.
-            let own: &[T] = if function.sigmoid { &scores } else { &probs };
+            let own: &[T] = if is_separate { &scores } else { &probs };
             let mut total = epsilon;
             let mut mean_chosen = T::ZERO;
             for (&e, &d) in experts.iter().zip(dweights) {
@@ -236,7 +283,7 @@ simd! {
             for (&s, &a) in own.iter().zip(aux) {
                 mean += s * a;
             }
-            if function.sigmoid {
+            if is_separate {
                 mean = mean / sum;
                 for ((d, &slope), &a) in dlogits.iter_mut().zip(&slopes).zip(aux) {
                     *d = slope * (a - mean) / sum;
@@ -292,6 +339,13 @@ fn excess<T: CpuFloat>(
     })
 }
 
+/// Refuses a choice of other than `count` experts.
+fn check_choice(kernel: &'static str, experts: &Mat<'_, i32>, count: usize) -> Result<()> {
+    let chosen = experts.iter().flatten();
+    check::argument(kernel, chosen.clone().all(|&e| e >= 0), || "a chosen expert is negative".to_owned())?;
+    check::indices(kernel, "expert", chosen, count)
+}
+
 /// Refuses groups that do not divide `experts`, or leave fewer than `chosen` of them.
 fn check_groups(kernel: &'static str, groups: ExpertGroups, experts: usize, chosen: usize) -> Result<()> {
     let ExpertGroups { count, kept, score_top_k } = groups;
@@ -312,11 +366,11 @@ impl<T: CpuFloat> Routing<T> for Cpu {
     fn route(
         &self,
         out: RouteOutput<'_, T, Self>,
-        logits: View<'_, T, Self>,
-        bias: Option<View<'_, T, Self>>,
+        input: RouteInput<'_, T, Self>,
         scoring: &Scoring,
     ) -> Result<()> {
         const KERNEL: &str = "route";
+        let RouteInput { logits, bias, given } = input;
         let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse } = out;
         let [n, count] = logits.shape();
         let [_, k] = weights.shape();
@@ -333,7 +387,14 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let function = Function::from(scoring.function);
         if let Some(bias) = &bias {
             check::shape(KERNEL, "bias", [1, count], bias.shape())?;
-            check::argument(KERNEL, function.sigmoid, || "a bias needs sigmoid scores".to_owned())?;
+            check::argument(KERNEL, function.is_separate(), || {
+                "a bias needs scores of one logit each".to_owned()
+            })?;
+        }
+        let given = given.map(Mat::from);
+        if let Some(given) = &given {
+            check::shape(KERNEL, "given", [n, k], [given.rows(), given.cols()])?;
+            check_choice(KERNEL, given, count)?;
         }
         if let Some(groups) = scoring.groups {
             check_groups(KERNEL, groups, count, k)?;
@@ -357,8 +418,9 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let failed = AtomicUsize::new(usize::MAX);
         let scale = T::from_f64(scoring.scale);
         self.for_each(tasks, |(r, out)| {
-            let logits = logits.row_range(r.clone());
-            if let Some(i) = route(out, logits, bias, function, scoring.groups, scale) {
+            let given = given.map(|given| given.row_range(r.clone()));
+            let tokens = Tokens { logits: logits.row_range(r.clone()), given };
+            if let Some(i) = route(out, tokens, bias, function, scoring.groups, scale) {
                 failed.fetch_min(r.start + i, Ordering::Relaxed);
             }
         })?;
@@ -388,11 +450,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         check::shape(KERNEL, "aux", [sequences.max(1), count], aux.shape())?;
         let (dweights, experts) = (Mat::from(dweights), Mat::from(experts));
         let (logits, aux) = (Mat::from(logits), Mat::from(aux));
-        let chosen = experts.iter().flatten();
-        check::argument(KERNEL, chosen.clone().all(|&e| e >= 0), || {
-            "a chosen expert is negative".to_owned()
-        })?;
-        check::indices(KERNEL, "expert", chosen, count)?;
+        check_choice(KERNEL, &experts, count)?;
         let mut dlogits = MatMut::from(&mut dlogits);
         let tasks = blocks(n, rows_per_piece(8 * count))
             .map(|r| {

@@ -18,6 +18,12 @@ pub trait Elementwise<T: Float>: Device {
     /// `y = x`, rounded to `T`.
     fn narrow(&self, y: ViewMut<'_, T, Self>, x: View<'_, T::Acc, Self>) -> Result<()>;
 
+    /// `y = x` in double precision (exact).
+    fn widen_f64(&self, y: ViewMut<'_, f64, Self>, x: View<'_, T, Self>) -> Result<()>;
+
+    /// `y = x`, rounded to `T`.
+    fn narrow_f64(&self, y: ViewMut<'_, T, Self>, x: View<'_, f64, Self>) -> Result<()>;
+
     /// `y[i] = Σ_k x[index[i, k]]` in ascending `k`, summed in `T::Acc`, rounded once: the deterministic combine.
     /// `index: [n, K]`; negative entries are skipped, one past the end is an error.
     fn gather_sum(

@@ -29,5 +29,5 @@ pub use norm::Norm;
 pub use optim::{AdamW, Optim};
 pub use reduce::Reduce;
 pub use rope::{Rope, RotaryHead, RotaryPairs, Rotation};
-pub use routing::{DropLimit, ExpertGroups, RouteOutput, Routing, ScoreFunction, Scoring};
+pub use routing::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
 pub use rows::{ColumnBlocks, Rows};

@@ -16,6 +16,18 @@ pub enum ScoreFunction {
         /// Divide the chosen by their sum + 1e-20 (`norm_topk_prob`).
         normalize: bool,
     },
+    /// `s = sqrt(ln(1 + e^logit))`, then top-k.
+    SqrtSoftplus {
+        /// Divide the chosen by their sum + 1e-20 (`norm_topk_prob`).
+        normalize: bool,
+    },
+}
+
+impl ScoreFunction {
+    /// Whether an expert's score is made of its own logit alone, so that a bias may be added to it.
+    pub const fn is_separate(self) -> bool {
+        matches!(self, ScoreFunction::Sigmoid { .. } | ScoreFunction::SqrtSoftplus { .. })
+    }
 }
 
 /// Group-limited choice: experts in `count` contiguous groups, of which a token may use `kept`.
@@ -50,14 +62,33 @@ impl From<ScoreFunction> for Scoring {
     }
 }
 
+/// What [`Routing::route`] reads, for `n` tokens and `E` experts.
+#[derive(Debug)]
+pub struct RouteInput<'a, A: Float, D: Device> {
+    /// `[n, E]`.
+    pub logits: View<'a, A, D>,
+    /// `[1, E]`, added to the scores of [separate](ScoreFunction::is_separate) score functions where they are compared,
+    /// not where they become weights.
+    pub bias: Option<View<'a, A, D>>,
+    /// `[n, K]`: the choice, if it was made already; each token's experts differ.
+    pub given: Option<View<'a, i32, D>>,
+}
+
+impl<'a, A: Float, D: Device> RouteInput<'a, A, D> {
+    /// Experts are chosen by the logits alone.
+    pub fn new(logits: View<'a, A, D>) -> Self {
+        RouteInput { logits, bias: None, given: None }
+    }
+}
+
 /// What [`Routing::route`] writes, for `n` tokens, `E` experts, `K` choices.
 #[derive(Debug)]
 pub struct RouteOutput<'a, A: Float, D: Device> {
     /// `[n, K]`.
     pub weights: ViewMut<'a, A, D>,
-    /// `[n, K]`: in descending order of selection score, ties to the smaller id.
+    /// `[n, K]`: in descending order of selection score, ties to the smaller id; in the order given.
     pub experts: ViewMut<'a, i32, D>,
-    /// `[n, K]`: what the choice would be without groups and bias, which the auxiliary loss counts.
+    /// `[n, K]`: what the choice would be without groups, bias and a given choice, which the auxiliary loss counts.
     pub unbiased: Option<ViewMut<'a, i32, D>>,
     /// `[n, E]`: scores that sum to one: the softmax, or `s / (Σ s + 1e-20)`.
     pub probs: ViewMut<'a, A, D>,
@@ -78,16 +109,15 @@ pub struct DropLimit {
 
 /// Router scores, choice, dropping and sorting. `A` is the router's type, an accumulation type.
 pub trait Routing<A: Float>: Device {
-    /// Chooses `K` experts for each of `n` tokens from `logits: [n, E]`.
+    /// Chooses `K` experts for each of `n` tokens.
     ///
-    /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s + bias` (sigmoid, the only
-    /// function with a `bias: [1, E]`); weights are made of scores without bias.
+    /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s + bias` (the other functions,
+    /// which alone take a bias); weights are made of scores without bias.
     /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token with a NaN.
     fn route(
         &self,
         out: RouteOutput<'_, A, Self>,
-        logits: View<'_, A, Self>,
-        bias: Option<View<'_, A, Self>>,
+        input: RouteInput<'_, A, Self>,
         scoring: &Scoring,
     ) -> Result<()>;
 

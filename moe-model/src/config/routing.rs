@@ -16,6 +16,17 @@ pub enum ScoringFunc {
     Softmax,
     /// Sigmoid of each logit; the chosen are divided by their sum if `norm_topk_prob` (DeepSeek-V3).
     Sigmoid,
+    /// Square root of the softplus of each logit; the chosen are divided by their sum if `norm_topk_prob`.
+    #[serde(rename = "sqrtsoftplus")]
+    SqrtSoftplus,
+}
+
+/// A type in which routers compute (`moe_router_dtype`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouterDType {
+    /// Double precision, all the way from logits to losses.
+    F64,
 }
 
 /// Which tokens a load-balancing loss is taken over.
@@ -68,6 +79,7 @@ impl ModelConfig {
                 ScoringFunc::SoftmaxPost => ScoreFunction::SoftmaxPost,
                 ScoringFunc::Softmax => ScoreFunction::SoftmaxPre { normalize },
                 ScoringFunc::Sigmoid => ScoreFunction::Sigmoid { normalize },
+                ScoringFunc::SqrtSoftplus => ScoreFunction::SqrtSoftplus { normalize },
             },
             groups: (self.n_group > 1).then_some(ExpertGroups {
                 count: self.n_group,
@@ -101,11 +113,11 @@ impl ModelConfig {
                 "a softmax over the chosen experts sums to 1; use scoring_func = \"softmax\"",
             );
         }
-        if self.moe_router_enable_expert_bias && self.scoring_func != ScoringFunc::Sigmoid {
+        if self.moe_router_enable_expert_bias && !self.scoring().function.is_separate() {
             return unsupported(
                 "moe_router_enable_expert_bias with softmax scores",
                 "the scale of a softmax's probabilities depends on all logits, so that no bias stays right; use \
-                 scoring_func = \"sigmoid\", or a load-balancing loss",
+                 scoring_func = \"sigmoid\" or \"sqrtsoftplus\", or a load-balancing loss",
             );
         }
         let scale = self.routed_scaling_factor;
@@ -203,6 +215,16 @@ mod tests {
         assert_eq!(config.aux_loss_coef(AuxLossScope::Sequence), 1e-4);
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<ModelConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn roots_of_softplus_take_a_bias_and_f64() {
+        let config = parse(
+            r#", "scoring_func": "sqrtsoftplus", "moe_router_enable_expert_bias": true, "moe_router_dtype": "f64""#,
+        );
+        config.check().unwrap();
+        assert_eq!(config.scoring(), ScoreFunction::SqrtSoftplus { normalize: true }.into());
+        assert_eq!(config.moe_router_dtype, Some(RouterDType::F64));
     }
 
     #[test]

@@ -90,6 +90,7 @@ pub fn tiny_model() -> ModelConfig {
         router_aux_losses: Vec::new(),
         router_z_loss_coef: 0.01,
         scoring_func: Default::default(),
+        moe_router_dtype: None,
         norm_topk_prob: true,
         routed_scaling_factor: 1.0,
         n_group: 1,
