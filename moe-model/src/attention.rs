@@ -2,10 +2,10 @@
 
 use moe_kernels::family::{AttentionMask, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
-use moe_topology::{Attention, Owner, Placement};
+use moe_topology::{Attention, Axes, Owner, Placement};
 
 use crate::axes::{CP_DP, TP_CP_DP};
-use crate::bias::Bias;
+use crate::bias::{Bias, BiasPlace};
 use crate::config::ModelConfig;
 use crate::context::{ContextAttention, ContextAttentionSaved, Heads};
 use crate::layer::Layer;
@@ -85,7 +85,10 @@ impl SelfAttention {
             init: Init::Normal(config.residual_std()),
         }])?;
         let out_bias = (config.attention_bias && latent.is_some())
-            .then(|| Bias::new(params, &format!("{prefix}.self_attn.o_proj"), hidden, TP_CP_DP, stage))
+            .then(|| {
+                let place = BiasPlace { sharded: Axes::NONE, partial: TP_CP_DP, stage };
+                Bias::new(params, &format!("{prefix}.self_attn"), &["o_proj"], hidden, place)
+            })
             .transpose()?;
         let folding = params.folding();
         let heads = Heads {

@@ -94,6 +94,13 @@ pub struct ModelConfig {
     /// projection have one, as in transformers' DeepSeek-V3.
     #[serde(default)]
     pub attention_bias: bool,
+    /// Whether the three projections of dense layers and shared experts have a bias, as in Llama; false unless given.
+    #[serde(default)]
+    pub mlp_bias: bool,
+    /// Whether the three projections of each expert have a bias; false unless given. That of the last one is multiplied by
+    /// the expert's weight, as its output is.
+    #[serde(default)]
+    pub expert_mlp_bias: bool,
     /// Keys that a query sees, itself among them; all up to its own unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sliding_window: Option<usize>,
@@ -312,18 +319,21 @@ impl ModelConfig {
     fn parameters_with(&self, experts: usize) -> u64 {
         let hidden = self.hidden_size as u64;
         let every_layer = self.attention_parameters() + 2 * hidden;
-        let gated = |width: usize| 3 * width as u64 * hidden;
+        let gated = |width: usize, biases: bool| {
+            let width = width as u64;
+            3 * width * hidden + if biases { 2 * width + hidden } else { 0 }
+        };
         let shared = match self.shared_expert_width() {
             None => 0,
-            Some(SharedExpertWidth::Plain(width)) => gated(width),
-            Some(SharedExpertWidth::Gated(width)) => gated(width) + hidden,
+            Some(SharedExpertWidth::Plain(width)) => gated(width, self.mlp_bias),
+            Some(SharedExpertWidth::Gated(width)) => gated(width, self.mlp_bias) + hidden,
         };
         let router = self.num_local_experts as u64 * hidden;
-        let moe = experts as u64 * gated(self.expert_width()) + router + shared;
+        let moe = experts as u64 * gated(self.expert_width(), self.expert_mlp_bias) + router + shared;
         let (layers, moe_layers) = (self.num_hidden_layers as u64, self.moe_layers().count() as u64);
         layers * every_layer
             + moe_layers * moe
-            + (layers - moe_layers) * gated(self.intermediate_size)
+            + (layers - moe_layers) * gated(self.intermediate_size, self.mlp_bias)
             + if self.tie_word_embeddings { 1 } else { 2 } * self.vocab_size as u64 * hidden
             + hidden
     }
@@ -493,6 +503,8 @@ mod tests {
             first_k_dense_replace: 0,
             use_qk_norm: false,
             attention_bias: false,
+            mlp_bias: false,
+            expert_mlp_bias: false,
             sliding_window: None,
             num_hidden_layers: 32,
             num_attention_heads: 32,

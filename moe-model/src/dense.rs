@@ -4,14 +4,15 @@ use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Attention, Axes, Owner, Placement};
 
-use crate::axes::CP_DP;
+use crate::axes::{CP_DP, TP_CP_DP};
+use crate::bias::{Bias, BiasPlace};
 use crate::config::ModelConfig;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::{Cx, Result};
 
-/// `down(function(gate h) ⊙ up h)` (arXiv 2002.05202): `gate` and `up` column-parallel over TP, `down` row-parallel.
+/// `down(function(gate h) ⊙ up h)` (arXiv 2002.05202), with biases of all three with `mlp_bias`: `gate` and `up` column-parallel over TP, `down` row-parallel.
 ///
 /// Rows are gathered over TP before, and the partial sums reduce-scattered after (sequence parallelism): each rank gives
 /// and gets the rows of its own tokens.
@@ -19,7 +20,14 @@ use crate::{Cx, Result};
 pub struct GatedMlp {
     gate_up: ParamId,
     down: ParamId,
+    biases: Option<Biases>,
     function: GateFunction,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Biases {
+    gate_up: Bias,
+    down: Bias,
 }
 
 /// What backward needs of a forward pass.
@@ -71,7 +79,18 @@ impl GatedMlp {
             (1, Attention::TP),
             config.residual_std(),
         )?])?;
-        Ok(GatedMlp { gate_up, down, function: config.gate_function() })
+        let biases = match config.mlp_bias {
+            true => {
+                let cut = BiasPlace { sharded: Attention::TP, partial: CP_DP, stage };
+                let whole = BiasPlace { sharded: Axes::NONE, partial: TP_CP_DP, stage };
+                Some(Biases {
+                    gate_up: Bias::new(params, prefix, &["gate_proj", "up_proj"], inner, cut)?,
+                    down: Bias::new(params, prefix, &["down_proj"], hidden, whole)?,
+                })
+            }
+            false => None,
+        };
+        Ok(GatedMlp { gate_up, down, biases, function: config.gate_function() })
     }
 
     /// `h, y: [tokens of this rank, hidden]`.
@@ -88,20 +107,31 @@ impl GatedMlp {
         let inner = down.shape()[1];
         let mut gate_up = Tensor::uninit(device, n, 2 * inner)?;
         device.gemm(gate_up.view_mut()?, rows.view(), Op::N, gate_up_weight, Op::T)?;
+        if let Some(biases) = self.biases {
+            biases.gate_up.add_to(gate_up.view_mut()?, cx)?;
+        }
         let mut activated = Tensor::uninit(device, n, inner)?;
         device.glu(activated.view_mut()?, gate_up.view(), None, self.function)?;
         let mut partial = Tensor::uninit(device, n, hidden)?;
         device.gemm(partial.view_mut()?, activated.view(), Op::N, down, Op::T)?;
-        Ok((tp.reduce_scatter_rows(&partial)?, GatedMlpSaved { rows, gate_up, activated }))
+        let mut y = tp.reduce_scatter_rows(&partial)?;
+        if let Some(biases) = self.biases {
+            drop(partial); // of one rank, y is no other tensor
+            biases.down.add_to(y.view_mut()?, cx)?;
+        }
+        Ok((y, GatedMlpSaved { rows, gate_up, activated }))
     }
 
-    /// The gradient of `h`.
+    /// The gradient of `h`; adds to those of biases.
     pub fn backward_input<T: Float, D: Backend<T>>(
         &self,
         dy: &Tensor<T, D>,
         saved: GatedMlpSaved<T, D>,
-        cx: &Cx<T, D>,
+        cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, GatedMlpDeferred<T, D>)> {
+        if let Some(biases) = self.biases {
+            biases.down.backward(dy, cx)?;
+        }
         let device = &cx.device;
         let GatedMlpSaved { rows, gate_up, activated } = saved;
         let tp = cx.group(Attention::TP)?;
@@ -115,7 +145,11 @@ impl GatedMlp {
         device.glu_backward(d_gate_up_view, None, d_activated.view(), gate_up.view(), None, self.function)?;
         let mut d_rows = Tensor::uninit(device, n, hidden)?;
         device.gemm(d_rows.view_mut()?, d_gate_up.view(), Op::N, cx.params.weight(self.gate_up)?, Op::N)?;
-        Ok((tp.reduce_scatter_rows(&d_rows)?, GatedMlpDeferred { rows, d_gate_up, activated, dy }))
+        let dh = tp.reduce_scatter_rows(&d_rows)?;
+        if let Some(biases) = self.biases {
+            biases.gate_up.backward(&d_gate_up, cx)?;
+        }
+        Ok((dh, GatedMlpDeferred { rows, d_gate_up, activated, dy }))
     }
 
     /// Adds to the weight gradients.

@@ -7,7 +7,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Attention, Axes, Owner, Placement};
 
 use crate::axes::{CP_DP, TP_CP_DP};
-use crate::bias::Bias;
+use crate::bias::{Bias, BiasPlace};
 use crate::config::{LatentAttention, ModelConfig};
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -109,8 +109,8 @@ impl LatentQkv {
         };
         let q_norm = dims.q_lora_rank.map(|rank| norm("q_a_layernorm", rank)).transpose()?;
         let kv_norm = norm("kv_a_layernorm", dims.kv_lora_rank)?;
-        let mut bias =
-            |name: &str, width| Bias::new(params, &format!("{prefix}.{name}"), width, TP_CP_DP, stage);
+        let place = BiasPlace { sharded: Axes::NONE, partial: TP_CP_DP, stage };
+        let mut bias = |name: &str, width| Bias::new(params, prefix, &[name], width, place);
         let biases = match config.attention_bias {
             true => Some(Biases {
                 q: dims.q_lora_rank.map(|rank| bias("q_a_proj", rank)).transpose()?,

@@ -78,6 +78,7 @@ pub mod dense;
 pub mod embedding;
 pub mod error;
 pub mod expert_bias;
+pub mod expert_mlp_bias;
 pub mod head;
 pub mod latent;
 pub mod layer;

@@ -15,6 +15,7 @@ use crate::config::{AuxLossScope, ModelConfig, RouterDType};
 use crate::cx::MoeStats;
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
+use crate::expert_mlp_bias::ExpertMlpBias;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -22,7 +23,7 @@ use crate::shared::{SharedExpert, SharedExpertSaved};
 use crate::{Cx, Error, Result};
 
 /// `y = x + Σ_e p_e · W2_e(f(W1_e h) ⊙ W3_e h) + shared(h)` over the experts that the router chose, with `h = norm(x)` and
-/// `f` the model's `hidden_act`.
+/// `f` the model's `hidden_act`; with [biases](ExpertMlpBias) if `expert_mlp_bias`.
 ///
 /// The router sees the rank's own tokens (sequence parallelism), so its weight's gradient is partial over all axes of the
 /// attention view; experts are sharded over EP, their inner dimension over ETP.
@@ -38,6 +39,7 @@ pub struct MoeMlp {
     place: Place,
     gate_up: ParamId,
     down: ParamId,
+    mlp_bias: Option<ExpertMlpBias>,
     function: GateFunction,
     shared: Option<SharedExpert>,
 }
@@ -106,6 +108,11 @@ impl MoeMlp {
         let gate_up =
             params.add(&[expert("w1", [inner, hidden], 1, std)?, expert("w3", [inner, hidden], 1, std)?])?;
         let down = params.add(&[expert("w2", [hidden, inner], 2, config.residual_std())?])?;
+        let names = format!("{prefix}.block_sparse_moe.experts.");
+        let mlp_bias = config
+            .expert_mlp_bias
+            .then(|| ExpertMlpBias::new(params, &names, experts, [inner, hidden], owner))
+            .transpose()?;
         let router = Router::new(RouterConfig {
             num_experts: experts,
             top_k: config.num_experts_per_tok,
@@ -131,6 +138,7 @@ impl MoeMlp {
             place,
             gate_up,
             down,
+            mlp_bias,
             function,
             shared,
         })
@@ -217,10 +225,16 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             Op::T,
             batch.offsets.view(),
         )?;
+        if let Some(bias) = self.mlp_bias {
+            bias.add_to_gate_up(gate_up.view_mut()?, &batch.offsets, cx)?;
+        }
         let mut activated = Tensor::uninit(&device, n, inner)?;
         device.glu(activated.view_mut()?, gate_up.view(), Some(batch.probs.view()), self.function)?;
         let mut out = Tensor::uninit(&device, n, x.shape()[1])?;
         device.grouped_gemm(out.view_mut()?, activated.view(), down_weight, Op::T, batch.offsets.view())?;
+        if let Some(bias) = self.mlp_bias {
+            bias.add_to_out(out.view_mut()?, &batch.probs, &batch.offsets, cx)?;
+        }
         let combined = self.dispatcher.combine(&fabric, out, &state)?;
 
         let mut y = Tensor::uninit(&device, x.shape()[0], x.shape()[1])?;
@@ -269,6 +283,10 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let gate_up_weight = cx.params.weight(self.gate_up)?;
         let mut dx_rows = Tensor::uninit(&device, n, hidden)?;
         device.grouped_gemm(dx_rows.view_mut()?, d_gate_up.view(), gate_up_weight, Op::N, offsets.view())?;
+        if let Some(bias) = self.mlp_bias {
+            bias.backward(d_probs.view_mut()?, &d_gate_up, &d_out, &probs, &offsets, cx)?;
+        }
+        let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
         let (mut dh, dweights) = self.dispatcher.dispatch_backward(&fabric, dx_rows, d_probs, &state)?;
 
         let step_counts = self.step_counts(&plain_counts, cx)?;

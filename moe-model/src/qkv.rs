@@ -2,10 +2,10 @@
 
 use moe_kernels::family::{Op, Rotation};
 use moe_kernels::{Backend, Device, Float, Tensor, View, ViewMut};
-use moe_topology::{Attention, Axes, Owner, Placement};
+use moe_topology::{Attention, Owner, Placement};
 
 use crate::axes::{CP_DP, SHARED_KV};
-use crate::bias::add_column_sums;
+use crate::bias::{Bias, BiasPlace};
 use crate::config::ModelConfig;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
@@ -27,8 +27,9 @@ pub struct Qkv {
 
 #[derive(Debug, Clone, Copy)]
 struct Biases {
-    q: ParamId,
-    kv: ParamId,
+    q: Bias,
+    k: Bias,
+    v: Bias,
 }
 
 /// Their weights `[head_dim]` are on every rank: each TP rank sees other heads, so their gradients are partial over TP too.
@@ -68,32 +69,30 @@ impl Qkv {
         let (hidden, head_dim) = (config.hidden_size, config.head_dim());
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         // The inner digit of TP tells apart ranks that hold the same KV head (size 1 unless heads are fewer than TP).
-        let queries = (heads * head_dim, Attention::TP, CP_DP);
-        let keys = (kv_heads * head_dim, Attention::TP_OUTER, SHARED_KV);
-        type Sharded = (usize, Axes<Attention>, Axes<Attention>);
-        let logical = |name: &str, dims: &[usize], (_, axes, partial): Sharded, init| -> Result<Logical> {
+        let queries = BiasPlace { sharded: Attention::TP, partial: CP_DP, stage };
+        let keys = BiasPlace { sharded: Attention::TP_OUTER, partial: SHARED_KV, stage };
+        let weight = |name: &str, heads: usize, place: BiasPlace| -> Result<Logical> {
+            let (dims, shards) = ([heads * head_dim, hidden], [(0, place.sharded)]);
             Ok(Logical {
-                name: Name::One(format!("{prefix}.{name}")),
+                name: Name::One(format!("{prefix}.{name}.weight")),
                 placement: Placed::Attention(Placement::new(
-                    dims,
-                    &[(0, axes)],
-                    partial,
+                    &dims,
+                    &shards,
+                    place.partial,
                     Owner::Stage(stage),
                 )?),
-                init,
+                init: Init::Normal(config.initializer_range),
             })
         };
-        let weight = |name: &str, of: Sharded| {
-            let init = Init::Normal(config.initializer_range);
-            logical(&format!("{name}.weight"), &[of.0, hidden], of, init)
-        };
-        let bias = |name: &str, of: Sharded| logical(&format!("{name}.bias"), &[of.0], of, Init::Zeros);
-        let q = params.add(&[weight("q_proj", queries)?])?;
-        let kv = params.add(&[weight("k_proj", keys)?, weight("v_proj", keys)?])?;
+        let q = params.add(&[weight("q_proj", heads, queries)?])?;
+        let kv = params.add(&[weight("k_proj", kv_heads, keys)?, weight("v_proj", kv_heads, keys)?])?;
+        let mut bias =
+            |name, heads: usize, place| Bias::new(params, prefix, &[name], heads * head_dim, place);
         let biases = match config.attention_bias {
             true => Some(Biases {
-                q: params.add(&[bias("q_proj", queries)?])?,
-                kv: params.add(&[bias("k_proj", keys)?, bias("v_proj", keys)?])?,
+                q: bias("q_proj", heads, queries)?,
+                k: bias("k_proj", kv_heads, keys)?,
+                v: bias("v_proj", kv_heads, keys)?,
             }),
             false => None,
         };
@@ -120,19 +119,13 @@ impl Qkv {
         let (q_weight, kv_weight) = (cx.params.weight(self.q)?, cx.params.weight(self.kv)?);
         let (q_width, kv_width) = (q_weight.shape()[0], kv_weight.shape()[0] / 2);
         let (keys, values) = (0..kv_width, kv_width..2 * kv_width);
-        let project = |mut y: ViewMut<'_, T, D>, weight: View<'_, T, D>, bias: Option<View<'_, T, D>>| {
+        let project = |mut y: ViewMut<'_, T, D>, weight: View<'_, T, D>, bias: Option<Bias>| {
             device.gemm(y.reborrow(), rows.view(), Op::N, weight, Op::T)?;
-            if let Some(bias) = bias {
-                device.add_row(y, bias)?;
-            }
-            Result::Ok(())
+            bias.map_or(Ok(()), |bias| bias.add_to(y, cx))
         };
         let [q_bias, k_bias, v_bias] = match self.biases {
             None => [None; 3],
-            Some(Biases { q, kv }) => {
-                let kv = cx.params.weight(kv)?;
-                [Some(cx.params.weight(q)?), Some(kv.rows(0..1)?), Some(kv.rows(1..2)?)]
-            }
+            Some(Biases { q, k, v }) => [Some(q), Some(k), Some(v)],
         };
         let (mut q_raw, mut k_raw) =
             (Tensor::uninit(device, n, q_width)?, Tensor::uninit(device, n, kv_width)?);
@@ -198,9 +191,11 @@ impl Qkv {
         let device = cx.device.clone();
         device.gemm_acc(cx.params.grad(self.q)?, dq.view(), Op::T, rows.view(), Op::N)?;
         device.gemm_acc(cx.params.grad(self.kv)?, dkv.view(), Op::T, rows.view(), Op::N)?;
-        if let Some(biases) = self.biases {
-            add_column_sums(biases.q, &dq, cx)?;
-            add_column_sums(biases.kv, &dkv, cx)?;
+        if let Some(Biases { q, k, v }) = self.biases {
+            let (width, both) = (dkv.shape()[1] / 2, dkv.shape()[1]);
+            q.backward(&dq, cx)?;
+            k.backward(&dkv.columns(0..width)?, cx)?;
+            v.backward(&dkv.columns(width..both)?, cx)?;
         }
         Ok(())
     }

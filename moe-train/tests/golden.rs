@@ -37,6 +37,15 @@ fn latent_attention_equals_transformers() {
     }
 }
 
+/// Biases of dense layers, of a shared expert, of experts.
+#[test]
+fn biases_equal_pytorch() {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_biases.json")).unwrap();
+    for run in golden["runs"].as_array().unwrap() {
+        equals_pytorch(run["model"].clone(), &golden["train"], run, run["name"].as_str().unwrap());
+    }
+}
+
 fn equals_pytorch(model: Value, train: &Value, run: &Value, what: &str) {
     let number = |key: &str| train[key].as_f64().unwrap();
     let model: ModelConfig = serde_json::from_value(model).unwrap();

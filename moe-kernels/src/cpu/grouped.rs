@@ -15,7 +15,11 @@ use crate::{Result, View, ViewMut};
 const ROWS: usize = 256;
 
 /// The row ranges of the groups.
-fn groups(kernel: &'static str, offsets: View<'_, i32, Cpu>, rows: usize) -> Result<Vec<Range<usize>>> {
+pub(super) fn groups(
+    kernel: &'static str,
+    offsets: View<'_, i32, Cpu>,
+    rows: usize,
+) -> Result<Vec<Range<usize>>> {
     let entries = offsets.shape()[1];
     check::shape(kernel, "offsets", [1, entries.max(1)], offsets.shape())?;
     let offsets = Mat::from(offsets).vector();

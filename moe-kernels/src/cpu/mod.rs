@@ -12,6 +12,7 @@ mod embedding;
 mod float;
 mod gemm;
 mod grouped;
+mod grouped_bias;
 mod lanes;
 mod loss;
 mod matrix;

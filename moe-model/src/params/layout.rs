@@ -87,7 +87,7 @@ pub enum Name {
 pub struct Logical {
     /// Its name.
     pub name: Name,
-    /// Its shape (`[n]`, `[rows, cols]`, or `[experts, rows, cols]`) and place.
+    /// Its shape (`[n]` or `[rows, cols]`, with a name per expert behind `[experts, …]`) and place.
     pub placement: Placed,
     /// How it starts.
     pub init: Init,
@@ -328,6 +328,10 @@ impl<'a> ParamLayoutBuilder<'a> {
             (Name::One(name), &[r, c], [rows, cols]) => {
                 Ok(vec![(0, part(name.clone(), [r, c], false, rows, cols))])
             }
+            (Name::PerExpert { prefix, suffix }, &[_, n], [experts, cols]) => Ok(experts
+                .clone()
+                .map(|e| (e, part(format!("{prefix}{e}{suffix}"), [1, n], true, &(0..1), cols)))
+                .collect()),
             (Name::PerExpert { prefix, suffix }, &[_, r, c], [experts, rows, cols]) => Ok(experts
                 .clone()
                 .map(|e| (e, part(format!("{prefix}{e}{suffix}"), [r, c], false, rows, cols)))

@@ -70,6 +70,8 @@ pub fn tiny_model() -> ModelConfig {
         first_k_dense_replace: 0,
         use_qk_norm: false,
         attention_bias: false,
+        mlp_bias: false,
+        expert_mlp_bias: false,
         sliding_window: None,
         num_hidden_layers: 3,
         num_attention_heads: 12,
