@@ -14,7 +14,7 @@
 //!
 //! [`ThreadWorld`] runs ranks as threads of one process. Other backends implement [`World`], [`RawComm`] and
 //! [`Flight`], which are made for streams and device buffers, and are held to the suite in `conformance` (a feature).
-//! [`count`] and [`fault`] are decorators of any backend.
+//! [`count`], [`trace`] and [`fault`] are decorators of any backend.
 //!
 //! ```
 //! use std::time::Duration;
@@ -61,6 +61,7 @@ mod registry;
 mod threads;
 #[cfg(loom)]
 pub mod threads;
+pub mod trace;
 mod typed;
 
 pub use moe_kernels;

@@ -1,5 +1,6 @@
 //! Operations that were started.
 
+use std::fmt;
 use std::sync::Arc;
 
 use moe_kernels::{Device, Element, Layout, Tensor};
@@ -19,6 +20,12 @@ pub(crate) enum Expected<T, D: Device> {
     Received { rows: usize, cols: usize },
     /// What was sent.
     Sent(Tensor<T, D>),
+}
+
+impl<T, D: Device> fmt::Debug for Pending<T, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pending").finish_non_exhaustive()
+    }
 }
 
 impl<T: Element, D: Device> Pending<T, D> {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use moe_comm::count::{Count, Counted, Counters};
+use moe_comm::trace::{Moment, Trace, Traced};
 use moe_comm::{Comms, Error, Reduction, ThreadWorld, World};
 use moe_kernels::{Cpu, Tensor};
 use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Mapping};
@@ -110,5 +111,44 @@ fn calls_and_bytes_are_counted_by_group_and_operation() {
             ((Expert::EP.into(), "all_to_all"), Count { calls: 1, bytes: 80 }),
         ];
         assert_eq!(counts, expected.into_iter().collect());
+    }
+}
+
+#[test]
+fn starts_and_waits_are_recorded_in_their_order() {
+    let traces = ThreadWorld::run(8, DEADLINE, |world| -> Result<_, Error> {
+        let (rank, trace) = (world.rank(), Trace::default());
+        let world: Box<dyn World<Cpu>> = Box::new(Traced::new(world, trace.clone()));
+        let groups = Comms::builder().attention(Attention::TP).expert(Expert::EP);
+        let comms = groups.build(&world, &Cpu::new(1), &folding())?;
+        let x = Tensor::<f32, Cpu>::zeros(&Cpu::new(1), 4, 5)?;
+        let (tp, ep) = (comms.group(Attention::TP)?, comms.group(Expert::EP)?);
+        let sum = tp.start_all_reduce(&x, Reduction::Sum)?;
+        ep.all_gather_rows(&x)?;
+        sum.wait()?;
+        let first = trace.take();
+        if rank % 2 == 0 {
+            tp.send(1, 0, &x)?.wait()?;
+        } else {
+            drop(tp.recv::<f32>(0, 0, 4, 5)?);
+        }
+        Ok((first, trace.take()))
+    })
+    .unwrap();
+    for (rank, (first, second)) in traces.into_iter().enumerate() {
+        let (tp, ep) = (GroupKey::from(Attention::TP), GroupKey::from(Expert::EP));
+        let tuples = |events: Vec<moe_comm::trace::Event>| -> Vec<_> {
+            events.into_iter().map(|event| (event.moment, event.op, event.group, event.number)).collect()
+        };
+        let expected = [
+            (Moment::Start, "all_reduce", tp, 0),
+            (Moment::Start, "all_gather", ep, 1),
+            (Moment::Wait, "all_gather", ep, 1),
+            (Moment::Wait, "all_reduce", tp, 0),
+        ];
+        assert_eq!(tuples(first), expected);
+        let message = [(Moment::Start, "send", tp, 2), (Moment::Wait, "send", tp, 2)];
+        let dropped = [(Moment::Start, "recv", tp, 2)];
+        assert_eq!(tuples(second), if rank % 2 == 0 { &message[..] } else { &dropped });
     }
 }

@@ -8,12 +8,14 @@ use crate::config::ModelConfig;
 use crate::dense::DenseMlp;
 use crate::layer::Layer;
 use crate::moe::MoeMlp;
-use crate::params::ParamLayoutBuilder;
+use crate::params::{ParamLayoutBuilder, Segment};
 use crate::{Cx, Error, Result};
 
 /// `x → x + attention(norm(x)) → x + mlp(norm(x))`.
 #[derive(Debug, Clone)]
 pub struct Block {
+    /// The parameters of both.
+    pub segment: Segment,
     /// The attention sublayer.
     pub attention: SelfAttention,
     /// The feed-forward sublayer.
@@ -39,12 +41,13 @@ impl Block {
         layer: usize,
         stage: usize,
     ) -> Result<Self> {
+        let segment = params.begin_segment();
         let attention = SelfAttention::new(params, config, layer, stage)?;
         let mlp = match config.is_moe_layer(layer) {
             true => Mlp::Moe(MoeMlp::new(params, config, dispatcher, layer, stage)?),
             false => Mlp::Dense(DenseMlp::new(params, config, layer, stage)?),
         };
-        Ok(Block { attention, mlp })
+        Ok(Block { segment, attention, mlp })
     }
 }
 
@@ -111,6 +114,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
     type Deferred = (Deferred<SelfAttention, T, D>, Deferred<Mlp, T, D>);
 
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+        cx.params.await_weights(self.segment)?;
         let (x, attention) = self.attention.forward(m, x, cx)?;
         let (x, mlp) = self.mlp.forward(m, x, cx)?;
         Ok((x, (attention, mlp)))
@@ -130,6 +134,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
 
     fn backward_weight(&self, m: u32, (attention, mlp): Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         self.mlp.backward_weight(m, mlp, cx)?;
-        self.attention.backward_weight(m, attention, cx)
+        self.attention.backward_weight(m, attention, cx)?;
+        cx.grads_added(self.segment, m)
     }
 }

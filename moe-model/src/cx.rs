@@ -7,7 +7,7 @@ use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
 
 use crate::capacity::ExpertCapacity;
-use crate::params::ParamStore;
+use crate::params::{ParamStore, Segment};
 use crate::rope::RopeTable;
 use crate::{Error, Result};
 
@@ -68,6 +68,15 @@ impl<T: Float, D: Device> Cx<T, D> {
     /// Micro-batch `m` of this step.
     pub fn batch(&self, m: u32) -> Result<&MicroBatch<T, D>> {
         self.batches.get(m as usize).ok_or(Error::NoBatch { index: m as usize, batches: self.batches.len() })
+    }
+
+    /// Says that all weight gradients that a segment of the parameters gets from micro-batch `m` were added. After the
+    /// last micro-batch, buckets that nothing more is added to may be reduced.
+    pub fn grads_added(&mut self, segment: Segment, m: u32) -> Result<()> {
+        match m as usize + 1 == self.batches.len() {
+            true => self.params.grads_complete(segment, &self.comms),
+            false => Ok(()),
+        }
     }
 }
 

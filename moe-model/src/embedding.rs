@@ -5,12 +5,13 @@ use moe_topology::{Attention, Owner, Placement};
 
 use crate::axes::CP_DP;
 use crate::config::ModelConfig;
-use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed, Segment};
 use crate::{Cx, Result};
 
 /// Looks ids up in this rank's block of the table, then sums the blocks' results over TP while scattering the sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct TokenEmbedding {
+    segment: Segment,
     table: ParamId,
     first: usize,
 }
@@ -49,12 +50,14 @@ pub(crate) fn vocabulary_matrix(
 impl TokenEmbedding {
     /// On the first stage.
     pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
+        let segment = params.begin_segment();
         let (table, first) = vocabulary_matrix(params, config, EMBEDDING, stage)?;
-        Ok(TokenEmbedding { table, first })
+        Ok(TokenEmbedding { segment, table, first })
     }
 
     /// `[tokens of this rank, hidden]` of micro-batch `m`.
-    pub fn forward<T: Float, D: Backend<T>>(&self, m: u32, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+    pub fn forward<T: Float, D: Backend<T>>(&self, m: u32, cx: &mut Cx<T, D>) -> Result<Tensor<T, D>> {
+        cx.params.await_weights(self.segment)?;
         let ids = &cx.batch(m)?.ids;
         let table = cx.params.weight(self.table)?;
         let mut rows = Tensor::uninit(&cx.device, ids.shape()[1], table.shape()[1])?;
@@ -80,6 +83,6 @@ impl TokenEmbedding {
     ) -> Result<()> {
         let ids = cx.batch(m)?.ids.clone();
         cx.device.embed_backward(cx.params.grad(self.table)?, rows.view(), ids.view(), self.first)?;
-        Ok(())
+        cx.grads_added(self.segment, m)
     }
 }

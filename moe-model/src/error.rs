@@ -102,6 +102,9 @@ pub enum Error {
     /// Gradients were asked for before they were allocated or after they were taken.
     #[error("there are no gradients now: they live from the start of a step to their reduction")]
     NoGradients,
+    /// Weights were asked for while they were being gathered.
+    #[error("these weights are being gathered: wait for those of the layer's segment before it uses them")]
+    NoWeights,
     /// A micro-batch was asked for that the step does not have.
     #[error("micro-batch {index} of a step with {batches}")]
     NoBatch {

@@ -8,12 +8,13 @@ use moe_topology::Attention;
 use crate::config::ModelConfig;
 use crate::embedding::vocabulary_matrix;
 use crate::norm::{RmsNorm, RmsNormSaved};
-use crate::params::{ParamId, ParamLayoutBuilder};
+use crate::params::{ParamId, ParamLayoutBuilder, Segment};
 use crate::{Cx, Result};
 
 /// Logits exist only as this rank's vocabulary block; two numbers per token are exchanged.
 #[derive(Debug, Clone, Copy)]
 pub struct Head {
+    segment: Segment,
     norm: RmsNorm,
     weight: ParamId,
     first: usize,
@@ -46,13 +47,19 @@ pub struct HeadDeferred<T: Float, D: Device> {
 impl Head {
     /// On the last stage.
     pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
+        let segment = params.begin_segment();
         let norm =
             RmsNorm::new(params, "model.norm.weight".into(), config.hidden_size, config.rms_norm_eps, stage)?;
         let (weight, first) = vocabulary_matrix(params, config, "lm_head.weight", stage)?;
-        Ok(Head { norm, weight, first })
+        Ok(Head { segment, norm, weight, first })
     }
 
-    fn project<T: Float, D: Backend<T>>(&self, x: Tensor<T, D>, cx: &Cx<T, D>) -> Result<Projected<T, D>> {
+    fn project<T: Float, D: Backend<T>>(
+        &self,
+        x: Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Projected<T, D>> {
+        cx.params.await_weights(self.segment)?;
         let (h, norm) = self.norm.forward(x, cx)?;
         let rows = cx.group(Attention::TP)?.all_gather_rows(&h)?;
         let weight = cx.params.weight(self.weight)?;
@@ -62,7 +69,11 @@ impl Head {
     }
 
     /// This rank's block of the logits, `[positions · sequences, vocab block]`.
-    pub fn logits<T: Float, D: Backend<T>>(&self, x: Tensor<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+    pub fn logits<T: Float, D: Backend<T>>(
+        &self,
+        x: Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
         Ok(self.project(x, cx)?.logits)
     }
 
@@ -130,11 +141,12 @@ impl Head {
     /// Adds to the gradient of the head's matrix.
     pub fn backward_weight<T: Float, D: Backend<T>>(
         &self,
+        m: u32,
         deferred: HeadDeferred<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
         let HeadDeferred { rows, dlogits } = deferred;
         cx.device.gemm_acc(cx.params.grad(self.weight)?, dlogits.view(), Op::T, rows.view(), Op::N)?;
-        Ok(())
+        cx.grads_added(self.segment, m)
     }
 }

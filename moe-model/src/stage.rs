@@ -41,6 +41,16 @@ pub struct StageDeferred<T: Float, D: Backend<T>> {
     head: Option<HeadDeferred<T, D>>,
 }
 
+/// The gradient of a stage's input, if another stage gets it, and what the weight gradients still need.
+type WentBack<T, D> = (Option<Tensor<T, D>>, StageDeferred<T, D>);
+
+/// Whether weight gradients follow the input gradient layer by layer, or are for a later call.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    Now,
+    Later,
+}
+
 impl DecoderStage {
     /// The stages of the rank that `params` is for, ascending; adds their parameters to it.
     ///
@@ -123,6 +133,45 @@ impl DecoderStage {
             saved.push(kept);
         }
         Ok((x, saved))
+    }
+
+    /// The gradient of the input, layer by layer, and what the weight gradients still need: nothing if they are added now.
+    fn back<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        dy: Option<Tensor<T, D>>,
+        saved: StageSaved<T, D>,
+        cx: &mut Cx<T, D>,
+        weights: When,
+    ) -> Result<WentBack<T, D>> {
+        let mut rest = StageDeferred { embedding: None, blocks: Vec::new(), head: None };
+        let mut dx = match (&self.head, saved.head, dy) {
+            (Some(head), Some(saved), None) => {
+                let (dx, deferred) = head.backward_input(m, saved, cx)?;
+                match weights {
+                    When::Now => head.backward_weight(m, deferred, cx)?,
+                    When::Later => rest.head = Some(deferred),
+                }
+                dx
+            }
+            (None, None, Some(dy)) => dy,
+            _ => return Err(self.error("the last stage takes no gradient, every other one needs it")),
+        };
+        for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
+            let (next, deferred) = block.backward_input(m, dx, saved, cx)?;
+            match weights {
+                When::Now => block.backward_weight(m, deferred, cx)?,
+                When::Later => rest.blocks.push(deferred),
+            }
+            dx = next;
+        }
+        let Some(embedding) = &self.embedding else { return Ok((Some(dx), rest)) };
+        let rows = embedding.backward_input(&dx, cx)?;
+        match weights {
+            When::Now => embedding.backward_weight(m, &rows, cx)?,
+            When::Later => rest.embedding = Some(rows),
+        }
+        Ok((None, rest))
     }
 
     /// Forward without a loss: the activation for the next stage, or on the last stage this rank's vocabulary block of
@@ -244,34 +293,13 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Option<Self::Act>, Self::Deferred)> {
-        let stage = &self.stage;
-        let (mut dx, head) = match (&stage.head, saved.head, dy) {
-            (Some(head), Some(saved), None) => {
-                let (dx, deferred) = head.backward_input(m, saved, cx)?;
-                (dx, Some(deferred))
-            }
-            (None, None, Some(dy)) => (dy, None),
-            _ => return Err(stage.error("the last stage takes no gradient, every other one needs it")),
-        };
-        let mut blocks = Vec::with_capacity(stage.blocks.len());
-        for (block, saved) in stage.blocks.iter().zip(saved.blocks).rev() {
-            let (next, deferred) = block.backward_input(m, dx, saved, cx)?;
-            dx = next;
-            blocks.push(deferred);
-        }
-        match stage.embedding {
-            Some(embedding) => {
-                let rows = embedding.backward_input(&dx, cx)?;
-                Ok((None, StageDeferred { embedding: Some(rows), blocks, head }))
-            }
-            None => Ok((Some(dx), StageDeferred { embedding: None, blocks, head })),
-        }
+        self.stage.back(m, dy, saved, cx, When::Later)
     }
 
     fn backward_weight(&self, m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         let stage = &self.stage;
         if let (Some(head), Some(deferred)) = (&stage.head, deferred.head) {
-            head.backward_weight(deferred, cx)?;
+            head.backward_weight(m, deferred, cx)?;
         }
         for (block, deferred) in stage.blocks.iter().rev().zip(deferred.blocks) {
             block.backward_weight(m, deferred, cx)?;
@@ -280,5 +308,15 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
             embedding.backward_weight(m, &rows, cx)?;
         }
         Ok(())
+    }
+
+    fn backward(
+        &self,
+        m: u32,
+        dy: Option<Self::Act>,
+        saved: Self::Saved,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Option<Self::Act>> {
+        Ok(self.stage.back(m, dy, saved, cx, When::Now)?.0)
     }
 }

@@ -119,6 +119,28 @@ proptest! {
         }
     }
 
+    /// So a reduction can start as soon as one layer has its gradients, and the cut of optimizer state does not depend on
+    /// what else is on a stage.
+    #[test]
+    fn a_bucket_is_of_one_layer(folding in foldings(), pick in any::<usize>()) {
+        let layer = |name: &str| match name.strip_prefix("model.layers.") {
+            Some(rest) => rest.split('.').next().map(str::to_owned),
+            None => Some(if name == "model.norm.weight" { "head" } else { "embedding" }.to_owned()),
+        };
+        let layout = layout(&folding, pick % folding.world_size());
+        let mut last = BTreeMap::new();
+        for (index, bucket) in layout.buckets().iter().enumerate() {
+            let first = layer(&bucket.parts[0].name);
+            prop_assert!(bucket.parts.iter().all(|part| layer(&part.name) == first));
+            // Neighbours, in the order of the layers.
+            let before = last.insert(first.clone(), index);
+            prop_assert!(before.is_none_or(|before| before + 1 == index), "{first:?}");
+            // Embedding and head share their matrix where one rank has both.
+            let shared = bucket.parts[0].name == "model.embed_tokens.weight" && folding.size(Attention::PP) == 1;
+            prop_assert_eq!(bucket.users, if shared { 2 } else { 1 });
+        }
+    }
+
     /// Ranks that reduce a bucket together must have laid it out alike.
     #[test]
     fn a_reduction_group_has_one_layout(folding in foldings(), pick in any::<usize>()) {

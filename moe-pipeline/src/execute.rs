@@ -166,10 +166,7 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
             Kind::Forward => self.forward(at),
             Kind::BackwardInput => self.backward_input(at),
             Kind::BackwardWeight => self.backward_weight(at),
-            Kind::Backward => {
-                self.backward_input(at)?;
-                self.backward_weight(at)
-            }
+            Kind::Backward => self.backward(at),
             Kind::Send(_) => {
                 let message = self.message(at.action);
                 let act = self.outbox.remove(&message).expect(VALID);
@@ -206,6 +203,17 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
             self.saved.insert((stage, m), saved);
         }
         self.output(at, y)
+    }
+
+    fn backward(&mut self, at: At) -> Outcome<(), S, T> {
+        let Action { microbatch: m, stage, .. } = at.action;
+        let dy = self.input(at.action);
+        let saved = self.saved.remove(&(stage, m)).expect(VALID);
+        let dx = self
+            .stage(stage)
+            .backward(m, dy, saved, self.cx)
+            .map_err(|source| ExecuteError::Stage { at, source })?;
+        self.output(at, dx)
     }
 
     fn backward_input(&mut self, at: At) -> Outcome<(), S, T> {

@@ -46,4 +46,18 @@ pub trait Stage {
 
     /// Adds the gradient of the weights of micro-batch `m` to those in `cx`.
     fn backward_weight(&self, m: u32, d: Self::Deferred, cx: &mut Self::Cx) -> Result<(), Self::Error>;
+
+    /// Both halves at once, for schedules that do not part them. A stage of several layers may take them layer by layer,
+    /// so that a layer's weight gradients are there, and what they needed is gone, while earlier layers are still at it.
+    fn backward(
+        &self,
+        m: u32,
+        dy: Option<Self::Act>,
+        s: Self::Saved,
+        cx: &mut Self::Cx,
+    ) -> Result<Option<Self::Act>, Self::Error> {
+        let (dx, deferred) = self.backward_input(m, dy, s, cx)?;
+        self.backward_weight(m, deferred, cx)?;
+        Ok(dx)
+    }
 }

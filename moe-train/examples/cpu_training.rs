@@ -53,6 +53,8 @@ fn time(
         rampup_batch_size: None,
         micro_batch_size,
         sequence_length: SEQUENCE,
+        overlap_grad_reduce: true,
+        overlap_param_gather: true,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
         groups: Vec::new(),
         lr: LrSchedule { max: 1e-3, min: 1e-3, warmup_steps: 0, shape: LrShape::Constant },

@@ -45,12 +45,13 @@ fn run(world_size: usize, weight: f64) -> common::Outcome {
         let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
         let mut skipped = SkippedSteps::default();
         let first = trainer.step(1, &source)?;
+        trainer.await_weights()?;
         let (before, weights) =
-            (pieces(&trainer)?, trainer.cx().params.weights(0).to_f64(&trainer.cx().device)?);
+            (pieces(&trainer)?, trainer.cx().params.weights(0)?.to_f64(&trainer.cx().device)?);
         let bad = trainer.step(2, &source)?;
         assert!(!bad.updated && !bad.is_finite(), "{bad:?}");
         assert!(pieces(&trainer)? == before, "the state changed");
-        assert_eq!(trainer.cx().params.weights(0).to_f64(&trainer.cx().device)?, weights);
+        assert_eq!(trainer.cx().params.weights(0)?.to_f64(&trainer.cx().device)?, weights);
         let last = trainer.step(3, &source)?;
         assert!([&first, &bad, &last].into_iter().all(|report| skipped.count(report, 1)));
         assert_eq!((skipped, trainer.optimizer().updates()), (SkippedSteps { total: 1, in_a_row: 0 }, 2));

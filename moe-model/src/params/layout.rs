@@ -1,6 +1,6 @@
 //! Which block of which logical tensor lies where in a rank's buckets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Placement, View};
@@ -58,6 +58,11 @@ impl Placed {
         }
     }
 }
+
+/// What one layer uses of a rank's parameters: its gradients are complete, and its weights are needed, at one time. So
+/// buckets do not reach beyond a segment, and what is cut over ranks does not depend on which layers share a stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment(usize);
 
 /// The group over which a gradient is partial: what a bucket is reduced over, and what its optimizer state is cut over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,7 +170,14 @@ pub(super) struct Slot {
     pub cols: usize,
 }
 
-/// One reduction group's part of a [`ParamLayout`].
+impl Slot {
+    /// Its elements in the bucket.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.rows * self.cols
+    }
+}
+
+/// The tensors of one segment that have one reduction group.
 #[derive(Debug, Clone)]
 pub struct BucketLayout {
     /// What its gradients are reduced over, and what its optimizer state is cut over.
@@ -173,6 +185,8 @@ pub struct BucketLayout {
     /// True if the first and the last stage hold a copy each of what is in it: after the reduction over `group` their
     /// gradients are to be added. Both have the same slices, as nothing else is in the bucket.
     pub tied: bool,
+    /// Segments that use it: two where embedding and head share their matrix on one rank.
+    pub users: usize,
     /// Elements, padded so that every rank of the group has an equal slice.
     pub len: usize,
     /// The slice of this rank (ZeRO-1).
@@ -202,12 +216,19 @@ pub struct ParamLayout {
     pub(super) slots: Vec<Slot>,
     buckets: Vec<BucketLayout>,
     buffers: Vec<BufferLayout>,
+    /// The buckets that each segment uses, ascending.
+    segments: Vec<Vec<usize>>,
 }
 
 impl ParamLayout {
-    /// The buckets, in an order that is the same on all ranks of a stage.
+    /// The buckets, in the order of the layers that use them first, which is the same on all ranks of a stage.
     pub fn buckets(&self) -> &[BucketLayout] {
         &self.buckets
+    }
+
+    /// The buckets that a segment uses, ascending.
+    pub fn used_by(&self, segment: Segment) -> &[usize] {
+        &self.segments[segment.0]
     }
 
     /// The buffers, each with what names it.
@@ -231,14 +252,26 @@ impl ParamLayout {
 pub struct ParamLayoutBuilder<'a> {
     folding: &'a Folding,
     rank: usize,
-    storage: Vec<(Reduction, [usize; 2], Vec<Part>)>,
+    storage: Vec<Storage>,
     buffers: Vec<BufferLayout>,
+    /// The storage tensors that each segment uses; the last one is being built.
+    segments: Vec<Vec<usize>>,
+}
+
+/// A storage tensor, with the segment that added it.
+#[derive(Debug)]
+struct Storage {
+    segment: usize,
+    reduction: Reduction,
+    shape: [usize; 2],
+    parts: Vec<Part>,
 }
 
 impl<'a> ParamLayoutBuilder<'a> {
     /// For one rank of a folding.
     pub fn new(folding: &'a Folding, rank: usize) -> Self {
-        ParamLayoutBuilder { folding, rank, storage: Vec::new(), buffers: Vec::new() }
+        let segments = vec![Vec::new()];
+        ParamLayoutBuilder { folding, rank, storage: Vec::new(), buffers: Vec::new(), segments }
     }
 
     /// The folding.
@@ -251,11 +284,25 @@ impl<'a> ParamLayoutBuilder<'a> {
         self.rank
     }
 
+    /// What is added from here on belongs to a new segment.
+    pub fn begin_segment(&mut self) -> Segment {
+        self.segments.push(Vec::new());
+        Segment(self.segments.len() - 1)
+    }
+
     /// The storage tensor that holds the logical tensor `name` alone, if it was added: embedding and head share one that
-    /// is tied.
-    pub fn find(&self, name: &str) -> Option<ParamId> {
+    /// is tied. The present segment uses it, too.
+    pub fn find(&mut self, name: &str) -> Option<ParamId> {
         let alone = |parts: &[Part]| matches!(parts, [part] if part.name == name);
-        self.storage.iter().position(|(.., parts)| alone(parts)).map(ParamId)
+        let found = self.storage.iter().position(|storage| alone(&storage.parts))?;
+        self.use_here(found);
+        Some(ParamId(found))
+    }
+
+    fn use_here(&mut self, storage: usize) {
+        if let Some(segment) = self.segments.last_mut() {
+            segment.push(storage);
+        }
     }
 
     /// A storage tensor: this rank's blocks of `logicals`, one below the other (for tensors per expert: all blocks of
@@ -288,8 +335,10 @@ impl<'a> ParamLayoutBuilder<'a> {
             rows += part.rows.len();
             parts.push(part);
         }
-        self.storage.push((common, [rows, cols], parts));
-        Ok(ParamId(self.storage.len() - 1))
+        let (id, segment) = (self.storage.len(), self.segments.len() - 1);
+        self.storage.push(Storage { segment, reduction: common, shape: [rows, cols], parts });
+        self.use_here(id);
+        Ok(ParamId(id))
     }
 
     /// A vector without a gradient, in the accumulation type, of which all ranks of its stage hold the whole.
@@ -342,30 +391,37 @@ impl<'a> ParamLayoutBuilder<'a> {
 
     /// Lays the storage tensors out in buckets.
     pub fn build(self) -> ParamLayout {
-        let groups: BTreeMap<(GroupKey, bool), Reduction> = self
-            .storage
-            .iter()
-            .map(|(reduction, ..)| ((reduction.group, reduction.tied), *reduction))
-            .collect();
+        let key = |storage: &Storage| {
+            let Reduction { group, tied, .. } = storage.reduction;
+            (storage.segment, group, tied)
+        };
+        let groups: BTreeMap<_, Reduction> =
+            self.storage.iter().map(|storage| (key(storage), storage.reduction)).collect();
         let mut slots = vec![Slot { bucket: 0, offset: 0, rows: 0, cols: 0 }; self.storage.len()];
         let mut buckets = Vec::with_capacity(groups.len());
-        for (bucket, common) in groups.into_values().enumerate() {
-            let Reduction { group, size, position, tied } = common;
+        for (bucket, (own, Reduction { group, size, position, tied })) in groups.into_iter().enumerate() {
             let mut end = 0;
             let mut all = Vec::new();
-            for (slot, (_, [rows, cols], parts)) in
-                slots.iter_mut().zip(&self.storage).filter(|(_, (reduction, ..))| *reduction == common)
-            {
-                let offset = end;
-                *slot = Slot { bucket, offset, rows: *rows, cols: *cols };
-                all.extend(parts.iter().cloned().map(|part| Part { offset: offset + part.offset, ..part }));
+            for (slot, storage) in slots.iter_mut().zip(&self.storage).filter(|(_, s)| key(s) == own) {
+                let (offset, [rows, cols]) = (end, storage.shape);
+                *slot = Slot { bucket, offset, rows, cols };
+                let placed = |part: Part| Part { offset: offset + part.offset, ..part };
+                all.extend(storage.parts.iter().cloned().map(placed));
                 end = (offset + rows * cols).next_multiple_of(ALIGN);
             }
             let per_rank = end.div_ceil(size);
             let slice = position * per_rank..(position + 1) * per_rank;
-            buckets.push(BucketLayout { group, tied, len: per_rank * size, slice, parts: all });
+            buckets.push(BucketLayout { group, tied, users: 0, len: per_rank * size, slice, parts: all });
         }
-        ParamLayout { slots, buckets, buffers: self.buffers }
+        let mut segments = Vec::with_capacity(self.segments.len());
+        for storages in self.segments {
+            let used: BTreeSet<usize> = storages.into_iter().map(|storage| slots[storage].bucket).collect();
+            for &bucket in &used {
+                buckets[bucket].users += 1;
+            }
+            segments.push(used.into_iter().collect());
+        }
+        ParamLayout { slots, buckets, buffers: self.buffers, segments }
     }
 }
 

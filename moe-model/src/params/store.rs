@@ -1,8 +1,9 @@
 //! Weights and gradients of one rank on its device.
 
+use moe_comm::{Comms, Pending};
 use moe_kernels::{Device, Element, Float, Tensor, View, ViewMut};
 
-use super::layout::{BucketLayout, BufferId, ParamId, ParamLayout};
+use super::layout::{BucketLayout, BufferId, ParamId, ParamLayout, Segment};
 use crate::{Error, Result};
 
 /// A weight to read and its gradient to add to.
@@ -10,14 +11,49 @@ pub type WeightAndGrad<'a, T, D> = (View<'a, T, D>, ViewMut<'a, <T as Float>::Ac
 
 /// Weights in `T` and gradients in `T::Acc`, flat by bucket; buffers in `T::Acc`.
 ///
-/// Gradients live from [`zero_grads`](Self::zero_grads) to [`take_grads`](Self::take_grads): what was handed to a
-/// collective is never written again.
+/// Gradients live from [`zero_grads`](Self::zero_grads) to the start of their reduction: what was handed to a collective
+/// is never written again. Weights that are being gathered can be read after [`await_weights`](Self::await_weights).
 #[derive(Debug)]
 pub struct ParamStore<T: Float, D: Device> {
     layout: ParamLayout,
-    weights: Vec<Tensor<T, D>>,
-    grads: Vec<Option<Tensor<T::Acc, D>>>,
+    /// None while they are arriving.
+    weights: Vec<Option<Tensor<T, D>>>,
+    arriving: Vec<Option<Pending<T, D>>>,
+    grads: Vec<Grads<T::Acc, D>>,
     buffers: Vec<Tensor<T::Acc, D>>,
+    /// Whether buckets are reduced as soon as they are complete.
+    reduce_early: bool,
+}
+
+#[derive(Debug)]
+enum Grads<A: Float, D: Device> {
+    None,
+    /// Micro-batches add to the sum; so many segments have not added their last.
+    Adding {
+        sum: Tensor<A, D>,
+        users: usize,
+    },
+    Reducing(Pending<A, D>),
+}
+
+impl<A: Float, D: Device> Grads<A, D> {
+    fn sum_mut(&mut self) -> Result<&mut Tensor<A, D>> {
+        match self {
+            Grads::Adding { sum, .. } => Ok(sum),
+            Grads::None | Grads::Reducing(_) => Err(Error::NoGradients),
+        }
+    }
+
+    /// Starts the reduction.
+    fn reduce(&mut self, bucket: &BucketLayout, comms: &Comms<D>) -> Result<()> {
+        let Grads::Adding { sum, .. } = std::mem::replace(self, Grads::None) else {
+            return Err(Error::NoGradients);
+        };
+        let group = comms.keyed(bucket.group)?;
+        let sum = sum.reshape(group.size(), bucket.slice.len())?;
+        *self = Grads::Reducing(group.start_reduce_scatter_rows(&sum)?);
+        Ok(())
+    }
 }
 
 impl<T: Float, D: Device> ParamStore<T, D> {
@@ -32,13 +68,14 @@ impl<T: Float, D: Device> ParamStore<T, D> {
                     .into_iter()
                     .map(|x| T::from_acc(T::Acc::from_f64(x)))
                     .collect();
-                Tensor::from_slice(device, 1, bucket.len, &values)
+                Ok(Some(Tensor::from_slice(device, 1, bucket.len, &values)?))
             })
-            .collect::<std::result::Result<Vec<_>, _>>()?;
-        let grads = weights.iter().map(|_| None).collect();
+            .collect::<Result<Vec<_>>>()?;
+        let arriving = weights.iter().map(|_| None).collect();
+        let grads = weights.iter().map(|_| Grads::None).collect();
         let buffers = layout.buffers().map(|(_, buffer)| Tensor::zeros(device, 1, buffer.len));
         let buffers = buffers.collect::<std::result::Result<_, _>>()?;
-        Ok(ParamStore { layout, weights, grads, buffers })
+        Ok(ParamStore { layout, weights, arriving, grads, buffers, reduce_early: false })
     }
 
     /// Where everything lies.
@@ -54,43 +91,73 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     /// A weight, `[rows, cols]` as laid out.
     pub fn weight(&self, id: ParamId) -> Result<View<'_, T, D>> {
         let slot = self.layout.slot(id);
-        let flat = self.weights[slot.bucket].view();
-        Ok(flat.columns(slot.offset..slot.offset + slot.rows * slot.cols)?.reshape(slot.rows, slot.cols)?)
+        let flat = self.weights(slot.bucket)?.view();
+        Ok(flat.columns(slot.range())?.reshape(slot.rows, slot.cols)?)
     }
 
     /// The gradient of a weight, to add to.
     pub fn grad(&mut self, id: ParamId) -> Result<ViewMut<'_, T::Acc, D>> {
         let slot = self.layout.slot(id);
-        let flat = self.grads[slot.bucket].as_mut().ok_or(Error::NoGradients)?.view_mut()?;
-        Ok(flat.columns(slot.offset..slot.offset + slot.rows * slot.cols)?.reshape(slot.rows, slot.cols)?)
+        let flat = self.grads[slot.bucket].sum_mut()?.view_mut()?;
+        Ok(flat.columns(slot.range())?.reshape(slot.rows, slot.cols)?)
     }
 
     /// A weight to read and its gradient to add to.
     pub fn weight_and_grad(&mut self, id: ParamId) -> Result<WeightAndGrad<'_, T, D>> {
         let slot = self.layout.slot(id);
-        let range = slot.offset..slot.offset + slot.rows * slot.cols;
-        let weight =
-            self.weights[slot.bucket].view().columns(range.clone())?.reshape(slot.rows, slot.cols)?;
-        let grad = self.grads[slot.bucket].as_mut().ok_or(Error::NoGradients)?.view_mut()?;
-        Ok((weight, grad.columns(range)?.reshape(slot.rows, slot.cols)?))
+        let weight = self.weights[slot.bucket].as_ref().ok_or(Error::NoWeights)?.view();
+        let weight = weight.columns(slot.range())?.reshape(slot.rows, slot.cols)?;
+        let grad = self.grads[slot.bucket].sum_mut()?.view_mut()?;
+        Ok((weight, grad.columns(slot.range())?.reshape(slot.rows, slot.cols)?))
     }
 
-    /// Fresh gradients of zero.
-    pub fn zero_grads(&mut self, device: &D) -> Result<()> {
-        for (grad, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
-            *grad = Some(Tensor::zeros(device, 1, bucket.len)?);
+    /// Fresh gradients of zero. With `reduce_early` a bucket's reduction starts when the last of its segments is said to
+    /// be [complete](Self::grads_complete), else all start in [`start_reductions`](Self::start_reductions). It is to be
+    /// the same on all ranks.
+    pub fn zero_grads(&mut self, device: &D, reduce_early: bool) -> Result<()> {
+        self.reduce_early = reduce_early;
+        for (grads, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
+            *grads = Grads::Adding { sum: Tensor::zeros(device, 1, bucket.len)?, users: bucket.users };
         }
         Ok(())
     }
 
-    /// Hands over a bucket's gradients, `[1, len]`.
-    pub fn take_grads(&mut self, bucket: usize) -> Result<Tensor<T::Acc, D>> {
-        self.grads[bucket].take().ok_or(Error::NoGradients)
+    /// Says that nothing more is added to the gradients of a segment. All ranks of a stage say so in one order.
+    pub fn grads_complete(&mut self, segment: Segment, comms: &Comms<D>) -> Result<()> {
+        if !self.reduce_early {
+            return Ok(());
+        }
+        for &bucket in self.layout.used_by(segment) {
+            let Grads::Adding { users, .. } = &mut self.grads[bucket] else { return Err(Error::NoGradients) };
+            *users -= 1;
+            if *users == 0 {
+                self.grads[bucket].reduce(&self.layout.buckets()[bucket], comms)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the reductions that have not started yet, in bucket order. Collective.
+    pub fn start_reductions(&mut self, comms: &Comms<D>) -> Result<()> {
+        for (grads, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
+            if let Grads::Adding { .. } = grads {
+                grads.reduce(bucket, comms)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a bucket's reduction: this rank's slice of the sum over the bucket's group, `[1, slice]`.
+    pub fn reduced(&mut self, bucket: usize) -> Result<Tensor<T::Acc, D>> {
+        match std::mem::replace(&mut self.grads[bucket], Grads::None) {
+            Grads::Reducing(pending) => Ok(pending.wait()?),
+            Grads::None | Grads::Adding { .. } => Err(Error::NoGradients),
+        }
     }
 
     /// A bucket's weights, `[1, len]`.
-    pub fn weights(&self, bucket: usize) -> &Tensor<T, D> {
-        &self.weights[bucket]
+    pub fn weights(&self, bucket: usize) -> Result<&Tensor<T, D>> {
+        self.weights[bucket].as_ref().ok_or(Error::NoWeights)
     }
 
     /// Replaces a bucket's weights, `[1, len]`.
@@ -100,7 +167,8 @@ impl<T: Float, D: Device> ParamStore<T, D> {
         if rows * cols != expected {
             return Err(Error::BucketLength { expected, got: rows * cols, dtype: <T as Element>::DTYPE });
         }
-        self.weights[bucket] = weights.reshape(1, expected)?;
+        self.weights[bucket] = Some(weights.reshape(1, expected)?);
+        self.arriving[bucket] = None;
         Ok(())
     }
 
@@ -120,5 +188,33 @@ impl<T: Float, D: Device> ParamStore<T, D> {
         }
         self.buffers[id.0] = values.reshape(1, expected)?;
         Ok(())
+    }
+
+    /// Starts to gather a bucket's weights from the slices of its group, `[1, slice]` each. Collective.
+    pub fn start_gather(&mut self, bucket: usize, slice: &Tensor<T, D>, comms: &Comms<D>) -> Result<()> {
+        let group = comms.keyed(self.layout.buckets()[bucket].group)?;
+        self.arriving[bucket] = Some(group.start_all_gather_rows(slice)?);
+        self.weights[bucket] = None;
+        Ok(())
+    }
+
+    /// Waits for the weights of a segment, if they are being gathered: before its layer uses them.
+    pub fn await_weights(&mut self, segment: Segment) -> Result<()> {
+        for at in 0..self.layout.used_by(segment).len() {
+            self.arrive(self.layout.used_by(segment)[at])?;
+        }
+        Ok(())
+    }
+
+    /// Waits for all weights that are being gathered.
+    pub fn await_all_weights(&mut self) -> Result<()> {
+        (0..self.weights.len()).try_for_each(|bucket| self.arrive(bucket))
+    }
+
+    fn arrive(&mut self, bucket: usize) -> Result<()> {
+        match self.arriving[bucket].take() {
+            Some(pending) => self.set_weights(bucket, pending.wait()?),
+            None => Ok(()),
+        }
     }
 }

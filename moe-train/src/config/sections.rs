@@ -116,6 +116,14 @@ pub struct TrainConfig {
     /// kept in the file of a run, so that it computes the same if it goes on under another folding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_token_drop_parts: Option<TokenDropParts>,
+    /// Whether the gradients of a layer are reduced over ranks as soon as its last micro-batch has added to them, while
+    /// the backward pass of other layers goes on. Changes no bit.
+    #[serde(default = "yes")]
+    pub overlap_grad_reduce: bool,
+    /// Whether the updated weights of a layer are gathered over ranks until the next forward pass comes to the layer,
+    /// instead of until the step ends. Changes no bit.
+    #[serde(default = "yes")]
+    pub overlap_param_gather: bool,
     /// What happens to a step whose loss or gradient is not finite. No weight changes either way.
     #[serde(default)]
     pub non_finite: NonFinite,
@@ -207,6 +215,10 @@ pub enum NonFinite {
 
 fn one() -> usize {
     1
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_eval_batches() -> usize {

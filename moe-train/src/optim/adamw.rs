@@ -8,7 +8,7 @@ use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore};
 
 use super::groups::{ParamGroups, TensorHyper};
-use super::shard::{Shard, gather_weights, shards, sliced_parts, weights_from_master};
+use super::shard::{Shard, shards, sliced_parts, weights_from_master};
 use crate::Result;
 
 /// Constants of AdamW.
@@ -59,7 +59,8 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         &self.shards
     }
 
-    /// One update from this rank's slices of the reduced gradients, then the gathering of weights. Collective.
+    /// One update from this rank's slices of the reduced gradients, bucket by bucket, in the order in which the next step
+    /// needs them; starts to gather the weights of each and does not wait. Collective.
     pub fn update(
         &mut self,
         cx: &mut Cx<T, D>,
@@ -69,8 +70,7 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     ) -> Result<()> {
         self.updates += 1;
         let Hyper { beta1, beta2, eps, .. } = self.hyper;
-        let mut slices = Vec::with_capacity(self.shards.len());
-        for ((shard, grad), runs) in self.shards.iter_mut().zip(grads).zip(&self.runs) {
+        for (bucket, ((shard, grad), runs)) in self.shards.iter_mut().zip(grads).zip(&self.runs).enumerate() {
             let mut weights = Tensor::uninit(&cx.device, 1, grad.shape()[1])?;
             for (run, TensorHyper { lr_scale, weight_decay, frozen }) in runs {
                 if *frozen {
@@ -97,9 +97,9 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
                     &hyper,
                 )?;
             }
-            slices.push(weights);
+            cx.params.start_gather(bucket, &weights, &cx.comms)?;
         }
-        gather_weights(cx, slices)
+        Ok(())
     }
 
     /// Takes over a checkpoint's state and makes its master weights the weights. Collective.

@@ -1,7 +1,8 @@
 //! The distributed optimizer: ZeRO-1 over exactly the groups in which gradients are partial.
 //!
 //! Per bucket of the parameter store: gradients are reduce-scattered over the bucket's group, each rank updates its slice
-//! of master weights and moments, and the updated weights are gathered over the same group. Which group that is comes
+//! of master weights and moments, and the updated weights are gathered over the same group. Buckets do not reach beyond a
+//! layer, so that a reduction can begin while earlier layers are at their backward pass. Which group that is comes
 //! from the placements; this module knows no layer and no list of expert parameters.
 
 mod adamw;
@@ -13,5 +14,5 @@ mod tensors;
 pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use norm::{GradNorm, ParamNames};
-pub use shard::{Moment, Shard, gather_weights, reduce_gradients, sliced_parts};
+pub use shard::{Moment, Shard, reduce_gradients, sliced_parts};
 pub use tensors::model_tensors;

@@ -86,16 +86,17 @@ pub fn sliced_parts(bucket: &BucketLayout) -> impl Iterator<Item = (&Part, Range
     })
 }
 
-/// Sums every bucket's gradients over its group, and those of tied weights over the two stages that hold them, and returns
-/// this rank's slices, `[1, slice]` each.
+/// Waits for the sums of every bucket's gradients over its group, starting those that have not started, adds those of tied
+/// weights over the two stages that hold them, and returns this rank's slices, `[1, slice]` each. Collective.
 pub fn reduce_gradients<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>) -> Result<Vec<Tensor<T::Acc, D>>> {
+    cx.params.start_reductions(&cx.comms)?;
     (0..cx.params.buckets().len())
         .map(|bucket| {
-            let grads = cx.params.take_grads(bucket)?;
-            let layout = &cx.params.buckets()[bucket];
-            let group = cx.comms.keyed(layout.group)?;
-            let slice = group.reduce_scatter_rows(&grads.reshape(group.size(), layout.slice.len())?)?;
-            if layout.tied { add_other_stage(cx, slice) } else { Ok(slice) }
+            let slice = cx.params.reduced(bucket)?;
+            match cx.params.buckets()[bucket].tied {
+                true => add_other_stage(cx, slice),
+                false => Ok(slice),
+            }
         })
         .collect()
 }
@@ -117,29 +118,17 @@ fn add_other_stage<T: Float, D: Backend<T>>(
     Ok(sum)
 }
 
-/// Gathers the updated slices of every bucket over its group and makes them the weights.
-pub fn gather_weights<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>, slices: Vec<Tensor<T, D>>) -> Result<()> {
-    for (bucket, slice) in slices.into_iter().enumerate() {
-        let weights = cx.comms.keyed(cx.params.buckets()[bucket].group)?.all_gather_rows(&slice)?;
-        cx.params.set_weights(bucket, weights)?;
-    }
-    Ok(())
-}
-
-/// Rounds the master weights of every slice and gathers them: after a checkpoint was read.
+/// Rounds the master weights of every slice and gathers them: after a checkpoint was read. Collective.
 pub fn weights_from_master<T: Float, D: Backend<T>>(
     cx: &mut Cx<T, D>,
     shards: &[Shard<T::Acc, D>],
 ) -> Result<()> {
-    let slices = shards
-        .iter()
-        .map(|shard| {
-            let mut weights = Tensor::uninit(&cx.device, 1, shard.master.shape()[1])?;
-            cx.device.narrow(weights.view_mut()?, shard.master.view())?;
-            Ok(weights)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    gather_weights(cx, slices)
+    for (bucket, shard) in shards.iter().enumerate() {
+        let mut slice = Tensor::uninit(&cx.device, 1, shard.master.shape()[1])?;
+        cx.device.narrow(slice.view_mut()?, shard.master.view())?;
+        cx.params.start_gather(bucket, &slice, &cx.comms)?;
+    }
+    Ok(cx.params.await_all_weights()?)
 }
 
 /// Starting state of every bucket.

@@ -152,6 +152,8 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         rampup_batch_size: config.train.rampup_batch_size,
         micro_batch_size: config.train.micro_batch_size,
         sequence_length: config.train.sequence_length,
+        overlap_grad_reduce: config.train.overlap_grad_reduce,
+        overlap_param_gather: config.train.overlap_param_gather,
         optimizer: Hyper { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
         lr: config.lr_schedule(),
         groups: o.groups.clone(),

@@ -86,6 +86,12 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         &self.cx
     }
 
+    /// Waits for the weights of the last step's update, which the next pass over the layers else does. Before they are
+    /// read from the [context](Self::cx).
+    pub fn await_weights(&mut self) -> Result<()> {
+        Ok(self.cx.params.await_all_weights()?)
+    }
+
     /// The optimizer and the context, to restore a checkpoint.
     pub(crate) fn state_mut(&mut self) -> (&mut Optimizer<T, D>, &mut Cx<T, D>) {
         (&mut self.optimizer, &mut self.cx)
@@ -99,7 +105,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let total_weight =
             self.load(per_rank, self.batch_sizes.cursor(step), |u| source.micro_batch(step, u))?;
         self.count_step()?;
-        self.cx.params.zero_grads(&self.cx.device)?;
+        self.cx.params.zero_grads(&self.cx.device, self.setup.overlap_grad_reduce)?;
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         self.cx.batches.clear();
 
@@ -111,6 +117,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         if report.updated {
             let scale = norm.clip_factor(self.setup.clip_grad);
             self.optimizer.update(&mut self.cx, &grads, report.lr, scale)?;
+            if !self.setup.overlap_param_gather {
+                self.cx.params.await_all_weights()?;
+            }
             self.update_expert_biases(&totals)?;
         }
         Ok(report)

@@ -38,6 +38,10 @@ pub struct Setup {
     pub micro_batch_size: usize,
     /// Tokens of a sequence, S.
     pub sequence_length: usize,
+    /// Whether a layer's gradients are reduced while earlier layers are at their backward pass. Changes no bit.
+    pub overlap_grad_reduce: bool,
+    /// Whether a layer's updated weights are gathered while the next step goes on, until that layer. Changes no bit.
+    pub overlap_param_gather: bool,
     /// Constants of the optimizer.
     pub optimizer: Hyper,
     /// Tensors that are updated in another way, or not at all.

@@ -119,6 +119,8 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         rampup_batch_size: None,
         micro_batch_size: 1,
         sequence_length: 12,
+        overlap_grad_reduce: true,
+        overlap_param_gather: true,
         optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
         groups: Vec::new(),
         lr: LrSchedule {
@@ -176,8 +178,20 @@ pub fn train(setup: Setup, steps: u64) -> Outcome {
 
 /// Trains for `steps` steps in f64 and gathers everything.
 pub fn train_on(setup: Setup, steps: u64, source: impl BatchSource + Send + Sync + 'static) -> Outcome {
+    train_in::<f64>(setup, steps, source)
+}
+
+/// Trains for `steps` steps in `T` and gathers everything.
+pub fn train_in<T: Float>(
+    setup: Setup,
+    steps: u64,
+    source: impl BatchSource + Send + Sync + 'static,
+) -> Outcome
+where
+    Cpu: Backend<T>,
+{
     let ranks = ThreadWorld::run(setup.folding.world_size(), DEADLINE, move |world| {
-        let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+        let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
         let mut reports = Vec::new();
         for step in 1..=steps {
             reports.push(trainer.step(step, &source)?);
