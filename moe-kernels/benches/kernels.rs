@@ -111,10 +111,24 @@ fn attention(c: &mut Criterion) {
         let (mut o, mut lse) = (matrix(cpu, TOKENS, HIDDEN), matrix(cpu, TOKENS, HEADS));
         let cpu = cpu.clone();
         Box::new(move || {
-            cpu.attention(mutable!(o), mutable!(lse), q.view(), k.view(), v.view(), &shape)
+            cpu.attention(mutable!(o), mutable!(lse), q.view(), k.view(), v.view(), None, &shape)
                 .expect("attention");
         })
     });
+    // All tokens in one sequence, as one document and as sixteen: tiles that no query sees are skipped.
+    let long = AttentionShape { batch: 1, q_len: TOKENS, kv_len: TOKENS, ..shape };
+    for documents in [1, 16] {
+        measure(c, &format!("attention_of_{documents}_documents"), 2 * TOKENS * TOKENS * HIDDEN, |cpu| {
+            let [q, k, v] = [1, 2, 3].map(|_| matrix(cpu, TOKENS, HIDDEN));
+            let (mut o, mut lse) = (matrix(cpu, TOKENS, HIDDEN), matrix(cpu, TOKENS, HEADS));
+            let length = TOKENS / documents;
+            let (first, cpu) = (ints(cpu, 1, TOKENS, |row| row / length * length), cpu.clone());
+            Box::new(move || {
+                let (o, lse, first) = (mutable!(o), mutable!(lse), Some(first.view()));
+                cpu.attention(o, lse, q.view(), k.view(), v.view(), first, &long).expect("attention");
+            })
+        });
+    }
     measure(c, "attention_backward", 5 * product, |cpu| {
         let [q, k, v, o, d_o] = [1, 2, 3, 4, 5].map(|_| matrix(cpu, TOKENS, HIDDEN));
         let [mut dq, mut dk, mut dv] = [1, 2, 3].map(|_| matrix(cpu, TOKENS, HIDDEN));
@@ -122,7 +136,8 @@ fn attention(c: &mut Criterion) {
         Box::new(move || {
             let (dq, dk, dv) = (mutable!(dq), mutable!(dk), mutable!(dv));
             let (d_o, q, k, v) = (d_o.view(), q.view(), k.view(), v.view());
-            cpu.attention_backward(dq, dk, dv, d_o, q, k, v, o.view(), lse.view(), &shape).expect("backward");
+            cpu.attention_backward(dq, dk, dv, d_o, q, k, v, o.view(), lse.view(), None, &shape)
+                .expect("backward");
         })
     });
     measure(c, "rope", TOKENS * HIDDEN, |cpu| {

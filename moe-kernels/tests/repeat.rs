@@ -82,14 +82,26 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     let (q, k, v) = (matrix(cpu, 450, 64, 11)?, matrix(cpu, 450, 32, 12)?, matrix(cpu, 450, 32, 13)?);
     let (mut o, mut lse, d_o) =
         (matrix(cpu, 450, 64, 0)?, matrix(cpu, 450, 4, 0)?, matrix(cpu, 450, 64, 14)?);
-    cpu.attention(o.view_mut()?, lse.view_mut()?, q.view(), k.view(), v.view(), &shape)?;
+    cpu.attention(o.view_mut()?, lse.view_mut()?, q.view(), k.view(), v.view(), None, &shape)?;
     bits.keep(cpu, "attention", &o)?;
     bits.keep(cpu, "attention lse", &lse)?;
     let (mut dq, mut dk, mut dv) =
         (matrix(cpu, 450, 64, 0)?, matrix(cpu, 450, 32, 0)?, matrix(cpu, 450, 32, 0)?);
     let (dq_view, dk_view, dv_view) = (dq.view_mut()?, dk.view_mut()?, dv.view_mut()?);
     let (q, k, v) = (q.view(), k.view(), v.view());
-    cpu.attention_backward(dq_view, dk_view, dv_view, d_o.view(), q, k, v, o.view(), lse.view(), &shape)?;
+    cpu.attention_backward(
+        dq_view,
+        dk_view,
+        dv_view,
+        d_o.view(),
+        q,
+        k,
+        v,
+        o.view(),
+        lse.view(),
+        None,
+        &shape,
+    )?;
     bits.keep(cpu, "dq", &dq)?;
     bits.keep(cpu, "dk", &dk)?;
     bits.keep(cpu, "dv", &dv)?;

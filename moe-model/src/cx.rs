@@ -7,6 +7,7 @@ use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
 
 use crate::capacity::ExpertCapacity;
+use crate::context::Documents;
 use crate::params::{ParamStore, Segment};
 use crate::rope::RopeTable;
 use crate::{Error, Result};
@@ -121,6 +122,8 @@ pub struct MicroBatch<T: Float, D: Device> {
     pub ids: Tensor<i32, D>,
     /// Position of each token in its sequence, `[1, seq_len · batch]`.
     pub positions: Tensor<i32, D>,
+    /// Where the documents of the sequences lie, if they are separated.
+    pub documents: Option<Documents<D>>,
     /// Targets, `[1, seq_len · batch]`.
     pub labels: Tensor<i32, D>,
     /// Loss weights `w`, `[1, seq_len · batch]`.
@@ -130,8 +133,8 @@ pub struct MicroBatch<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Device> MicroBatch<T, D> {
-    /// From host vectors in sequence-major order, with 0 as the index of the first sequence. `total_weight` is N, the sum
-    /// of all loss weights of the step (with N = 0 the gradient of the loss is 0).
+    /// From host vectors in sequence-major order, with 0 as the index of the first sequence and no separated documents.
+    /// `total_weight` is N, the sum of all loss weights of the step (with N = 0 the gradient of the loss is 0).
     pub fn new(
         device: &D,
         batch: usize,
@@ -150,10 +153,17 @@ impl<T: Float, D: Device> MicroBatch<T, D> {
             seq_len: rows / batch.max(1),
             ids: Tensor::from_slice(device, 1, rows, ids)?,
             positions: Tensor::from_slice(device, 1, rows, positions)?,
+            documents: None,
             labels: Tensor::from_slice(device, 1, rows, labels)?,
             weights: Tensor::from_f64(device, 1, rows, weights)?,
             scale: Tensor::from_f64(device, 1, rows, &scale)?,
         })
+    }
+
+    /// Position of each token where rotations count from, `[1, seq_len · batch]`: in its document if documents are separated,
+    /// else in its sequence.
+    pub fn rotary_positions(&self) -> &Tensor<i32, D> {
+        self.documents.as_ref().map_or(&self.positions, |documents| &documents.positions)
     }
 }
 

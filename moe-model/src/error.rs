@@ -144,6 +144,14 @@ pub enum Error {
         /// Context-parallel parts.
         cp: usize,
     },
+    /// Documents were laid out for a ring of another size.
+    #[error("the documents of a micro-batch are laid out for a ring of {got} ranks, but it has {ranks}")]
+    DocumentSteps {
+        /// Ranks that the documents were laid out for.
+        got: usize,
+        /// Ranks of the ring, the outer digit of CP.
+        ranks: usize,
+    },
     /// The heads of a tensor-parallel rank cannot be cut over the ranks of an all-to-all.
     #[error(
         "{heads} heads with {kv_heads} key-value heads on a tensor-parallel rank cannot be cut over {ulysses} ranks \

@@ -55,7 +55,8 @@ impl<T: Float, D: Backend<T>> RopeTable<T, D> {
     ) -> Result<()> {
         let first = head_dim.saturating_sub(2 * self.cos.shape()[1]);
         let head = RotaryHead { head_dim, first, pairs: self.pairs };
-        device.rope(y, x, self.cos.view(), self.sin.view(), batch.positions.view(), head, rotation)?;
+        let positions = batch.rotary_positions().view();
+        device.rope(y, x, self.cos.view(), self.sin.view(), positions, head, rotation)?;
         Ok(())
     }
 }

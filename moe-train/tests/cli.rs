@@ -275,6 +275,25 @@ fn a_batch_that_grows_goes_on_from_the_middle_of_its_ramp() {
 }
 
 #[test]
+fn documents_are_separated_in_training_and_evaluation() {
+    let place = Place::new();
+    let train = |run: &str, separate: bool| {
+        // Samples of four documents' length: most have a boundary.
+        let (output, separate) =
+            (format!("train.output={run}"), format!("data.separate_documents={separate}"));
+        let sets =
+            ["train.sequence_length=2048", "train.steps=2", "train.global_batch_size=2", &output, &separate];
+        place.train(&sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
+        let val_loss = |line: &Value| line.get("val_loss")?.as_f64();
+        (place.timeless(run)[0]["loss"].clone(), place.metrics(run).iter().find_map(val_loss).unwrap())
+    };
+    let (together, apart) = (train("together", false), train("apart", true));
+    assert!(together.0 != apart.0 && together.1 != apart.1, "{together:?} and {apart:?}");
+    let eval = place.run(&["eval", "apart"]).ok();
+    assert!(eval.out.starts_with(&format!("step 2: validation loss {:.6} nats", apart.1)), "{}", eval.out);
+}
+
+#[test]
 fn topology_prints_the_groups_of_megatron() {
     let place = Place::new();
     let arguments = "topology --world-size 128 --tp 2 --cp 1 --pp 8 --ep 8 --etp 1 --format json";
@@ -457,6 +476,7 @@ fn a_checkpoint_of_another_run_is_refused() {
         ("train.seed=9", ["train.seed was 0", "is 9 now"]),
         ("train.global_batch_size=8", ["train.global_batch_size was 4", "is 8 now"]),
         ("train.dtype=f32", ["train.dtype was f64", "is f32 now"]),
+        ("data.separate_documents=true", ["data.separate_documents was false", "is true now"]),
     ] {
         place.train(&["--resume", "--set", set]).refused(2, &parts);
     }

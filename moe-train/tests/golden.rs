@@ -79,9 +79,11 @@ impl moe_train::trainer::BatchSource for Recorded {
     fn micro_batch(&self, step: u64, u: usize) -> moe_train::Result<Vec<moe_train::trainer::Sequence>> {
         let step = &self.0[step as usize - 1];
         Ok((u * self.1..(u + 1) * self.1)
-            .map(|row| moe_train::trainer::Sequence {
-                tokens: serde_json::from_value(step["tokens"][row].clone()).unwrap(),
-                weights: serde_json::from_value(step["weights"][row].clone()).unwrap(),
+            .map(|row| {
+                moe_train::trainer::Sequence::new(
+                    serde_json::from_value(step["tokens"][row].clone()).unwrap(),
+                    serde_json::from_value(step["weights"][row].clone()).unwrap(),
+                )
             })
             .collect())
     }

@@ -1,16 +1,30 @@
 //! Attention.
 
 use super::GRADIENT;
-use super::host::{Matrix, Placed, Random, assert_close, assert_refused, gradient, output, place};
-use crate::Float;
+use super::host::{
+    Matrix, Placed, Random, assert_close, assert_refused, gradient, output, place, place_ints,
+};
 use crate::family::{Attention, AttentionMask, AttentionShape};
+use crate::{Float, View};
+
+/// The first key of every row of queries, if keys before it are hidden.
+type FirstKeys<'a> = Option<&'a [i32]>;
 
 /// What a query of one head sees: `exp(score − lse)` per key, and the log-sum-exp.
-fn softmax(q: &Matrix, k: &Matrix, s: &AttentionShape, b: usize, h: usize, i: usize) -> (Vec<f64>, f64) {
-    let sees = |j: usize| match s.mask {
-        AttentionMask::Full => true,
-        AttentionMask::Causal => j <= i,
-        AttentionMask::SlidingWindow { window } => j <= i && i < j + window,
+fn softmax(
+    q: &Matrix,
+    k: &Matrix,
+    first: FirstKeys<'_>,
+    s: &AttentionShape,
+    [b, h, i]: [usize; 3],
+) -> (Vec<f64>, f64) {
+    let sees = |j: usize| {
+        let by_mask = match s.mask {
+            AttentionMask::Full => true,
+            AttentionMask::Causal => j <= i,
+            AttentionMask::SlidingWindow { window } => j <= i && i < j + window,
+        };
+        by_mask && first.is_none_or(|first| first[i * s.batch + b] <= j as i32)
     };
     let kv = h / (s.heads / s.kv_heads);
     let score = |j: usize| {
@@ -27,13 +41,13 @@ fn softmax(q: &Matrix, k: &Matrix, s: &AttentionShape, b: usize, h: usize, i: us
     (scores.iter().map(|s| (s - lse).exp()).collect(), lse)
 }
 
-fn forward(q: &Matrix, k: &Matrix, v: &Matrix, s: &AttentionShape) -> (Matrix, Matrix) {
+fn forward(q: &Matrix, k: &Matrix, v: &Matrix, first: FirstKeys<'_>, s: &AttentionShape) -> (Matrix, Matrix) {
     let mut o = Matrix::from_fn(s.q_len * s.batch, s.heads * s.v_head_dim, |_, _| 0.0);
     let mut lse = Matrix::from_fn(s.q_len * s.batch, s.heads, |_, _| 0.0);
     for (b, h, i) in
         (0..s.batch).flat_map(|b| (0..s.heads).flat_map(move |h| (0..s.q_len).map(move |i| (b, h, i))))
     {
-        let (p, l) = softmax(q, k, s, b, h, i);
+        let (p, l) = softmax(q, k, first, s, [b, h, i]);
         let row = i * s.batch + b;
         lse.data[row * s.heads + h] = l;
         let kv = h / (s.heads / s.kv_heads);
@@ -49,6 +63,19 @@ struct Operands<T: Float, D: Attention<T>> {
     q: Placed<T, D>,
     k: Placed<T, D>,
     v: Placed<T, D>,
+    first_keys: Option<Placed<i32, D>>,
+}
+
+impl<T: Float, D: Attention<T>> Operands<T, D> {
+    fn new(device: &D, [q, k, v]: [&Matrix; 3], first: FirstKeys<'_>) -> Self {
+        let [q, k, v] = [q, k, v].map(|m| place(device, m));
+        let first_keys = first.map(|first| place_ints(device, 1, first.len(), first));
+        Operands { q, k, v, first_keys }
+    }
+
+    fn first_keys(&self) -> Option<View<'_, i32, D>> {
+        self.first_keys.as_ref().map(Placed::view)
+    }
 }
 
 fn run<T: Float, D: Attention<T>>(
@@ -58,11 +85,12 @@ fn run<T: Float, D: Attention<T>>(
 ) -> (Placed<T, D>, Placed<T::Acc, D>) {
     let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.v_head_dim);
     let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
-    device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), s).expect("attention");
+    let (q, k, v) = (x.q.view(), x.k.view(), x.v.view());
+    device.attention(o.view_mut(), lse.view_mut(), q, k, v, x.first_keys(), s).expect("attention");
     (o, lse)
 }
 
-/// [`Attention`]: masks, grouped queries, values wider and narrower than keys, several sequences, lengths around tiles, no
+/// [`Attention`]: masks, first keys, grouped queries, values wider and narrower than keys, several sequences, lengths around tiles, no
 /// keys; blocks that merge to the
 /// whole, forward and backward.
 pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
@@ -91,33 +119,52 @@ pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
             let q = random.matrix::<T>(n, heads * head_dim);
             let k = random.matrix::<T>(m, kv_heads * head_dim);
             let v = random.matrix::<T>(m, kv_heads * v_head_dim);
-            let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
-            let (want_o, want_lse) = forward(&q, &k, &v, &s);
-            let (o, lse) = run(device, &x, &s);
-            assert_close(&format!("o, {s:?}"), &o.read(), &want_o, tolerance);
-            assert_close(&format!("lse, {s:?}"), &lse.read(), &want_lse, tolerance);
-
             let d_o = random.matrix::<T>(n, heads * v_head_dim);
-            let [dq, dk, dv] = backward(device, &x, &place(device, &d_o), &o, &lse, &s);
-            let want = if affordable {
-                [
-                    gradient(&q, |q| forward(q, &k, &v, &s).0.dot(&d_o)),
-                    gradient(&k, |k| forward(&q, k, &v, &s).0.dot(&d_o)),
-                    gradient(&v, |v| forward(&q, &k, v, &s).0.dot(&d_o)),
-                ]
-            } else {
-                formula(&q, &k, &v, &d_o, &s)
-            };
-            let tolerance = if affordable { tolerance.max(GRADIENT) } else { tolerance };
-            for (what, got, want) in [("dq", dq, &want[0]), ("dk", dk, &want[1]), ("dv", dv, &want[2])] {
-                assert_close(&format!("{what}, {s:?}"), &got, want, 4.0 * tolerance);
+            let (documents, any) = (documents(&s), random.ints(n, kv_len / 2 + 1));
+            // Where few queries see few keys, gradients may vanish, and rounding has nothing to be compared with.
+            let any = (!affordable).then_some(Some(&any[..]));
+            for first in [None, Some(&documents[..])].into_iter().chain(any) {
+                let what = |what: &str| format!("{what}, {s:?}, first keys {first:?}");
+                let x = Operands::new(device, [&q, &k, &v], first);
+                let (want_o, want_lse) = forward(&q, &k, &v, first, &s);
+                let (o, lse) = run(device, &x, &s);
+                assert_close(&what("o"), &o.read(), &want_o, tolerance);
+                assert_close(&what("lse"), &lse.read(), &want_lse, tolerance);
+
+                let [dq, dk, dv] = backward(device, &x, &place(device, &d_o), &o, &lse, &s);
+                let want = if affordable {
+                    [
+                        gradient(&q, |q| forward(q, &k, &v, first, &s).0.dot(&d_o)),
+                        gradient(&k, |k| forward(&q, k, &v, first, &s).0.dot(&d_o)),
+                        gradient(&v, |v| forward(&q, &k, v, first, &s).0.dot(&d_o)),
+                    ]
+                } else {
+                    formula(&q, &k, &v, first, &d_o, &s)
+                };
+                let tolerance = if affordable { tolerance.max(GRADIENT) } else { tolerance };
+                for (name, got, want) in [("dq", dq, &want[0]), ("dk", dk, &want[1]), ("dv", dv, &want[2])] {
+                    assert_close(&what(name), &got, want, 4.0 * tolerance);
+                }
             }
+            let x = Operands::new(device, [&q, &k, &v], Some(&documents));
             refusals(device, &x, &s);
         }
     }
     large_scores::<T, D>(device, tolerance);
+    hidden_blocks::<T, D>(device, tolerance);
     window_of_one::<T, D>(device);
     ring::<T, D>(device, tolerance);
+}
+
+/// First keys of queries whose sequences are documents of 1, 2, 1 and then 70 tokens, other sequences' being longer.
+fn documents(s: &AttentionShape) -> Vec<i32> {
+    let start = |i: usize, b: usize| match i / (b + 1) {
+        0 => 0,
+        1 | 2 => 1,
+        3 => 3,
+        i => 4 + (i - 4) / 70 * 70,
+    };
+    (0..s.q_len).flat_map(|i| (0..s.batch).map(move |b| (start(i, b) * (b + 1)) as i32)).collect()
 }
 
 fn backward<T: Float, D: Attention<T>>(
@@ -142,6 +189,7 @@ fn backward<T: Float, D: Attention<T>>(
             x.v.view(),
             o.view(),
             lse.view(),
+            x.first_keys(),
             s,
         )
         .expect("attention_backward");
@@ -150,13 +198,20 @@ fn backward<T: Float, D: Attention<T>>(
 
 /// The gradients by their formula, for shapes where differences would take too long: `dv = Pᵀ do`,
 /// `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o)) · scale`, `dq = dS k`, `dk = dSᵀ q`. The small shapes hold it to differences.
-fn formula(q: &Matrix, k: &Matrix, v: &Matrix, d_o: &Matrix, s: &AttentionShape) -> [Matrix; 3] {
+fn formula(
+    q: &Matrix,
+    k: &Matrix,
+    v: &Matrix,
+    first: FirstKeys<'_>,
+    d_o: &Matrix,
+    s: &AttentionShape,
+) -> [Matrix; 3] {
     let zero = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |_, _| 0.0);
     let (mut dq, mut dk, mut dv) = (zero(q), zero(k), zero(v));
     for (b, h, i) in
         (0..s.batch).flat_map(|b| (0..s.heads).flat_map(move |h| (0..s.q_len).map(move |i| (b, h, i))))
     {
-        let (p, _) = softmax(q, k, s, b, h, i);
+        let (p, _) = softmax(q, k, first, s, [b, h, i]);
         let (row, kv) = (i * s.batch + b, h / (s.heads / s.kv_heads));
         let (at, kv_at) = (h * s.head_dim, kv * s.head_dim);
         let (o_at, v_at) = (h * s.v_head_dim, kv * s.v_head_dim);
@@ -183,7 +238,8 @@ fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &Atten
     let mut o = output::<T, D>(device, s.q_len * s.batch, s.heads * s.v_head_dim);
     let mut lse = output::<T::Acc, D>(device, s.q_len * s.batch, s.heads);
     let mut attempt = |what: &str, s: AttentionShape| {
-        let result = device.attention(o.view_mut(), lse.view_mut(), x.q.view(), x.k.view(), x.v.view(), &s);
+        let (q, k, v) = (x.q.view(), x.k.view(), x.v.view());
+        let result = device.attention(o.view_mut(), lse.view_mut(), q, k, v, x.first_keys(), &s);
         assert_refused(what, result);
     };
     attempt("q_len", AttentionShape { q_len: s.q_len + 1, ..*s });
@@ -195,6 +251,41 @@ fn refusals<T: Float, D: Attention<T>>(device: &D, x: &Operands<T, D>, s: &Atten
     attempt("window 0", AttentionShape { mask: AttentionMask::SlidingWindow { window: 0 }, ..*s });
     attempt("kv_heads 0", AttentionShape { kv_heads: 0, ..*s });
     attempt("kv_heads that do not divide", AttentionShape { kv_heads: s.heads + 1, ..*s });
+    let rows = s.q_len * s.batch + 1;
+    let wrong = place_ints(device, 1, rows, &vec![0; rows]);
+    let (q, k, v) = (x.q.view(), x.k.view(), x.v.view());
+    let refused = device.attention(o.view_mut(), lse.view_mut(), q, k, v, Some(wrong.view()), s);
+    assert_refused("first_keys", refused);
+}
+
+/// Keys that no query sees may hold anything: their blocks are skipped, and their gradients are 0.
+fn hidden_blocks<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
+    let (len, from, dim) = (600, 512, 3);
+    let s = AttentionShape {
+        batch: 1,
+        q_len: len,
+        kv_len: len,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: dim,
+        v_head_dim: dim,
+        scale: 0.5,
+        mask: AttentionMask::Full,
+    };
+    let mut random = Random::new(21);
+    let [q, k, v, d_o] = [(); 4].map(|()| random.matrix::<T>(len, dim));
+    let first = vec![from as i32; len];
+    let (want, _) = forward(&q, &k, &v, Some(&first), &s);
+    let want_gradients = formula(&q, &k, &v, Some(&first), &d_o, &s);
+    let spoilt =
+        |m: &Matrix| Matrix::from_fn(len, dim, |i, j| if i < from { f64::INFINITY } else { m.at(i, j) });
+    let x = Operands::new(device, [&q, &spoilt(&k), &spoilt(&v)], Some(&first));
+    let (o, lse) = run(device, &x, &s);
+    assert_close("o beside hidden blocks", &o.read(), &want, tolerance);
+    let gradients = backward(device, &x, &place(device, &d_o), &o, &lse, &s);
+    for (got, want) in gradients.iter().zip(&want_gradients) {
+        assert_close("gradients beside hidden blocks", got, want, 4.0 * tolerance);
+    }
 }
 
 /// A query that sees itself alone gives its own value, exactly.
@@ -213,7 +304,7 @@ fn window_of_one<T: Float, D: Attention<T>>(device: &D) {
     };
     let mut random = Random::new(20);
     let [q, k, v] = [(); 3].map(|()| random.matrix::<T>(len, dim));
-    let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
+    let x = Operands::new(device, [&q, &k, &v], None);
     assert_close("o of a window of one", &run(device, &x, &s).0.read(), &v, 0.0);
 }
 
@@ -234,9 +325,9 @@ fn large_scores<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     let q = Matrix::from_fn(len, dim, |_, _| 4.0);
     let k = Matrix::from_fn(len, dim, |j, _| j as f64 / 4.0);
     let v = Random::new(17).matrix::<T>(len, dim);
-    let x = Operands { q: place(device, &q), k: place(device, &k), v: place(device, &v) };
+    let x = Operands::new(device, [&q, &k, &v], None);
     let (o, lse) = run(device, &x, &s);
-    let (want_o, want_lse) = forward(&q, &k, &v, &s);
+    let (want_o, want_lse) = forward(&q, &k, &v, None, &s);
     assert_close("o of large scores", &o.read(), &want_o, 10.0 * tolerance);
     assert_close("lse of large scores", &lse.read(), &want_lse, tolerance);
 }
@@ -261,19 +352,16 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     let k = random.matrix::<T>(2 * n, kv_heads * head_dim);
     let v = random.matrix::<T>(2 * n, kv_heads * v_head_dim);
     let half = |m: &Matrix, part: usize| Matrix::from_fn(n, m.cols, |i, c| m.at(part * n + i, c));
-    let (want_o, want_lse) = forward(&q, &k, &v, &whole);
+    let (want_o, want_lse) = forward(&q, &k, &v, None, &whole);
 
     // Nothing seen yet: any o, −∞.
     let mut o = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads * v_head_dim, |_, _| 0.0));
     let mut lse = place::<T::Acc, D>(device, &Matrix::from_fn(n, heads, |_, _| f64::NEG_INFINITY));
     let block = AttentionShape { kv_len: len, ..whole };
-    let blocks = [0, 1].map(|part| Operands {
-        q: place(device, &q),
-        k: place(device, &half(&k, part)),
-        v: place(device, &half(&v, part)),
-    });
-    let empty = |m: &Matrix| place(device, &Matrix { rows: 0, data: Vec::new(), ..*m });
-    let nothing = Operands { q: place(device, &q), k: empty(&k), v: empty(&v) };
+    let block_of = |part| Operands::new(device, [&q, &half(&k, part), &half(&v, part)], None);
+    let blocks = [0, 1].map(block_of);
+    let empty = |m: &Matrix| Matrix { rows: 0, data: Vec::new(), ..*m };
+    let nothing = Operands::new(device, [&q, &empty(&k), &empty(&v)], None);
     let merge =
         |o: &mut Placed<T::Acc, D>, lse: &mut Placed<T::Acc, D>, x: &Operands<T, D>, s: &AttentionShape| {
             let (part, part_lse) = run(device, x, s);
@@ -291,7 +379,7 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     assert_close("merged lse", &lse.read(), &want_lse, 2.0 * tolerance);
 
     let d_o = random.matrix::<T>(n, heads * v_head_dim);
-    let want = formula(&q, &k, &v, &d_o, &whole);
+    let want = formula(&q, &k, &v, None, &d_o, &whole);
     let (pd, po) = (place::<T, D>(device, &d_o), place::<T, D>(device, &want_o));
     let plse = place::<T::Acc, D>(device, &want_lse);
     let [first, second] = [0, 1].map(|part: usize| backward(device, &blocks[part], &pd, &po, &plse, &block));

@@ -43,10 +43,15 @@ pub struct AttentionShape {
 /// A call computes one block of keys. [`Attention::attention_merge`] joins the results of several blocks by their
 /// log-sum-exp, and [`Attention::attention_backward`] takes the merged output and log-sum-exp, so that both work
 /// block by block (ring attention).
+///
+/// `first_keys: [1, q_len · batch]`, a key for each row of `q`, hides keys before it from that query, besides what the mask hides: where
+/// several documents are packed into one sequence, the first key of the query's own. Blocks of keys that no query of a block sees are not
+/// computed, so that attention costs what the documents' lengths say.
 pub trait Attention<T: Float>: Device {
     /// `q: [q_len · batch, heads · head_dim]`, `k: [kv_len · batch, kv_heads · head_dim]`,
     /// `v: [kv_len · batch, kv_heads · v_head_dim]`, `o: [q_len · batch, heads · v_head_dim]`,
     /// `lse: [q_len · batch, heads]` (natural logarithm; −∞ where a query sees no key, whose output is 0).
+    #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn attention(
         &self,
         o: ViewMut<'_, T, Self>,
@@ -54,6 +59,7 @@ pub trait Attention<T: Float>: Device {
         q: View<'_, T, Self>,
         k: View<'_, T, Self>,
         v: View<'_, T, Self>,
+        first_keys: Option<View<'_, i32, Self>>,
         shape: &AttentionShape,
     ) -> Result<()>;
 
@@ -81,6 +87,7 @@ pub trait Attention<T: Float>: Device {
         v: View<'_, T, Self>,
         o: View<'_, T, Self>,
         lse: View<'_, T::Acc, Self>,
+        first_keys: Option<View<'_, i32, Self>>,
         shape: &AttentionShape,
     ) -> Result<()>;
 }

@@ -10,6 +10,7 @@
 //! The chunks that an all-to-all group holds together are two runs of the sequence, and these are the zig-zag chunks of a
 //! ring of `CP_OUTER` ranks. So the two compose: the ring sees no difference between a rank and a group.
 
+mod documents;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use moe_kernels::family::{AttentionMask, AttentionShape};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Attention, Folding};
 
+pub use self::documents::Documents;
 use self::ring::Ring;
 use self::ulysses::Exchange;
 use crate::{Cx, Error, Result};
@@ -176,6 +178,7 @@ impl ContextAttention {
             scale: self.heads.scale,
             mask: self.mask,
         };
-        Ok(Ring { comm: cx.group(Attention::CP_OUTER)?, device: &cx.device, shape })
+        let first_keys = batch.documents.as_ref().map(|documents| documents.first_keys.as_slice());
+        Ok(Ring { comm: cx.group(Attention::CP_OUTER)?, device: &cx.device, shape, first_keys })
     }
 }

@@ -9,10 +9,10 @@ use std::ops::Range;
 
 use moe_comm::{Comm, Message, Pending};
 use moe_kernels::family::{Attention, AttentionMask, AttentionShape, Elementwise};
-use moe_kernels::{Device, Element, Float, Tensor, ViewMut};
+use moe_kernels::{Device, Element, Float, Tensor, View, ViewMut};
 use moe_topology::Attention as AttentionView;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Output and log-sum-exp.
 type Attended<T, D> = (Tensor<T, D>, Tensor<<T as Float>::Acc, D>);
@@ -22,6 +22,8 @@ pub(super) struct Ring<'a, D: Device> {
     pub comm: Comm<'a, AttentionView, D>,
     pub device: &'a D,
     pub shape: AttentionShape,
+    /// For each step, the first key that each query sees, if documents are separated.
+    pub first_keys: Option<&'a [Tensor<i32, D>]>,
 }
 
 /// What is computed of one rank's queries against another's keys: ranges of positions as they are held.
@@ -112,11 +114,20 @@ impl<D: Device> Ring<'_, D> {
         AttentionShape { q_len, kv_len, mask: block.mask, ..self.shape }
     }
 
-    /// Output and log-sum-exp of a block.
-    fn attend<T: Float>(&self, q: &Tensor<T, D>, kv: &Tensor<T, D>, block: &Block) -> Result<Attended<T, D>>
+    /// The first keys of the queries of a block.
+    fn first_keys(&self, step: usize, block: &Block) -> Result<Option<View<'_, i32, D>>> {
+        let Some(steps) = self.first_keys else { return Ok(None) };
+        let (got, ranks) = (steps.len(), self.comm.size());
+        let keys = steps.get(step).ok_or(Error::DocumentSteps { got, ranks })?;
+        Ok(Some(keys.view().columns(self.rows(&block.queries))?))
+    }
+
+    /// Output and log-sum-exp of the block of a step.
+    fn attend<T: Float>(&self, q: &Tensor<T, D>, kv: &Tensor<T, D>, step: usize) -> Result<Attended<T, D>>
     where
         D: Attention<T>,
     {
+        let block = self.block(step);
         let q = q.view().rows(self.rows(&block.queries))?;
         let kv = kv.view().rows(self.rows(&block.keys))?;
         let (n, heads) = (q.shape()[0], self.shape.heads);
@@ -124,7 +135,8 @@ impl<D: Device> Ring<'_, D> {
         let mut lse = Tensor::uninit(self.device, n, heads)?;
         let [keys, values] = self.columns();
         let (k, v) = (kv.columns(keys)?, kv.columns(values)?);
-        self.device.attention(o.view_mut()?, lse.view_mut()?, q, k, v, &self.block_shape(block))?;
+        let (first_keys, shape) = (self.first_keys(step, &block)?, self.block_shape(&block));
+        self.device.attention(o.view_mut()?, lse.view_mut()?, q, k, v, first_keys, &shape)?;
         Ok((o, lse))
     }
 
@@ -135,7 +147,7 @@ impl<D: Device> Ring<'_, D> {
         D: Attention<T> + Elementwise<T>,
     {
         let mut incoming = self.pass_keys(kv, 1)?;
-        let (own, mut lse) = self.attend(q, kv, &self.block(0))?;
+        let (own, mut lse) = self.attend(q, kv, 0)?;
         if incoming.is_none() {
             return Ok((own, lse));
         }
@@ -145,7 +157,7 @@ impl<D: Device> Ring<'_, D> {
             let kv = transfer.wait()?;
             incoming = self.pass_keys(&kv, step + 1)?;
             let block = self.block(step);
-            let (part, part_lse) = self.attend(q, &kv, &block)?;
+            let (part, part_lse) = self.attend(q, &kv, step)?;
             let rows = self.rows(&block.queries);
             self.device.attention_merge(
                 sum.view_mut()?.rows(rows.clone())?,
@@ -172,9 +184,9 @@ impl<D: Device> Ring<'_, D> {
     where
         D: Attention<T> + Elementwise<T> + Elementwise<T::Acc>,
     {
-        let attend = |kv: &Tensor<T, D>, block: &Block| self.attend_backward(d_o, q, kv, o, lse, block);
+        let attend = |kv: &Tensor<T, D>, step: usize| self.attend_backward(d_o, q, kv, o, lse, step);
         let mut incoming = self.pass_keys(kv, 1)?;
-        let [own_dq, own_dk, own_dv] = attend(kv, &self.block(0))?;
+        let [own_dq, own_dk, own_dv] = attend(kv, 0)?;
         if incoming.is_none() {
             return Ok([own_dq, own_dk, own_dv]);
         }
@@ -189,7 +201,7 @@ impl<D: Device> Ring<'_, D> {
             let kv = transfer.wait()?;
             incoming = self.pass_keys(&kv, step + 1)?;
             let block = self.block(step);
-            let [part_dq, part_dk, part_dv] = attend(&kv, &block)?;
+            let [part_dq, part_dk, part_dv] = attend(&kv, step)?;
             self.add(dq.view_mut()?.rows(self.rows(&block.queries))?, &part_dq)?;
             let mut dkv = behind.wait()?;
             let keys = self.rows(&block.keys);
@@ -203,7 +215,7 @@ impl<D: Device> Ring<'_, D> {
         Ok([self.narrowed(&dq)?, dk, dv])
     }
 
-    /// A block's part of the gradients of its queries, keys and values.
+    /// The part that the block of a step has of the gradients of its queries, keys and values.
     fn attend_backward<T: Float>(
         &self,
         d_o: &Tensor<T, D>,
@@ -211,11 +223,12 @@ impl<D: Device> Ring<'_, D> {
         kv: &Tensor<T, D>,
         o: &Tensor<T, D>,
         lse: &Tensor<T::Acc, D>,
-        block: &Block,
+        step: usize,
     ) -> Result<[Tensor<T, D>; 3]>
     where
         D: Attention<T>,
     {
+        let block = self.block(step);
         let queries = self.rows(&block.queries);
         let kv = kv.view().rows(self.rows(&block.keys))?;
         let ([k_columns, v_columns], keys) = (self.columns(), kv.shape()[0]);
@@ -232,7 +245,8 @@ impl<D: Device> Ring<'_, D> {
             kv.columns(v_columns)?,
             o.view().rows(queries.clone())?,
             lse.view().rows(queries)?,
-            &self.block_shape(block),
+            self.first_keys(step, &block)?,
+            &self.block_shape(&block),
         )?;
         Ok([dq, dk, dv])
     }

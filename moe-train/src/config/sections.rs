@@ -370,6 +370,10 @@ pub struct DataConfig {
     /// How text becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerKind,
+    /// Attention sees the query's own document only, positions start anew in each, and no loss is taken where input and target
+    /// lie in different ones: Megatron's `reset_attention_mask`, `reset_position_ids` and `eod_mask_loss` together.
+    #[serde(default)]
+    pub separate_documents: bool,
     /// Share of the documents that is kept for evaluation.
     #[serde(default = "default_held_out")]
     pub held_out: f64,

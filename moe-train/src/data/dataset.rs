@@ -1,5 +1,7 @@
 //! A token file as samples.
 
+use std::ops::Range;
+
 use super::{DataError, TokenFile};
 
 /// Sample `i` is the tokens `iS ..= iS + S` of a file: inputs the first `S`, targets the last `S`. There are
@@ -41,9 +43,24 @@ impl Dataset {
     /// # Errors
     /// `i` is too large.
     pub fn sample(&self, i: u64) -> Result<Vec<u32>, DataError> {
+        self.file.tokens(self.range(i))
+    }
+
+    /// Positions in sample `i`, from 1 to S, at which a document starts; [`len`](Self::len) is above `i`.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn document_starts(&self, i: u64) -> Result<Vec<usize>, DataError> {
+        let range = self.range(i);
+        let first = range.start;
+        Ok(self.file.document_starts(range)?.into_iter().map(|start| (start - first) as usize).collect())
+    }
+
+    /// The tokens of sample `i`.
+    fn range(&self, i: u64) -> Range<u64> {
         let s = self.sequence_length as u64;
         let start = i.saturating_mul(s);
-        self.file.tokens(start..start.saturating_add(s + 1))
+        start..start.saturating_add(s + 1)
     }
 }
 
@@ -77,6 +94,22 @@ mod tests {
             assert!(dataset.sample(len).is_err());
             assert!(dataset.sample(u64::MAX).is_err());
         }
+    }
+
+    #[test]
+    fn documents_start_where_they_were_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let mut writer = TokenFileWriter::create(&path, 256).unwrap();
+        // Of one token, of none, longer than two samples; and one that starts with a sample, and one with its last target.
+        for len in [1, 0, 1, 9, 1, 0, 0, 4, 3] {
+            writer.document(&vec![7; len]).unwrap();
+        }
+        writer.finish().unwrap();
+        let dataset = Dataset::new(TokenFile::open(&path).unwrap(), 4).unwrap();
+        let starts: Vec<_> = (0..dataset.len()).map(|i| dataset.document_starts(i).unwrap()).collect();
+        // Documents start at 0, 1, 1, 2, 11, 12, 12, 12, 16.
+        assert_eq!(starts, [vec![1, 2], vec![], vec![3, 4], vec![4]]);
     }
 
     #[test]

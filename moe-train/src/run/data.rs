@@ -44,12 +44,13 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
     }
     let file = TokenFile::open(&folder.train_tokens())?;
     file.verify()?;
-    let train = Dataset::new(file, config.train.sequence_length)?;
+    let train = Samples::new(file, config)?;
     let batch_sizes = config.train.batch_sizes()?;
-    let sampler = Sampler::new(config.train.seed, train.len(), batch_sizes, config.train.micro_batch_size);
+    let sampler =
+        Sampler::new(config.train.seed, train.dataset.len(), batch_sizes, config.train.micro_batch_size);
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
-    let unigram_entropy = unigram_entropy(held_out.dataset.file())?;
-    Ok(RunData { train: TextSource { dataset: train, sampler }, held_out, unigram_entropy })
+    let unigram_entropy = unigram_entropy(held_out.samples.dataset.file())?;
+    Ok(RunData { train: TextSource { samples: train, sampler }, held_out, unigram_entropy })
 }
 
 /// The held-out tokens of a run.
@@ -60,17 +61,39 @@ pub fn open_held_out(config: &RunConfig, path: &Path) -> Result<HeldOut> {
     let file = TokenFile::open(path)?;
     file.verify()?;
     Ok(HeldOut {
-        dataset: Dataset::new(file, config.train.sequence_length)?,
+        samples: Samples::new(file, config)?,
         global_batch_size: config.train.global_batch_size,
         micro_batch_size: config.train.micro_batch_size,
         batches: config.train.eval_batches,
     })
 }
 
+/// The samples of a token file as sequences.
+#[derive(Debug)]
+struct Samples {
+    dataset: Dataset,
+    separate_documents: bool,
+}
+
+impl Samples {
+    fn new(file: TokenFile, config: &RunConfig) -> Result<Self> {
+        let dataset = Dataset::new(file, config.train.sequence_length)?;
+        Ok(Samples { dataset, separate_documents: config.data.separate_documents })
+    }
+
+    fn sequence(&self, i: u64) -> Result<Sequence> {
+        let sequence = Sequence::unweighted(self.dataset.sample(i)?);
+        Ok(match self.separate_documents {
+            true => sequence.separated(self.dataset.document_starts(i)?),
+            false => sequence,
+        })
+    }
+}
+
 /// Samples in the order that the seed and the global index give.
 #[derive(Debug)]
 pub struct TextSource {
-    dataset: Dataset,
+    samples: Samples,
     sampler: Sampler,
 }
 
@@ -89,14 +112,14 @@ impl TextSource {
 impl BatchSource for TextSource {
     fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>> {
         let samples = self.sampler.micro_batch(step, u);
-        samples.map(|i| Ok(Sequence::unweighted(self.dataset.sample(i)?))).collect()
+        samples.map(|i| self.samples.sequence(i)).collect()
     }
 }
 
 /// Held-out samples in file order, at most a number of batches; the last batch is filled with sequences that do not count.
 #[derive(Debug)]
 pub struct HeldOut {
-    dataset: Dataset,
+    samples: Samples,
     global_batch_size: usize,
     micro_batch_size: usize,
     batches: usize,
@@ -105,8 +128,9 @@ pub struct HeldOut {
 impl HeldOut {
     /// Micro-batches over all data-parallel ranks, a multiple of those of a training step.
     pub fn micro_batches(&self) -> usize {
-        let whole =
-            usize::try_from(self.dataset.len()).unwrap_or(usize::MAX).div_ceil(self.global_batch_size);
+        let whole = usize::try_from(self.samples.dataset.len())
+            .unwrap_or(usize::MAX)
+            .div_ceil(self.global_batch_size);
         whole.min(self.batches) * (self.global_batch_size / self.micro_batch_size)
     }
 
@@ -118,10 +142,10 @@ impl HeldOut {
         let first = (u * self.micro_batch_size) as u64;
         (first..first + self.micro_batch_size as u64)
             .map(|i| {
-                if i < self.dataset.len() {
-                    return Ok(Sequence::unweighted(self.dataset.sample(i)?));
+                if i < self.samples.dataset.len() {
+                    return self.samples.sequence(i);
                 }
-                let mut filler = Sequence::unweighted(self.dataset.sample(0)?);
+                let mut filler = self.samples.sequence(0)?;
                 filler.weights.fill(0.0);
                 Ok(filler)
             })

@@ -194,18 +194,18 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         micro_batch: impl Fn(usize) -> Result<Vec<Sequence>>,
     ) -> Result<f64> {
         let folding = &self.setup.folding;
-        let place = |axes| (folding.size(axes), folding.coordinate(self.rank, axes));
-        let ((dp, d), (cp, c)) = (place(Attention::DP), place(Attention::CP));
+        let (dp, d) = (folding.size(Attention::DP), folding.coordinate(self.rank, Attention::DP));
         let host = (0..count)
             .map(|j| {
                 let u = j * dp + d;
-                HostBatch::new(&micro_batch(u)?, first + (u * self.setup.micro_batch_size) as u64, cp, c)
+                let first = first + (u * self.setup.micro_batch_size) as u64;
+                HostBatch::new(&micro_batch(u)?, first, folding, self.rank)
             })
             .collect::<Result<Vec<_>>>()?;
         let own: f64 = host.iter().map(HostBatch::total_weight).sum();
         let total = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
-        self.cx.batches =
-            host.iter().map(|batch| batch.upload(&self.cx.device, total)).collect::<Result<_>>()?;
+        let upload = |batch: &HostBatch| batch.upload(&self.cx.device, total, folding, self.rank);
+        self.cx.batches = host.iter().map(upload).collect::<Result<_>>()?;
         self.cx.stats = fresh_stats(&self.stages);
         Ok(total)
     }

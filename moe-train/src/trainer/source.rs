@@ -2,7 +2,8 @@
 
 use moe_kernels::{Device, Float};
 use moe_model::MicroBatch;
-use moe_model::context::positions;
+use moe_model::context::{Documents, positions};
+use moe_topology::{Attention, Folding};
 
 use crate::Result;
 
@@ -13,13 +14,36 @@ pub struct Sequence {
     pub tokens: Vec<u32>,
     /// `S` loss weights.
     pub weights: Vec<f64>,
+    /// Ascending positions of the inputs, from 1, where documents start that see nothing of those before them. None: the
+    /// whole sequence is one.
+    pub documents: Vec<usize>,
 }
 
 impl Sequence {
+    /// One document.
+    pub fn new(tokens: Vec<u32>, weights: Vec<f64>) -> Self {
+        Sequence { tokens, weights, documents: Vec::new() }
+    }
+
     /// All targets count alike.
     pub fn unweighted(tokens: Vec<u32>) -> Self {
         let weights = vec![1.0; tokens.len().saturating_sub(1)];
-        Sequence { tokens, weights }
+        Self::new(tokens, weights)
+    }
+
+    /// Separates the documents that start at `starts`, ascending positions of the tokens: attention and positions start anew
+    /// there, and an input whose target is in another document has weight 0.
+    #[must_use]
+    pub fn separated(mut self, starts: impl IntoIterator<Item = usize>) -> Self {
+        for start in starts.into_iter().filter(|&start| start > 0) {
+            if let Some(weight) = self.weights.get_mut(start - 1) {
+                *weight = 0.0;
+            }
+            if start < self.weights.len() {
+                self.documents.push(start);
+            }
+        }
+        self
     }
 }
 
@@ -39,12 +63,15 @@ pub(crate) struct HostBatch {
     positions: Vec<i32>,
     labels: Vec<i32>,
     weights: Vec<f64>,
+    /// For all positions of all sequences, where their document starts; none if no sequence has several.
+    starts: Option<Vec<i32>>,
 }
 
 impl HostBatch {
-    /// The part of rank `rank` of `cp`. All sequences must have the same length; the index of the first one is
+    /// The part of `rank` of the folding. All sequences must have the same length; the index of the first one is
     /// `first_sequence`.
-    pub fn new(sequences: &[Sequence], first_sequence: u64, cp: usize, rank: usize) -> Result<Self> {
+    pub fn new(sequences: &[Sequence], first_sequence: u64, folding: &Folding, rank: usize) -> Result<Self> {
+        let (cp, rank) = (folding.size(Attention::CP), folding.coordinate(rank, Attention::CP));
         let batch = sequences.len();
         let seq_len = sequences.first().map_or(0, |s| s.weights.len());
         let capacity = batch * seq_len / cp;
@@ -55,6 +82,7 @@ impl HostBatch {
             positions: Vec::with_capacity(capacity),
             labels: Vec::with_capacity(capacity),
             weights: Vec::with_capacity(capacity),
+            starts: document_starts(sequences, seq_len),
         };
         for position in positions(seq_len, cp, rank)? {
             for sequence in sequences {
@@ -72,8 +100,14 @@ impl HostBatch {
         self.weights.iter().sum()
     }
 
-    /// On the device; `total_weight` is that of the whole step.
-    pub fn upload<T: Float, D: Device>(&self, device: &D, total_weight: f64) -> Result<MicroBatch<T, D>> {
+    /// On the device of `rank`; `total_weight` is that of the whole step.
+    pub fn upload<T: Float, D: Device>(
+        &self,
+        device: &D,
+        total_weight: f64,
+        folding: &Folding,
+        rank: usize,
+    ) -> Result<MicroBatch<T, D>> {
         let mut batch = MicroBatch::new(
             device,
             self.batch,
@@ -84,6 +118,47 @@ impl HostBatch {
             total_weight,
         )?;
         batch.first_sequence = self.first_sequence;
+        let documents = |starts: &Vec<i32>| Documents::new(device, self.batch, starts, folding, rank);
+        batch.documents = self.starts.as_ref().map(documents).transpose()?;
         Ok(batch)
+    }
+}
+
+/// The start of the document of every position, sequence-major, if any sequence has several documents.
+fn document_starts(sequences: &[Sequence], seq_len: usize) -> Option<Vec<i32>> {
+    if sequences.iter().all(|sequence| sequence.documents.is_empty()) {
+        return None;
+    }
+    let mut starts = vec![0; seq_len * sequences.len()];
+    for (b, sequence) in sequences.iter().enumerate() {
+        let ends = sequence.documents.iter().skip(1).copied().chain([seq_len]);
+        let ends = ends.map(|end| end.min(seq_len));
+        for (&start, end) in sequence.documents.iter().zip(ends) {
+            for position in start..end {
+                starts[position * sequences.len() + b] = start as i32;
+            }
+        }
+    }
+    Some(starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_are_separated_where_they_start() {
+        let whole = Sequence::unweighted((0..9).collect());
+        let cut = whole.clone().separated([0, 1, 4, 5, 8]);
+        assert_eq!(cut.tokens, whole.tokens);
+        assert_eq!(cut.weights, [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]);
+        assert_eq!(cut.documents, [1, 4, 5]);
+        assert_eq!(whole.clone().separated([0]), whole);
+
+        assert_eq!(document_starts(&[whole.clone(), whole.clone()], 8), None);
+        let starts = document_starts(&[cut, whole], 8).unwrap();
+        let (first, second): (Vec<i32>, Vec<i32>) = starts.chunks(2).map(|row| (row[0], row[1])).unzip();
+        assert_eq!(first, [0, 1, 1, 1, 4, 5, 5, 5]);
+        assert_eq!(second, [0; 8]);
     }
 }

@@ -33,15 +33,11 @@ impl BatchSource for RandomBatches {
             (state >> 33) as u32
         };
         Ok((0..self.micro_batch)
-            .map(|b| Sequence {
-                tokens: (0..=self.seq_len).map(|_| next() % self.vocab).collect(),
-                weights: (0..self.seq_len)
-                    .map(
-                        |_| {
-                            if u % 3 == 1 && b == 0 { 0.0 } else { [0.0, 1.0, 1.0, 2.0][next() as usize % 4] }
-                        },
-                    )
-                    .collect(),
+            .map(|b| {
+                let tokens = (0..=self.seq_len).map(|_| next() % self.vocab).collect();
+                let mut weight = || [0.0, 1.0, 1.0, 2.0][next() as usize % 4];
+                let weights = (0..self.seq_len).map(|_| if u % 3 == 1 && b == 0 { 0.0 } else { weight() });
+                Sequence::new(tokens, weights.collect())
             })
             .collect())
     }

@@ -3,13 +3,12 @@
 use faer::Accum;
 
 use super::softmax::{row_dots, softmax_backward};
-use super::{TILE, meets};
+use super::{Sight, TILE};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
-use crate::family::AttentionMask;
 
 /// Gradients of one head of keys and values, summed over the query heads that read it.
-pub(super) struct HeadGradient<T> {
+pub(super) struct HeadGradient<'a, T> {
     k: Vec<T>,
     v: Vec<T>,
     dk: Vec<T>,
@@ -18,14 +17,14 @@ pub(super) struct HeadGradient<T> {
     dim: usize,
     v_dim: usize,
     scale: T,
-    mask: AttentionMask,
+    sight: Sight<'a>,
 }
 
-impl<T: CpuFloat> HeadGradient<T> {
-    pub(super) fn new(k: Mat<'_, T>, v: Mat<'_, T>, scale: T, mask: AttentionMask) -> Self {
+impl<'a, T: CpuFloat> HeadGradient<'a, T> {
+    pub(super) fn new(k: Mat<'_, T>, v: Mat<'_, T>, scale: T, sight: Sight<'a>) -> Self {
         let (keys, dim, v_dim) = (k.rows(), k.cols(), v.cols());
         let [dk, dv] = [dim, v_dim].map(|dim| vec![T::ZERO; keys * dim]);
-        HeadGradient { k: k.packed(), v: v.packed(), dk, dv, keys, dim, v_dim, scale, mask }
+        HeadGradient { k: k.packed(), v: v.packed(), dk, dv, keys, dim, v_dim, scale, sight }
     }
 
     /// Writes `dk` and `dv`.
@@ -57,7 +56,7 @@ impl<T: CpuFloat> HeadGradient<T> {
             let mut delta = [T::ZERO; TILE];
             row_dots(&mut delta[..n], d_o, o.row_range(queries.clone()));
             dq_tile.fill(T::ZERO);
-            for keys in blocks(self.keys, TILE).filter(|keys| meets(self.mask, &queries, keys)) {
+            for keys in blocks(self.keys, TILE).filter(|keys| self.sight.meets(&queries, keys)) {
                 let cols = keys.len();
                 let [k_part, v_part] = [dim, v_dim].map(|dim| keys.start * dim..keys.end * dim);
                 let k = Mat::new(&self.k[k_part.clone()], cols, dim).faer();
@@ -82,7 +81,7 @@ impl<T: CpuFloat> HeadGradient<T> {
                     &lse,
                     &delta[..n],
                     self.scale,
-                    self.mask,
+                    self.sight,
                     queries.start,
                     keys,
                 );

@@ -3,10 +3,9 @@
 use faer::Accum;
 
 use super::softmax::{normalise, softmax_step};
-use super::{TILE, meets};
+use super::{Sight, TILE};
 use crate::cpu::float::CpuFloat;
 use crate::cpu::matrix::{Head, Mat, MatMut, blocks};
-use crate::family::AttentionMask;
 
 /// Attention of one head of one sequence.
 pub(super) fn forward_head<T: CpuFloat>(
@@ -16,7 +15,7 @@ pub(super) fn forward_head<T: CpuFloat>(
     k: Mat<'_, T>,
     v: Mat<'_, T>,
     scale: T,
-    mask: AttentionMask,
+    sight: Sight<'_>,
 ) {
     let (dim, v_dim) = (q.cols(), v.cols());
     let (k_packed, v_packed) = (k.packed(), v.packed());
@@ -28,7 +27,7 @@ pub(super) fn forward_head<T: CpuFloat>(
         let q = Mat::new(&q, n, dim);
         let (mut max, mut sum) = ([T::NEG_INFINITY; TILE], [T::ZERO; TILE]);
         acc.fill(T::ZERO);
-        for keys in blocks(k.rows(), TILE).filter(|keys| meets(mask, &queries, keys)) {
+        for keys in blocks(k.rows(), TILE).filter(|keys| sight.meets(&queries, keys)) {
             let scores = &mut scores[..n * keys.len()];
             let (k, v) = (k.row_range(keys.clone()), v.row_range(keys.clone()));
             let cols = keys.len();
@@ -45,7 +44,7 @@ pub(super) fn forward_head<T: CpuFloat>(
                 &mut max,
                 &mut sum,
                 MatMut::new(&mut acc, n, v_dim),
-                mask,
+                sight,
                 queries.start,
                 keys,
             );

@@ -19,27 +19,46 @@ use crate::{Result, View, ViewMut};
 /// Queries and keys of one tile.
 const TILE: usize = 64;
 
-/// The keys that `query` sees.
-#[inline(always)]
-fn seen(mask: AttentionMask, query: usize) -> Range<usize> {
-    match mask {
-        AttentionMask::Full => 0..usize::MAX,
-        AttentionMask::Causal => 0..query + 1,
-        AttentionMask::SlidingWindow { window } => (query + 1).saturating_sub(window)..query + 1,
+/// Which keys the queries of one sequence see.
+#[derive(Debug, Clone, Copy)]
+struct Sight<'a> {
+    mask: AttentionMask,
+    /// The first key of every query of every sequence.
+    first_keys: Option<&'a [i32]>,
+    batch: usize,
+    sequence: usize,
+}
+
+impl Sight<'_> {
+    /// The keys that `query` sees.
+    #[inline(always)]
+    fn of(self, query: usize) -> Range<usize> {
+        let seen = match self.mask {
+            AttentionMask::Full => 0..usize::MAX,
+            AttentionMask::Causal => 0..query + 1,
+            AttentionMask::SlidingWindow { window } => (query + 1).saturating_sub(window)..query + 1,
+        };
+        match self.first_keys {
+            None => seen,
+            Some(first) => {
+                let first = first[query * self.batch + self.sequence].max(0) as usize;
+                seen.start.max(first)..seen.end.max(first)
+            }
+        }
     }
-}
 
-/// Those of `keys` that `query` sees, counted from the first of `keys`.
-#[inline(always)]
-fn visible(mask: AttentionMask, query: usize, keys: &Range<usize>) -> Range<usize> {
-    let seen = seen(mask, query);
-    let within = |key: usize| key.clamp(keys.start, keys.end) - keys.start;
-    within(seen.start)..within(seen.end)
-}
+    /// Those of `keys` that `query` sees, counted from the first of `keys`.
+    #[inline(always)]
+    fn visible(self, query: usize, keys: &Range<usize>) -> Range<usize> {
+        let seen = self.of(query);
+        let within = |key: usize| key.clamp(keys.start, keys.end) - keys.start;
+        within(seen.start)..within(seen.end)
+    }
 
-/// Whether any of `queries` sees any of `keys`; what is seen moves forward with the query and leaves no gap.
-fn meets(mask: AttentionMask, queries: &Range<usize>, keys: &Range<usize>) -> bool {
-    seen(mask, queries.start).start < keys.end && keys.start < seen(mask, queries.end - 1).end
+    /// Whether any of `queries` sees any of `keys`.
+    fn meets(self, queries: &Range<usize>, keys: &Range<usize>) -> bool {
+        queries.clone().any(|query| !self.visible(query, keys).is_empty())
+    }
 }
 
 /// The rows of one head of one sequence in a matrix of sequence-major rows.
@@ -83,7 +102,18 @@ fn check_shapes(
             check::shape(kernel, what, expected, got)?;
         }
     }
-    check::shape(kernel, "lse", [s.q_len * s.batch, s.heads], lse)
+    check::shape(kernel, "lse", [q_rows, s.heads], lse)
+}
+
+/// The first key of every row of queries, if there are such.
+fn first_keys<'a>(
+    kernel: &'static str,
+    s: &AttentionShape,
+    keys: Option<View<'a, i32, Cpu>>,
+) -> Result<Option<&'a [i32]>> {
+    let Some(keys) = keys else { return Ok(None) };
+    check::shape(kernel, "first_keys", [1, s.q_len * s.batch], keys.shape())?;
+    Ok(Some(Mat::from(keys).vector()))
 }
 
 impl<T: CpuFloat> Attention<T> for Cpu {
@@ -94,12 +124,14 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         q: View<'_, T, Self>,
         k: View<'_, T, Self>,
         v: View<'_, T, Self>,
+        first_keys: Option<View<'_, i32, Self>>,
         shape: &AttentionShape,
     ) -> Result<()> {
         let s = *shape;
         let [q_shape, k_shape] = [[("q", q.shape())], [("k", k.shape())]];
         let [o_shape, v_shape] = [[("o", o.shape())], [("v", v.shape())]];
         check_shapes("attention", &s, &q_shape, &k_shape, &o_shape, &v_shape, lse.shape())?;
+        let first_keys = self::first_keys("attention", &s, first_keys)?;
         let (q, k, v) = (Mat::from(q), Mat::from(k), Mat::from(v));
         let o = MatMut::from(&mut o).heads(s.batch, s.v_head_dim);
         let lse = MatMut::from(&mut lse).heads(s.batch, 1);
@@ -109,7 +141,8 @@ impl<T: CpuFloat> Attention<T> for Cpu {
             let kv = h / (s.heads / s.kv_heads);
             let q = head(q, s.batch, b, h, s.head_dim);
             let (k, v) = (head(k, s.batch, b, kv, s.head_dim), head(v, s.batch, b, kv, s.v_head_dim));
-            forward_head(o, lse, q, k, v, T::from_f64(s.scale), s.mask);
+            let sight = Sight { mask: s.mask, first_keys, batch: s.batch, sequence: b };
+            forward_head(o, lse, q, k, v, T::from_f64(s.scale), sight);
         })
     }
 
@@ -151,6 +184,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         v: View<'_, T, Self>,
         o: View<'_, T, Self>,
         lse: View<'_, T, Self>,
+        first_keys: Option<View<'_, i32, Self>>,
         shape: &AttentionShape,
     ) -> Result<()> {
         let s = *shape;
@@ -159,6 +193,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         let outputs = [("d_o", d_o.shape()), ("o", o.shape())];
         let values = [("dv", dv.shape()), ("v", v.shape())];
         check_shapes("attention_backward", &s, &queries, &keys, &outputs, &values, lse.shape())?;
+        let first_keys = self::first_keys("attention_backward", &s, first_keys)?;
         let group = s.heads / s.kv_heads;
         let (d_o, q, k, v) = (Mat::from(d_o), Mat::from(q), Mat::from(k), Mat::from(v));
         let (o, lse) = (Mat::from(o), Mat::from(lse));
@@ -171,7 +206,8 @@ impl<T: CpuFloat> Attention<T> for Cpu {
             let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
             let of = |m, h| head(m, s.batch, b, h, s.head_dim);
             let of_value = |m, h| head(m, s.batch, b, h, s.v_head_dim);
-            let mut grad = HeadGradient::new(of(k, kv), of_value(v, kv), T::from_f64(s.scale), s.mask);
+            let sight = Sight { mask: s.mask, first_keys, batch: s.batch, sequence: b };
+            let mut grad = HeadGradient::new(of(k, kv), of_value(v, kv), T::from_f64(s.scale), sight);
             for g in 0..group {
                 let h = kv * group + g;
                 let lse = head(lse, s.batch, b, h, 1);

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use super::visible;
+use super::Sight;
 use crate::cpu::float::CpuFloat;
 use crate::cpu::lanes;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::simd::simd;
-use crate::family::AttentionMask;
 
 /// What of a row is in `range`; the rest becomes 0.
 #[inline(always)]
@@ -25,12 +24,12 @@ simd! {
         max: &mut [T],
         sum: &mut [T],
         acc: MatMut<'_, T>,
-        mask: AttentionMask,
+        sight: Sight<'_>,
         first: usize,
         keys: Range<usize>,
     ) {
         for i in 0..scores.rows() {
-            let seen = keep(scores.row(i), visible(mask, first + i, &keys));
+            let seen = keep(scores.row(i), sight.visible(first + i, &keys));
             if seen.is_empty() {
                 continue;
             }
@@ -68,13 +67,13 @@ simd! {
         lse: &[T],
         delta: &[T],
         scale: T,
-        mask: AttentionMask,
+        sight: Sight<'_>,
         first: usize,
         keys: Range<usize>,
     ) {
         for (i, (&lse, &delta)) in lse.iter().zip(delta).enumerate() {
             // A query that sees no key at all has no probabilities.
-            let range = if lse == T::NEG_INFINITY { 0..0 } else { visible(mask, first + i, &keys) };
+            let range = if lse == T::NEG_INFINITY { 0..0 } else { sight.visible(first + i, &keys) };
             let seen = keep(scores.row(i), range.clone());
             let dseen = keep(dp.row(i), range);
             for (p, dp) in seen.iter_mut().zip(dseen) {

@@ -88,6 +88,32 @@ impl TokenFile {
         Ok(u64_at(&self.map, at)..u64_at(&self.map, at + 8))
     }
 
+    /// Where the documents start that start inside of `range`, counted in tokens, ascending; not that at its start.
+    ///
+    /// # Errors
+    /// As [`tokens`](Self::tokens).
+    pub fn document_starts(&self, range: Range<u64>) -> Result<Vec<u64>, DataError> {
+        let (mut low, mut high) = (0, self.header.documents);
+        // The first document that starts after the range does.
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match self.document(middle)?.start <= range.start {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        let mut starts = Vec::new();
+        for i in low..self.header.documents {
+            match self.document(i)?.start {
+                start if start >= range.end => break,
+                start => starts.push(start),
+            }
+        }
+        // Documents without tokens start where the next one does.
+        starts.dedup();
+        Ok(starts)
+    }
+
     /// Some of the tokens.
     ///
     /// # Errors
