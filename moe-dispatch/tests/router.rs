@@ -115,9 +115,9 @@ proptest! {
         let dx = router
             .backward(
                 &device,
+                with(&tokens, &matrix, tensor_of_bias.as_ref(), 2),
                 &tensor(1, 4 * top_k, dweights),
                 saved,
-                tensor(NUM_EXPERTS, HIDDEN, &weight).view(),
                 dweight.view_mut().unwrap(),
                 SCALES,
             )
@@ -221,24 +221,24 @@ fn scores_in_f64_of_tokens_in_f32() {
             |rows, cols, values: &[f64]| Tensor::<f32, Cpu>::from_f64(&device, rows, cols, values).unwrap();
         let (x32, w32) = (single(4, HIDDEN, &x), single(NUM_EXPERTS, HIDDEN, &weight));
         let bias32 = bias.map(|bias| single(1, NUM_EXPERTS, bias));
-        let input = RouterInput {
+        let input = || RouterInput {
             bias: bias32.as_ref().map(Tensor::view),
             sequences: 2,
             ..RouterInput::new(&x32, w32.view())
         };
-        let (routing, saved, stats) = router.forward(&device, input, with_another_rank).unwrap();
+        let (routing, saved, stats) = router.forward(&device, input(), with_another_rank).unwrap();
         let mut dw = single(NUM_EXPERTS, HIDDEN, &[0.5; NUM_EXPERTS * HIDDEN]);
         let dx = router
-            .backward(&device, &single(1, 8, &dweights), saved, w32.view(), dw.view_mut().unwrap(), SCALES)
+            .backward(&device, input(), &single(1, 8, &dweights), saved, dw.view_mut().unwrap(), SCALES)
             .unwrap();
 
         let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-        let input = with(&x64, &w64, bias64.as_ref(), 2);
-        let (want, saved, wanted) = router.forward(&device, input, with_another_rank).unwrap();
+        let input = || with(&x64, &w64, bias64.as_ref(), 2);
+        let (want, saved, wanted) = router.forward(&device, input(), with_another_rank).unwrap();
         let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
         let dx64 = router
-            .backward(&device, &tensor(1, 8, &dweights), saved, w64.view(), dw64.view_mut().unwrap(), SCALES)
+            .backward(&device, input(), &tensor(1, 8, &dweights), saved, dw64.view_mut().unwrap(), SCALES)
             .unwrap();
 
         assert_eq!(stats, wanted, "not a bit of the losses is lost");
@@ -335,7 +335,14 @@ fn no_tokens() {
     assert_eq!((summed, routing.tokens, stats.aux_loss, stats.z_loss_sum), (1, 0, 0.0, 0.0));
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
     let dx = router
-        .backward(&device, &tensor(1, 0, &[]), saved, weight.view(), dweight.view_mut().unwrap(), SCALES)
+        .backward(
+            &device,
+            RouterInput::new(&x, weight.view()),
+            &tensor(1, 0, &[]),
+            saved,
+            dweight.view_mut().unwrap(),
+            SCALES,
+        )
         .unwrap();
     assert_eq!(dx.shape(), [0, HIDDEN]);
     assert_eq!(dweight.to_f64(&device).unwrap(), [0.0; NUM_EXPERTS * HIDDEN]);
@@ -368,11 +375,12 @@ fn what_cannot_be_is_refused() {
         assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
     }
     for scales in [RouterScales { valid_tokens: 0, ..SCALES }, RouterScales { step_counts: &[], ..SCALES }] {
-        let (_, saved, _) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
+        let input = || RouterInput::new(&x, weight.view());
+        let (_, saved, _) = router.forward(&device, input(), alone).unwrap();
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
         let dweights = tensor(1, 2, &[1.0, 1.0]);
         let refused =
-            router.backward(&device, &dweights, saved, weight.view(), dweight.view_mut().unwrap(), scales);
+            router.backward(&device, input(), &dweights, saved, dweight.view_mut().unwrap(), scales);
         assert!(matches!(refused, Err(Error::Router { .. })), "{scales:?}");
     }
 }

@@ -7,18 +7,19 @@ use moe_topology::{Attention, Axes, Owner, Placement};
 use crate::axes::{CP_DP, TP_CP_DP};
 use crate::bias::{Bias, BiasPlace};
 use crate::config::ModelConfig;
-use crate::context::{ContextAttention, ContextAttentionSaved, Heads};
+use crate::context::{ContextAttention, ContextAttentionInputs, ContextAttentionSaved, Heads};
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::projections::{Projections, ProjectionsDeferred, ProjectionsSaved};
+use crate::recompute::{RecomputeModule, RecomputeModules};
 use crate::{Cx, Error, Result};
 
 /// `y = x + W_o · attention(q, k, v)`, with [`q, k, v`](Projections) of `norm(x)`; each query sees the keys up to its own, of
 /// these the last `sliding_window` if that is set.
 ///
 /// Rows, or their latents, are gathered over TP before the column-parallel projections and reduce-scattered after the
-/// row-parallel one.
+/// row-parallel one. Backward gathers again, so that no rank keeps the rows of others.
 #[derive(Debug, Clone, Copy)]
 pub struct SelfAttention {
     norm: RmsNorm,
@@ -26,15 +27,25 @@ pub struct SelfAttention {
     out: ParamId,
     out_bias: Option<Bias>,
     core: ContextAttention,
+    keep_normed: bool,
+    keep_core: bool,
 }
 
 /// What backward needs of a forward pass.
 #[derive(Debug)]
 pub struct SelfAttentionSaved<T: Float, D: Device> {
     norm: RmsNormSaved<T, D>,
+    /// Absent if backward makes it again.
+    h: Option<Tensor<T, D>>,
     qkv: ProjectionsSaved<T, D>,
-    o: Tensor<T, D>,
-    core: ContextAttentionSaved<T, D>,
+    core: CoreSaved<T, D>,
+}
+
+/// The attention itself: its output and what backward needs of it, or what it starts from.
+#[derive(Debug)]
+enum CoreSaved<T: Float, D: Device> {
+    Whole { o: Tensor<T, D>, core: ContextAttentionSaved<T, D> },
+    Inputs(ContextAttentionInputs<T, D>),
 }
 
 /// What the weight gradients need.
@@ -53,6 +64,7 @@ impl SelfAttention {
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
+        recompute: RecomputeModules,
         layer: usize,
         stage: usize,
     ) -> Result<Self> {
@@ -99,7 +111,9 @@ impl SelfAttention {
             scale: (head_dim as f64).sqrt().recip(),
         };
         let core = ContextAttention::new(heads, mask, folding)?;
-        Ok(SelfAttention { norm, qkv, out, out_bias, core })
+        let keep_normed = !recompute.contains(RecomputeModule::Layernorm);
+        let keep_core = !recompute.contains(RecomputeModule::CoreAttn);
+        Ok(SelfAttention { norm, qkv, out, out_bias, core, keep_normed, keep_core })
     }
 }
 
@@ -122,7 +136,11 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         if let Some(bias) = self.out_bias {
             bias.add_to(y.view_mut()?, cx)?;
         }
-        Ok((y, SelfAttentionSaved { norm, qkv, o, core }))
+        let core = match self.keep_core {
+            true => CoreSaved::Whole { o, core },
+            false => CoreSaved::Inputs(core.into_inputs()),
+        };
+        Ok((y, SelfAttentionSaved { norm, h: self.keep_normed.then_some(h), qkv, core }))
     }
 
     fn backward_input(
@@ -133,7 +151,11 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
-        let SelfAttentionSaved { norm, qkv, o, core } = saved;
+        let SelfAttentionSaved { norm, h, qkv, core } = saved;
+        let (o, core) = match core {
+            CoreSaved::Whole { o, core } => (o, core),
+            CoreSaved::Inputs(inputs) => self.core.attend(m, inputs, cx)?,
+        };
         if let Some(bias) = self.out_bias {
             bias.backward(&dy, cx)?;
         }
@@ -144,7 +166,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         device.gemm(d_o.view_mut()?, dy_rows.view(), Op::N, cx.params.weight(self.out)?, Op::N)?;
 
         let gradients = self.core.backward(m, d_o, core, cx)?;
-        let (dh, qkv) = self.qkv.backward_input(m, gradients, qkv, cx)?;
+        let h = self.norm.output(h, &norm, cx)?;
+        let (dh, qkv) = self.qkv.backward_input(m, gradients, h, qkv, cx)?;
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;
         Ok((dx, SelfAttentionDeferred { qkv, o, dy: dy_rows }))

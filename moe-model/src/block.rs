@@ -1,6 +1,5 @@
 //! A decoder block: attention, then a dense feed-forward layer or experts.
 
-use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Float, Tensor};
 
 use crate::attention::SelfAttention;
@@ -9,7 +8,8 @@ use crate::dense::DenseMlp;
 use crate::layer::Layer;
 use crate::moe::MoeMlp;
 use crate::params::{ParamLayoutBuilder, Segment};
-use crate::{Cx, Error, Result};
+use crate::recompute::{Recompute, RecomputeModule, RecomputeSaved, Rerun};
+use crate::{Cx, Error, Execution, Result};
 
 /// `x → x + attention(norm(x)) → x + mlp(norm(x))`.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct Block {
     /// The attention sublayer.
     pub attention: SelfAttention,
     /// The feed-forward sublayer.
-    pub mlp: Mlp,
+    pub mlp: Recompute<Mlp>,
 }
 
 /// The feed-forward sublayer of a block: [`ModelConfig::is_moe_layer`] says which.
@@ -37,22 +37,27 @@ impl Block {
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
-        dispatcher: DispatcherKind,
+        execution: Execution,
         layer: usize,
         stage: usize,
     ) -> Result<Self> {
         let segment = params.begin_segment();
-        let attention = SelfAttention::new(params, config, layer, stage)?;
-        let mlp = match config.is_moe_layer(layer) {
-            true => Mlp::Moe(MoeMlp::new(params, config, dispatcher, layer, stage)?),
-            false => Mlp::Dense(DenseMlp::new(params, config, layer, stage)?),
+        let attention = SelfAttention::new(params, config, execution.recompute, layer, stage)?;
+        let moe = config.is_moe_layer(layer);
+        let enabled =
+            execution.recompute.contains(if moe { RecomputeModule::Moe } else { RecomputeModule::Mlp });
+        let execution = Execution { recompute: execution.recompute.inside(enabled), ..execution };
+        let mlp = match moe {
+            true => Mlp::Moe(MoeMlp::new(params, config, execution, layer, stage)?),
+            false => Mlp::Dense(DenseMlp::new(params, config, execution.recompute, layer, stage)?),
         };
-        Ok(Block { segment, attention, mlp })
+        Ok(Block { segment, attention, mlp: Recompute { layer: mlp, enabled } })
     }
 }
 
 type Saved<L, T, D> = <L as Layer<T, D>>::Saved;
 type Deferred<L, T, D> = <L as Layer<T, D>>::Deferred;
+type Kept<L, T, D> = <L as Rerun<T, D>>::Kept;
 
 /// A value that belongs to either kind of sublayer.
 #[derive(Debug)]
@@ -109,8 +114,27 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Mlp {
     }
 }
 
+impl<T: Float, D: Backend<T>> Rerun<T, D> for Mlp {
+    type Kept = Option<Kept<MoeMlp, T, D>>;
+
+    fn keep(saved: Self::Saved) -> Self::Kept {
+        match saved {
+            Either::Dense(_) => None,
+            Either::Moe(saved) => Some(MoeMlp::keep(saved)),
+        }
+    }
+
+    fn rerun(&self, m: u32, x: Tensor<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+        match (self, kept) {
+            (Mlp::Dense(mlp), None) => Ok(Either::Dense(mlp.rerun(m, x, (), cx)?)),
+            (Mlp::Moe(mlp), Some(kept)) => Ok(Either::Moe(mlp.rerun(m, x, kept, cx)?)),
+            _ => Err(Error::OtherLayer),
+        }
+    }
+}
+
 impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
-    type Saved = (Saved<SelfAttention, T, D>, Saved<Mlp, T, D>);
+    type Saved = (Saved<SelfAttention, T, D>, Saved<Recompute<Mlp>, T, D>);
     type Deferred = (Deferred<SelfAttention, T, D>, Deferred<Mlp, T, D>);
 
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
@@ -136,5 +160,21 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
         self.mlp.backward_weight(m, mlp, cx)?;
         self.attention.backward_weight(m, attention, cx)?;
         cx.grads_added(self.segment, m)
+    }
+}
+
+impl<T: Float, D: Backend<T>> Rerun<T, D> for Block {
+    type Kept = Kept<Mlp, T, D>;
+
+    fn keep((_, mlp): Self::Saved) -> Self::Kept {
+        match mlp {
+            RecomputeSaved::Whole(saved) => Mlp::keep(saved),
+            RecomputeSaved::Input { kept, .. } => kept,
+        }
+    }
+
+    fn rerun(&self, m: u32, x: Tensor<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+        let (x, attention) = self.attention.forward(m, x, cx)?;
+        Ok((attention, RecomputeSaved::Whole(self.mlp.layer.rerun(m, x, kept, cx)?)))
     }
 }

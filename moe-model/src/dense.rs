@@ -10,12 +10,13 @@ use crate::config::ModelConfig;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::recompute::{RecomputeModule, RecomputeModules, Rerun};
 use crate::{Cx, Result};
 
 /// `down(function(gate h) ⊙ up h)` (arXiv 2002.05202), with biases of all three with `mlp_bias`: `gate` and `up` column-parallel over TP, `down` row-parallel.
 ///
 /// Rows are gathered over TP before, and the partial sums reduce-scattered after (sequence parallelism): each rank gives
-/// and gets the rows of its own tokens.
+/// and gets the rows of its own tokens. Backward gathers again, so that no rank keeps the rows of others.
 #[derive(Debug, Clone, Copy)]
 pub struct GatedMlp {
     gate_up: ParamId,
@@ -30,10 +31,9 @@ struct Biases {
     down: Bias,
 }
 
-/// What backward needs of a forward pass.
+/// What backward needs of a forward pass, besides its input.
 #[derive(Debug)]
 pub struct GatedMlpSaved<T: Float, D: Device> {
-    rows: Tensor<T, D>,
     gate_up: Tensor<T, D>,
     activated: Tensor<T, D>,
 }
@@ -99,33 +99,44 @@ impl GatedMlp {
         h: &Tensor<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<(Tensor<T, D>, GatedMlpSaved<T, D>)> {
+        let saved = self.activate(h, cx)?;
+        let [n, _] = saved.activated.shape();
+        let mut partial = Tensor::uninit(&cx.device, n, h.shape()[1])?;
+        let down = cx.params.weight(self.down)?;
+        cx.device.gemm(partial.view_mut()?, saved.activated.view(), Op::N, down, Op::T)?;
+        let mut y = cx.group(Attention::TP)?.reduce_scatter_rows(&partial)?;
+        if let Some(biases) = self.biases {
+            drop(partial); // of one rank, y is no other tensor
+            biases.down.add_to(y.view_mut()?, cx)?;
+        }
+        Ok((y, saved))
+    }
+
+    /// The part of a forward pass that backward reads.
+    pub fn activate<T: Float, D: Backend<T>>(
+        &self,
+        h: &Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<GatedMlpSaved<T, D>> {
         let device = &cx.device;
-        let tp = cx.group(Attention::TP)?;
-        let rows = tp.all_gather_rows(h)?;
-        let [n, hidden] = rows.shape();
-        let (gate_up_weight, down) = (cx.params.weight(self.gate_up)?, cx.params.weight(self.down)?);
-        let inner = down.shape()[1];
+        let rows = cx.group(Attention::TP)?.all_gather_rows(h)?;
+        let (weight, inner) = (cx.params.weight(self.gate_up)?, cx.params.weight(self.down)?.shape()[1]);
+        let n = rows.shape()[0];
         let mut gate_up = Tensor::uninit(device, n, 2 * inner)?;
-        device.gemm(gate_up.view_mut()?, rows.view(), Op::N, gate_up_weight, Op::T)?;
+        device.gemm(gate_up.view_mut()?, rows.view(), Op::N, weight, Op::T)?;
         if let Some(biases) = self.biases {
             biases.gate_up.add_to(gate_up.view_mut()?, cx)?;
         }
         let mut activated = Tensor::uninit(device, n, inner)?;
         device.glu(activated.view_mut()?, gate_up.view(), None, self.function)?;
-        let mut partial = Tensor::uninit(device, n, hidden)?;
-        device.gemm(partial.view_mut()?, activated.view(), Op::N, down, Op::T)?;
-        let mut y = tp.reduce_scatter_rows(&partial)?;
-        if let Some(biases) = self.biases {
-            drop(partial); // of one rank, y is no other tensor
-            biases.down.add_to(y.view_mut()?, cx)?;
-        }
-        Ok((y, GatedMlpSaved { rows, gate_up, activated }))
+        Ok(GatedMlpSaved { gate_up, activated })
     }
 
     /// The gradient of `h`; adds to those of biases.
     pub fn backward_input<T: Float, D: Backend<T>>(
         &self,
         dy: &Tensor<T, D>,
+        h: &Tensor<T, D>,
         saved: GatedMlpSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, GatedMlpDeferred<T, D>)> {
@@ -133,9 +144,10 @@ impl GatedMlp {
             biases.down.backward(dy, cx)?;
         }
         let device = &cx.device;
-        let GatedMlpSaved { rows, gate_up, activated } = saved;
+        let GatedMlpSaved { gate_up, activated } = saved;
         let tp = cx.group(Attention::TP)?;
         let dy = tp.all_gather_rows(dy)?;
+        let rows = tp.start_all_gather_rows(h)?;
         let [n, hidden] = dy.shape();
         let inner = activated.shape()[1];
         let mut d_activated = Tensor::uninit(device, n, inner)?;
@@ -143,13 +155,14 @@ impl GatedMlp {
         let mut d_gate_up = Tensor::uninit(device, n, 2 * inner)?;
         let d_gate_up_view = d_gate_up.view_mut()?;
         device.glu_backward(d_gate_up_view, None, d_activated.view(), gate_up.view(), None, self.function)?;
+        drop((d_activated, gate_up)); // before more is made
         let mut d_rows = Tensor::uninit(device, n, hidden)?;
         device.gemm(d_rows.view_mut()?, d_gate_up.view(), Op::N, cx.params.weight(self.gate_up)?, Op::N)?;
         let dh = tp.reduce_scatter_rows(&d_rows)?;
         if let Some(biases) = self.biases {
             biases.gate_up.backward(&d_gate_up, cx)?;
         }
-        Ok((dh, GatedMlpDeferred { rows, d_gate_up, activated, dy }))
+        Ok((dh, GatedMlpDeferred { rows: rows.wait()?, d_gate_up, activated, dy }))
     }
 
     /// Adds to the weight gradients.
@@ -171,6 +184,16 @@ impl GatedMlp {
 pub struct DenseMlp {
     norm: RmsNorm,
     mlp: GatedMlp,
+    keep_normed: bool,
+}
+
+/// What backward needs of a forward pass.
+#[derive(Debug)]
+pub struct DenseMlpSaved<T: Float, D: Device> {
+    norm: RmsNormSaved<T, D>,
+    /// Absent if backward makes it again.
+    h: Option<Tensor<T, D>>,
+    mlp: GatedMlpSaved<T, D>,
 }
 
 impl DenseMlp {
@@ -178,6 +201,7 @@ impl DenseMlp {
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
+        recompute: RecomputeModules,
         layer: usize,
         stage: usize,
     ) -> Result<Self> {
@@ -185,12 +209,12 @@ impl DenseMlp {
         let name = format!("{prefix}.post_attention_layernorm.weight");
         let norm = RmsNorm::new(params, name, config.hidden_size, config.rms_norm_eps, stage)?;
         let mlp = GatedMlp::new(params, config, &format!("{prefix}.mlp"), config.intermediate_size, stage)?;
-        Ok(DenseMlp { norm, mlp })
+        Ok(DenseMlp { norm, mlp, keep_normed: !recompute.contains(RecomputeModule::Layernorm) })
     }
 }
 
 impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
-    type Saved = (RmsNormSaved<T, D>, GatedMlpSaved<T, D>);
+    type Saved = DenseMlpSaved<T, D>;
     type Deferred = GatedMlpDeferred<T, D>;
 
     fn forward(&self, _m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
@@ -198,17 +222,19 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
         let (out, mlp) = self.mlp.forward(&h, cx)?;
         let mut y = Tensor::uninit(&cx.device, x.shape()[0], x.shape()[1])?;
         cx.device.add(y.view_mut()?, x.view(), out.view())?;
-        Ok((y, (norm, mlp)))
+        Ok((y, DenseMlpSaved { norm, h: self.keep_normed.then_some(h), mlp }))
     }
 
     fn backward_input(
         &self,
         _m: u32,
         dy: Tensor<T, D>,
-        (norm, mlp): Self::Saved,
+        saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
-        let (dh, deferred) = self.mlp.backward_input(&dy, mlp, cx)?;
+        let DenseMlpSaved { norm, h, mlp } = saved;
+        let h = self.norm.output(h, &norm, cx)?;
+        let (dh, deferred) = self.mlp.backward_input(&dy, &h, mlp, cx)?;
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         cx.device.add_assign(dx.view_mut()?, dy.view())?;
         Ok((dx, deferred))
@@ -216,5 +242,17 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         self.mlp.backward_weight(deferred, cx)
+    }
+}
+
+impl<T: Float, D: Backend<T>> Rerun<T, D> for DenseMlp {
+    type Kept = ();
+
+    fn keep(_saved: Self::Saved) {}
+
+    fn rerun(&self, _m: u32, x: Tensor<T, D>, _kept: (), cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+        let (h, norm) = self.norm.forward(x, cx)?;
+        let mlp = self.mlp.activate(&h, cx)?;
+        Ok(DenseMlpSaved { norm, h: self.keep_normed.then_some(h), mlp })
     }
 }

@@ -2,6 +2,8 @@
 
 use moe_kernels::DType;
 
+use crate::recompute::RecomputeModule;
+
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -95,6 +97,14 @@ pub enum Error {
         window: usize,
         /// Ranks of the ring, the outer digit of CP.
         ranks: usize,
+    },
+    /// Something to recompute that means nothing.
+    #[error("recompute \"{module}\": {why}")]
+    Recompute {
+        /// Its name.
+        module: RecomputeModule,
+        /// Why, and what to do.
+        why: String,
     },
     /// Backward was given what another kind of layer had kept.
     #[error("what a forward pass kept belongs to another kind of layer")]

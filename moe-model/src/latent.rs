@@ -44,13 +44,13 @@ struct Biases {
     kv: Bias,
 }
 
-/// What backward needs of a forward pass.
+/// What backward needs of a forward pass, besides its input.
 #[derive(Debug)]
 pub struct LatentQkvSaved<T: Float, D: Device> {
-    h: Tensor<T, D>,
     q_norm: Option<RmsNormSaved<T, D>>,
     kv_norm: RmsNormSaved<T, D>,
-    rows: Tensor<T, D>,
+    /// The latents of this rank's rows, as they are gathered.
+    own: Tensor<T, D>,
 }
 
 /// What the weight gradients need.
@@ -165,7 +165,7 @@ impl LatentQkv {
         device.copy_rows(own.view_mut()?.columns(up.k_pe.clone())?, latents.view().columns(down.k_pe)?)?;
         let rows = cx.group(Attention::TP)?.all_gather_rows(&own)?;
         let (q, kv) = self.expand(m, &rows, &up, cx)?;
-        Ok((q, kv, LatentQkvSaved { h: h.clone(), q_norm, kv_norm, rows }))
+        Ok((q, kv, LatentQkvSaved { q_norm, kv_norm, own }))
     }
 
     /// From all rows' latents to this rank's heads.
@@ -209,12 +209,14 @@ impl LatentQkv {
         &self,
         m: u32,
         [dq, dk, dv]: [Tensor<T, D>; 3],
+        h: Tensor<T, D>,
         saved: LatentQkvSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, LatentQkvDeferred<T, D>)> {
         let device = cx.device.clone();
-        let LatentQkvSaved { h, q_norm, kv_norm, rows } = saved;
-        let ([tokens, hidden], n, heads) = (h.shape(), rows.shape()[0], self.heads);
+        let LatentQkvSaved { q_norm, kv_norm, own } = saved;
+        let rows = cx.group(Attention::TP)?.start_all_gather_rows(&own)?;
+        let ([tokens, hidden], n, heads) = (h.shape(), dq.shape()[0], self.heads);
         let LatentAttention { qk_nope_head_dim: nope, qk_rope_head_dim: rotated, v_head_dim: v, .. } =
             self.dims;
         let qk = nope + rotated;
@@ -260,7 +262,7 @@ impl LatentQkv {
         if self.dims.q_lora_rank.is_none() {
             device.add_assign(dh.view_mut()?, d_own.view().columns(columns.q)?)?;
         }
-        Ok((dh, LatentQkvDeferred { h, d_down, rows, dq: dq_raw, d_up }))
+        Ok((dh, LatentQkvDeferred { h, d_down, rows: rows.wait()?, dq: dq_raw, d_up }))
     }
 
     /// Adds to the gradients of the projections.

@@ -18,9 +18,8 @@
 //! The README runs forward and backward; here is what one rank of eight holds, known without a device or a second rank:
 //!
 //! ```
-//! use moe_dispatch::DispatcherKind;
 //! use moe_model::params::ParamLayoutBuilder;
-//! use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
+//! use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
 //! use moe_topology::{Attention, Expert, Folding, Mapping};
 //!
 //! let config: ModelConfig = serde_json::from_str(
@@ -36,7 +35,7 @@
 //! // Rank 5: the second of four ranks of the last stage.
 //! let mut params = ParamLayoutBuilder::new(&folding, 5);
 //! let layout = PipelineLayout::even(config.num_hidden_layers, 2, 1)?;
-//! let stages = DecoderStage::of_rank(&mut params, &config, DispatcherKind::AllToAll, &layout)?;
+//! let stages = DecoderStage::of_rank(&mut params, &config, Execution::default(), &layout)?;
 //! assert_eq!(stages[0].moe_stats().len(), 1); // layer 1
 //!
 //! let layout = params.build();
@@ -77,6 +76,7 @@ pub mod cx;
 pub mod dense;
 pub mod embedding;
 pub mod error;
+pub mod execution;
 pub mod expert_bias;
 pub mod expert_mlp_bias;
 pub mod head;
@@ -88,6 +88,7 @@ pub mod params;
 pub mod pipeline;
 pub mod projections;
 pub mod qkv;
+pub mod recompute;
 pub mod rope;
 pub mod shared;
 pub mod stage;
@@ -98,8 +99,10 @@ pub use capacity::{DropUnit, ExpertCapacity};
 pub use config::ModelConfig;
 pub use cx::{Cx, MicroBatch, Mode, MoeStats, Objective, Stats};
 pub use error::{Error, Result};
+pub use execution::Execution;
 pub use layer::Layer;
 pub use pipeline::PipelineLayout;
+pub use recompute::{RecomputeModule, RecomputeModules};
 pub use rope::RopeTable;
 pub use stage::{CountingStage, DecoderStage, TypedStage};
 pub use transport::CommTransport;

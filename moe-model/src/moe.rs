@@ -2,8 +2,8 @@
 
 use moe_comm::Reduction;
 use moe_dispatch::{
-    Dispatcher, DispatcherKind, Grid, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved,
-    RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
+    Batch, Dispatcher, Grid, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved, RouterScales,
+    RouterStats, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -19,8 +19,9 @@ use crate::expert_mlp_bias::ExpertMlpBias;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::recompute::{RecomputeModule, RecomputeModules, Rerun};
 use crate::shared::{SharedExpert, SharedExpertSaved};
-use crate::{Cx, Error, Result};
+use crate::{Cx, Error, Execution, Result};
 
 /// `y = x + Σ_e p_e · W2_e(f(W1_e h) ⊙ W3_e h) + shared(h)` over the experts that the router chose, with `h = norm(x)` and
 /// `f` the model's `hidden_act`; with [biases](ExpertMlpBias) if `expert_mlp_bias`.
@@ -42,21 +43,33 @@ pub struct MoeMlp {
     mlp_bias: Option<ExpertMlpBias>,
     function: GateFunction,
     shared: Option<SharedExpert>,
+    recompute: RecomputeModules,
 }
 
-/// What backward needs of a forward pass.
+/// What was decided and exchanged in a forward pass: small beside activations, and never made again, so that the choice
+/// stays the same, counts are exchanged once and statistics counted once.
 #[derive(Debug)]
-pub struct MoeMlpSaved<T: Float, D: Device> {
-    norm: RmsNormSaved<T, D>,
+pub struct Routed<T: Float, D: Device> {
     router: RouterSaved<T, D>,
     /// This rank's choices that the load-balancing losses count.
     plain_counts: Vec<i64>,
+    /// Weights of the choices, `[tokens, top_k]`.
+    weights: Tensor<T::Acc, D>,
     state: TokenDispatcherState<Tensor<i32, D>>,
-    x: Tensor<T, D>,
-    probs: Tensor<T::Acc, D>,
-    offsets: Tensor<i32, D>,
+}
+
+/// The rows of this rank's experts.
+type Rows<T, D> = Batch<Tensor<T, D>, Tensor<<T as Float>::Acc, D>, Tensor<i32, D>>;
+
+/// What backward needs of a forward pass. What is absent, backward makes again.
+#[derive(Debug)]
+pub struct MoeMlpSaved<T: Float, D: Device> {
+    norm: RmsNormSaved<T, D>,
+    h: Option<Tensor<T, D>>,
+    routed: Routed<T, D>,
+    rows: Rows<T, D>,
     gate_up: Tensor<T, D>,
-    activated: Tensor<T, D>,
+    activated: Option<Tensor<T, D>>,
     shared: Option<SharedExpertSaved<T, D>>,
 }
 
@@ -76,7 +89,7 @@ impl MoeMlp {
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
-        dispatcher: DispatcherKind,
+        execution: Execution,
         layer: usize,
         stage: usize,
     ) -> Result<Self> {
@@ -125,7 +138,7 @@ impl MoeMlp {
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
         let place = Place::of(params.folding(), params.rank());
-        let dispatcher = TokenDispatcher { kind: dispatcher, num_experts: experts };
+        let dispatcher = TokenDispatcher { kind: execution.dispatcher, num_experts: experts };
         let (function, shared) = (config.gate_function(), SharedExpert::new(params, config, layer, stage)?);
         Ok(MoeMlp {
             layer,
@@ -141,6 +154,7 @@ impl MoeMlp {
             mlp_bias,
             function,
             shared,
+            recompute: execution.recompute,
         })
     }
 
@@ -192,6 +206,74 @@ impl MoeMlp {
             (None, batches) => Err(Error::NotCounted { layer: self.layer, batches }),
         }
     }
+
+    fn keeps(&self, module: RecomputeModule) -> bool {
+        !self.recompute.contains(module)
+    }
+
+    fn fabric<'a, T: Float, D: Backend<T>>(&self, cx: &'a Cx<T, D>) -> Result<NativeFabric<'a, T, D>> {
+        Ok(NativeFabric::new(&cx.device, self.grid, &cx.comms)?)
+    }
+
+    /// Chooses experts for `h` and exchanges counts; adds to the statistics.
+    fn route<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        h: &Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Routed<T, D>> {
+        let unit = cx.group(TP_CP)?;
+        let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
+        let sequences = cx.batch(m)?.batch;
+        let bias = self.bias.map(|bias| bias.values(&cx.params).view());
+        let input = RouterInput { bias, sequences, ..RouterInput::new(h, cx.params.weight(self.gate)?) };
+        let (routing, router, seen) = self
+            .router
+            .forward(&cx.device, input, sum_over_unit)
+            .map_err(|error| Error::in_router(self.layer, error))?;
+        let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
+        self.record(&mut cx.stats.moe, &seen, dropped);
+        let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
+        Ok(Routed { router, plain_counts: seen.plain_counts, weights: routing.weights, state })
+    }
+
+    /// Brings the rows of `h` to their experts.
+    fn dispatch<T: Float, D: Backend<T>>(
+        &self,
+        h: &Tensor<T, D>,
+        routed: &Routed<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Rows<T, D>> {
+        let fabric = self.fabric(cx)?;
+        let flight = self.dispatcher.to_experts_start(&fabric, h, Some(&routed.weights), &routed.state)?;
+        Ok(self.dispatcher.dispatch_finish(&fabric, flight, &routed.state)?)
+    }
+
+    /// The first product of the experts, `[rows, 2 · inner]`.
+    fn gate_up<T: Float, D: Backend<T>>(&self, rows: &Rows<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+        let (device, inner) = (&cx.device, cx.params.weight(self.down)?.shape()[1]);
+        let mut gate_up = Tensor::uninit(device, rows.rows, 2 * inner)?;
+        let weight = cx.params.weight(self.gate_up)?;
+        device.grouped_gemm(gate_up.view_mut()?, rows.x.view(), weight, Op::T, rows.offsets.view())?;
+        if let Some(bias) = self.mlp_bias {
+            bias.add_to_gate_up(gate_up.view_mut()?, &rows.offsets, cx)?;
+        }
+        Ok(gate_up)
+    }
+
+    /// The gated activation times the probabilities, `[rows, inner]`.
+    fn activate<T: Float, D: Backend<T>>(
+        &self,
+        gate_up: &Tensor<T, D>,
+        rows: &Rows<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let [n, width] = gate_up.shape();
+        let mut activated = Tensor::uninit(&cx.device, n, width / 2)?;
+        let probs = Some(rows.probs.view());
+        cx.device.glu(activated.view_mut()?, gate_up.view(), probs, self.function)?;
+        Ok(activated)
+    }
 }
 
 impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
@@ -201,75 +283,49 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
         let device = cx.device.clone();
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
-        let unit = cx.group(TP_CP)?;
-        let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
-        let sequences = cx.batch(m)?.batch;
-        let bias = self.bias.map(|bias| bias.values(&cx.params).view());
-        let input = RouterInput { bias, sequences, ..RouterInput::new(&h, cx.params.weight(self.gate)?) };
-        let (routing, router, seen) = self
-            .router
-            .forward(&device, input, sum_over_unit)
-            .map_err(|error| Error::in_router(self.layer, error))?;
-        let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
-        self.record(&mut cx.stats.moe, &seen, dropped);
-
-        let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
-        let (batch, state) = self.dispatcher.dispatch(&fabric, &h, &routing)?;
-        let (gate_up_weight, down_weight) = (cx.params.weight(self.gate_up)?, cx.params.weight(self.down)?);
-        let (n, inner) = (batch.rows, down_weight.shape()[1]);
-        let mut gate_up = Tensor::uninit(&device, n, 2 * inner)?;
-        device.grouped_gemm(
-            gate_up.view_mut()?,
-            batch.x.view(),
-            gate_up_weight,
-            Op::T,
-            batch.offsets.view(),
-        )?;
+        let routed = self.route(m, &h, cx)?;
+        let rows = self.dispatch(&h, &routed, cx)?;
+        let gate_up = self.gate_up(&rows, cx)?;
+        let activated = self.activate(&gate_up, &rows, cx)?;
+        let [tokens, hidden] = x.shape();
+        let mut out = Tensor::uninit(&device, rows.rows, hidden)?;
+        let weight = cx.params.weight(self.down)?;
+        device.grouped_gemm(out.view_mut()?, activated.view(), weight, Op::T, rows.offsets.view())?;
         if let Some(bias) = self.mlp_bias {
-            bias.add_to_gate_up(gate_up.view_mut()?, &batch.offsets, cx)?;
+            bias.add_to_out(out.view_mut()?, &rows.probs, &rows.offsets, cx)?;
         }
-        let mut activated = Tensor::uninit(&device, n, inner)?;
-        device.glu(activated.view_mut()?, gate_up.view(), Some(batch.probs.view()), self.function)?;
-        let mut out = Tensor::uninit(&device, n, x.shape()[1])?;
-        device.grouped_gemm(out.view_mut()?, activated.view(), down_weight, Op::T, batch.offsets.view())?;
-        if let Some(bias) = self.mlp_bias {
-            bias.add_to_out(out.view_mut()?, &batch.probs, &batch.offsets, cx)?;
-        }
-        let combined = self.dispatcher.combine(&fabric, out, &state)?;
+        let combined = self.dispatcher.combine(&self.fabric(cx)?, out, &routed.state)?;
 
-        let mut y = Tensor::uninit(&device, x.shape()[0], x.shape()[1])?;
+        let mut y = Tensor::uninit(&device, tokens, hidden)?;
         device.add(y.view_mut()?, x.view(), combined.view())?;
-        let shared = match &self.shared {
-            Some(expert) => {
-                let (out, saved) = expert.forward(&h, cx)?;
-                device.add_assign(y.view_mut()?, out.view())?;
-                Some(saved)
-            }
-            None => None,
-        };
-        let (x, probs, offsets, plain_counts) = (batch.x, batch.probs, batch.offsets, seen.plain_counts);
-        let saved =
-            MoeMlpSaved { norm, router, plain_counts, state, x, probs, offsets, gate_up, activated, shared };
-        Ok((y, saved))
+        let mut shared = None;
+        if let Some(expert) = &self.shared {
+            let (out, saved) = expert.forward(&h, cx)?;
+            device.add_assign(y.view_mut()?, out.view())?;
+            shared = self.keeps(RecomputeModule::SharedExperts).then_some(saved);
+        }
+        let h = self.keeps(RecomputeModule::Layernorm).then_some(h);
+        let activated = self.keeps(RecomputeModule::MoeAct).then_some(activated);
+        Ok((y, MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared }))
     }
 
     fn backward_input(
         &self,
-        _m: u32,
+        m: u32,
         dy: Tensor<T, D>,
         saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
-        let MoeMlpSaved { norm, router, plain_counts, state, x, probs, offsets, gate_up, activated, shared } =
-            saved;
-        let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
-        let d_out = self.dispatcher.combine_backward(&fabric, &dy, &state)?;
-        let (n, inner, hidden) = (d_out.shape()[0], activated.shape()[1], d_out.shape()[1]);
+        let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = saved;
+        let Routed { router, plain_counts, state, .. } = routed;
+        let d_out = self.dispatcher.combine_backward(&self.fabric(cx)?, &dy, &state)?;
+        let [n, hidden] = d_out.shape();
 
-        let down_weight = cx.params.weight(self.down)?;
+        let weight = cx.params.weight(self.down)?;
+        let inner = weight.shape()[1];
         let mut d_activated = Tensor::uninit(&device, n, inner)?;
-        device.grouped_gemm(d_activated.view_mut()?, d_out.view(), down_weight, Op::N, offsets.view())?;
+        device.grouped_gemm(d_activated.view_mut()?, d_out.view(), weight, Op::N, rows.offsets.view())?;
         let mut d_gate_up = Tensor::uninit(&device, n, 2 * inner)?;
         let mut d_probs = Tensor::uninit(&device, 1, n)?;
         device.glu_backward(
@@ -277,18 +333,23 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             Some(d_probs.view_mut()?),
             d_activated.view(),
             gate_up.view(),
-            Some(probs.view()),
+            Some(rows.probs.view()),
             self.function,
         )?;
-        let gate_up_weight = cx.params.weight(self.gate_up)?;
+        drop(d_activated); // before more is made
+        let activated = activated.map_or_else(|| self.activate(&gate_up, &rows, cx), Ok)?;
+        drop(gate_up);
+        let Batch { x, probs, offsets, .. } = rows;
+        let weight = cx.params.weight(self.gate_up)?;
         let mut dx_rows = Tensor::uninit(&device, n, hidden)?;
-        device.grouped_gemm(dx_rows.view_mut()?, d_gate_up.view(), gate_up_weight, Op::N, offsets.view())?;
+        device.grouped_gemm(dx_rows.view_mut()?, d_gate_up.view(), weight, Op::N, offsets.view())?;
         if let Some(bias) = self.mlp_bias {
             bias.backward(d_probs.view_mut()?, &d_gate_up, &d_out, &probs, &offsets, cx)?;
         }
-        let fabric = NativeFabric::new(&cx.device, self.grid, &cx.comms)?;
+        let fabric = self.fabric(cx)?;
         let (mut dh, dweights) = self.dispatcher.dispatch_backward(&fabric, dx_rows, d_probs, &state)?;
 
+        let h = self.norm.output(h, &norm, cx)?;
         let step_counts = self.step_counts(&plain_counts, cx)?;
         let scales = RouterScales {
             micro_batches: cx.objective.micro_batches as u64,
@@ -296,20 +357,21 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             valid_tokens: cx.objective.tokens as u64,
             step_counts: &step_counts,
         };
+        let sequences = cx.batch(m)?.batch;
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
-        let d_router = self.router.backward(&device, &dweights, router, weight, grad, scales)?;
+        let input = RouterInput { sequences, ..RouterInput::new(&h, weight) };
+        let d_router = self.router.backward(&device, input, &dweights, router, grad, scales)?;
         device.add_assign(dh.view_mut()?, d_router.view())?;
-        let shared = match (&self.shared, shared) {
-            (Some(expert), Some(saved)) => {
-                let (d_shared, deferred) = expert.backward_input(&dy, saved, cx)?;
-                device.add_assign(dh.view_mut()?, d_shared.view())?;
-                Some(deferred)
-            }
-            _ => None,
-        };
+        let mut deferred = None;
+        if let Some(expert) = &self.shared {
+            let saved = shared.map_or_else(|| expert.rerun(&h, cx), Ok)?;
+            let (d_shared, of_shared) = expert.backward_input(&dy, &h, saved, cx)?;
+            device.add_assign(dh.view_mut()?, d_shared.view())?;
+            deferred = Some(of_shared);
+        }
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;
-        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared }))
+        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared: deferred }))
     }
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
@@ -326,5 +388,28 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             expert.backward_weight(deferred, cx)?;
         }
         Ok(())
+    }
+}
+
+impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
+    type Kept = Routed<T, D>;
+
+    fn keep(saved: Self::Saved) -> Self::Kept {
+        saved.routed
+    }
+
+    fn rerun(
+        &self,
+        _m: u32,
+        x: Tensor<T, D>,
+        routed: Routed<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Self::Saved> {
+        let (h, norm) = self.norm.forward(x, cx)?;
+        let rows = self.dispatch(&h, &routed, cx)?;
+        let gate_up = self.gate_up(&rows, cx)?;
+        let activated = Some(self.activate(&gate_up, &rows, cx)?);
+        let shared = self.shared.map(|expert| expert.rerun(&h, cx)).transpose()?;
+        Ok(MoeMlpSaved { norm, h: Some(h), routed, rows, gate_up, activated, shared })
     }
 }

@@ -59,6 +59,16 @@ impl RmsNorm {
         Ok((y, RmsNormSaved { x, rstd }))
     }
 
+    /// The output of a forward pass: `kept`, or made again.
+    pub fn output<T: Float, D: Backend<T>>(
+        &self,
+        kept: Option<Tensor<T, D>>,
+        saved: &RmsNormSaved<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        kept.map_or_else(|| Ok(self.forward(saved.x.clone(), cx)?.0), Ok)
+    }
+
     /// The gradient of the input; adds to that of the weight.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,

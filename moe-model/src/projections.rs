@@ -17,7 +17,7 @@ pub enum Projections {
     Latent(LatentQkv),
 }
 
-/// What backward needs of a forward pass.
+/// What backward needs of a forward pass, besides its input.
 #[derive(Debug)]
 pub enum ProjectionsSaved<T: Float, D: Device> {
     /// Of grouped-query attention.
@@ -74,16 +74,17 @@ impl Projections {
         &self,
         m: u32,
         gradients: [Tensor<T, D>; 3],
+        h: Tensor<T, D>,
         saved: ProjectionsSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, ProjectionsDeferred<T, D>)> {
         match (self, saved) {
             (Projections::Grouped(qkv), ProjectionsSaved::Grouped(saved)) => {
-                let (dh, deferred) = qkv.backward_input(m, gradients, saved, cx)?;
+                let (dh, deferred) = qkv.backward_input(m, gradients, h, saved, cx)?;
                 Ok((dh, ProjectionsDeferred::Grouped(deferred)))
             }
             (Projections::Latent(qkv), ProjectionsSaved::Latent(saved)) => {
-                let (dh, deferred) = qkv.backward_input(m, gradients, saved, cx)?;
+                let (dh, deferred) = qkv.backward_input(m, gradients, h, saved, cx)?;
                 Ok((dh, ProjectionsDeferred::Latent(deferred)))
             }
             _ => Err(Error::OtherLayer),

@@ -40,10 +40,9 @@ struct Norms {
     k: RmsNorm,
 }
 
-/// What backward needs of a forward pass.
+/// What backward needs of a forward pass, besides its input.
 #[derive(Debug)]
 pub struct QkvSaved<T: Float, D: Device> {
-    rows: Tensor<T, D>,
     norms: Option<[RmsNormSaved<T, D>; 2]>,
 }
 
@@ -145,7 +144,7 @@ impl Qkv {
         cx.rope.apply(device, q.view_mut()?, q_raw.view(), self.head_dim, batch, Rotation::Forward)?;
         let rotated = kv.view_mut()?.columns(keys)?;
         cx.rope.apply(device, rotated, k_raw.view(), self.head_dim, batch, Rotation::Forward)?;
-        Ok((q, kv, QkvSaved { rows, norms }))
+        Ok((q, kv, QkvSaved { norms }))
     }
 
     /// The gradient of `h`; adds to the gradients of the norms' weights.
@@ -153,12 +152,14 @@ impl Qkv {
         &self,
         m: u32,
         [dq, dk, dv]: [Tensor<T, D>; 3],
+        h: Tensor<T, D>,
         saved: QkvSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, QkvDeferred<T, D>)> {
         let device = cx.device.clone();
-        let QkvSaved { rows, norms } = saved;
-        let ([n, hidden], q_width, kv_width) = (rows.shape(), dq.shape()[1], dk.shape()[1]);
+        let QkvSaved { norms } = saved;
+        let rows = cx.group(Attention::TP)?.start_all_gather_rows(&h)?;
+        let ([n, q_width], kv_width, hidden) = (dq.shape(), dk.shape()[1], h.shape()[1]);
         let (mut dq_raw, mut dk_raw) =
             (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, kv_width)?);
         let batch = cx.batch(m)?;
@@ -178,7 +179,7 @@ impl Qkv {
         device.gemm(d_rows_kv.view_mut()?, dkv.view(), Op::N, cx.params.weight(self.kv)?, Op::N)?;
         device.add_assign(d_rows.view_mut()?, d_rows_kv.view())?;
         let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
-        Ok((dh, QkvDeferred { rows, dq: dq_raw, dkv }))
+        Ok((dh, QkvDeferred { rows: rows.wait()?, dq: dq_raw, dkv }))
     }
 
     /// Adds to the gradients of weights and biases.

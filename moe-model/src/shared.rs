@@ -18,7 +18,7 @@ pub struct SharedExpert {
     gate: Option<ParamId>,
 }
 
-/// What backward needs of a forward pass.
+/// What backward needs of a forward pass, besides its input.
 #[derive(Debug)]
 pub struct SharedExpertSaved<T: Float, D: Device> {
     mlp: GatedMlpSaved<T, D>,
@@ -27,7 +27,6 @@ pub struct SharedExpertSaved<T: Float, D: Device> {
 
 #[derive(Debug)]
 struct GateSaved<T: Float, D: Device> {
-    h: Tensor<T, D>,
     logits: Tensor<T, D>,
     out: Tensor<T, D>,
 }
@@ -74,20 +73,33 @@ impl SharedExpert {
         cx.device.gemm(logits.view_mut()?, h.view(), Op::N, cx.params.weight(gate)?, Op::T)?;
         let mut y = Tensor::uninit(&cx.device, n, hidden)?;
         cx.device.sigmoid_gate(y.view_mut()?, out.view(), logits.view())?;
-        Ok((y, SharedExpertSaved { mlp, gate: Some(GateSaved { h: h.clone(), logits, out }) }))
+        Ok((y, SharedExpertSaved { mlp, gate: Some(GateSaved { logits, out }) }))
+    }
+
+    /// The part of a forward pass that backward reads.
+    pub fn rerun<T: Float, D: Backend<T>>(
+        &self,
+        h: &Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<SharedExpertSaved<T, D>> {
+        match self.gate {
+            // The gate's gradient needs what it multiplies.
+            Some(_) => Ok(self.forward(h, cx)?.1),
+            None => Ok(SharedExpertSaved { mlp: self.mlp.activate(h, cx)?, gate: None }),
+        }
     }
 
     /// The gradient of `h`; adds to that of the gate's weight.
     pub fn backward_input<T: Float, D: Backend<T>>(
         &self,
         dy: &Tensor<T, D>,
+        h: &Tensor<T, D>,
         saved: SharedExpertSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, GatedMlpDeferred<T, D>)> {
         let device = cx.device.clone();
-        let (Some(gate), Some(GateSaved { h, logits, out })) = (self.gate, saved.gate) else {
-            let (dh, mlp) = self.mlp.backward_input(dy, saved.mlp, cx)?;
-            return Ok((dh, mlp));
+        let (Some(gate), Some(GateSaved { logits, out })) = (self.gate, saved.gate) else {
+            return self.mlp.backward_input(dy, h, saved.mlp, cx);
         };
         let [n, hidden] = h.shape();
         let mut d_out = Tensor::uninit(&device, n, hidden)?;
@@ -99,7 +111,7 @@ impl SharedExpert {
             out.view(),
             logits.view(),
         )?;
-        let (mut dh, mlp) = self.mlp.backward_input(&d_out, saved.mlp, cx)?;
+        let (mut dh, mlp) = self.mlp.backward_input(&d_out, h, saved.mlp, cx)?;
         let (weight, grad) = cx.params.weight_and_grad(gate)?;
         let mut dh_gate = Tensor::uninit(&device, n, hidden)?;
         device.gemm(dh_gate.view_mut()?, d_logits.view(), Op::N, weight, Op::N)?;

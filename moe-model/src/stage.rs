@@ -1,6 +1,5 @@
 //! The layers of one pipeline stage.
 
-use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
@@ -15,18 +14,19 @@ use crate::layer::Layer;
 use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
 use crate::pipeline::PipelineLayout;
-use crate::{Cx, Error, Result};
+use crate::recompute::{Recompute, RecomputeModule};
+use crate::{Cx, Error, Execution, Result};
 
 /// The layers of one stage of a [`PipelineLayout`], with the embedding on the first stage and the head on the last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
 #[derive(Debug)]
 pub struct DecoderStage {
     stage: usize,
     embedding: Option<TokenEmbedding>,
-    blocks: Vec<Block>,
+    blocks: Vec<Recompute<Block>>,
     head: Option<Head>,
 }
 
-type SavedBlocks<T, D> = Vec<<Block as Layer<T, D>>::Saved>;
+type SavedBlocks<T, D> = Vec<<Recompute<Block> as Layer<T, D>>::Saved>;
 
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
@@ -37,7 +37,7 @@ pub struct StageSaved<T: Float, D: Backend<T>> {
 /// What the weight gradients need.
 pub struct StageDeferred<T: Float, D: Backend<T>> {
     embedding: Option<Tensor<T, D>>,
-    blocks: Vec<<Block as Layer<T, D>>::Deferred>,
+    blocks: Vec<<Recompute<Block> as Layer<T, D>>::Deferred>,
     head: Option<HeadDeferred<T, D>>,
 }
 
@@ -59,7 +59,7 @@ impl DecoderStage {
     pub fn of_rank(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,
-        dispatcher: DispatcherKind,
+        execution: Execution,
         layout: &PipelineLayout,
     ) -> Result<Vec<Self>> {
         let (got, layers) = (layout.num_layers(), config.num_hidden_layers);
@@ -71,6 +71,8 @@ impl DecoderStage {
             return Err(Error::LayoutRanks { ranks, pp });
         }
         let owner = params.folding().stage(params.rank());
+        let full = execution.recompute.contains(RecomputeModule::Full);
+        let execution = Execution { recompute: execution.recompute.inside(full), ..execution };
         layout
             .stages_of(owner)
             .map(|stage| {
@@ -78,7 +80,10 @@ impl DecoderStage {
                 let embedding = first.then(|| TokenEmbedding::new(params, config, owner)).transpose()?;
                 let blocks = layout
                     .layers(stage)
-                    .map(|layer| Block::new(params, config, dispatcher, layer, owner))
+                    .map(|layer| {
+                        let layer = Block::new(params, config, execution, layer, owner)?;
+                        Ok(Recompute { layer, enabled: full })
+                    })
                     .collect::<Result<Vec<_>>>()?;
                 let head = last.then(|| Head::new(params, config, owner)).transpose()?;
                 Ok(DecoderStage { stage, embedding, blocks, head })
@@ -97,7 +102,7 @@ impl DecoderStage {
     }
 
     fn moe_layers(&self) -> impl Iterator<Item = &MoeMlp> {
-        self.blocks.iter().filter_map(|block| match &block.mlp {
+        self.blocks.iter().filter_map(|block| match &block.layer.mlp.layer {
             Mlp::Moe(mlp) => Some(mlp),
             Mlp::Dense(_) => None,
         })

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use moe_dispatch::DispatcherKind;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder};
-use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
+use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Folding, Mapping};
 use proptest::prelude::*;
 
@@ -34,7 +33,7 @@ fn pipeline(folding: &Folding) -> PipelineLayout {
 fn layout(folding: &Folding, rank: usize) -> ParamLayout {
     let mut params = ParamLayoutBuilder::new(folding, rank);
     let stages =
-        DecoderStage::of_rank(&mut params, &model(), DispatcherKind::AllToAll, &pipeline(folding)).unwrap();
+        DecoderStage::of_rank(&mut params, &model(), Execution::default(), &pipeline(folding)).unwrap();
     assert_eq!(stages.len(), pipeline(folding).virtual_stages());
     params.build()
 }
@@ -63,7 +62,7 @@ fn a_window_on_a_ring_is_refused() {
         Folding::new(Mapping { world_size: 2, cp: 2, ..Mapping::default() }.split(Attention::CP_OUTER, 2))
             .unwrap();
     let mut params = ParamLayoutBuilder::new(&folding, 0);
-    let refused = DecoderStage::of_rank(&mut params, &model, DispatcherKind::AllToAll, &pipeline(&folding));
+    let refused = DecoderStage::of_rank(&mut params, &model, Execution::default(), &pipeline(&folding));
     let said = refused.unwrap_err().to_string();
     assert!(
         said.starts_with("sliding_window = 64 is not supported on a context-parallel ring of 2 ranks"),

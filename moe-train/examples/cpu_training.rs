@@ -48,6 +48,7 @@ fn time(
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
+        recompute: Default::default(),
         seed: 0,
         global_batch_size: BATCH,
         rampup_batch_size: None,

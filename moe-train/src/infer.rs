@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use moe_comm::{Comms, ThreadWorld, World};
-use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, DType, Float, Tensor};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, DecoderStage, MicroBatch, Objective, PipelineLayout, RopeTable};
+use moe_model::{Cx, DecoderStage, Execution, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
 use crate::checkpoint::container::Checkpoint;
@@ -67,7 +66,7 @@ where
         let folding = Folding::new(Mapping::default())?;
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
         let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
-        let stages = DecoderStage::of_rank(&mut layout, &model, DispatcherKind::default(), &whole)?;
+        let stages = DecoderStage::of_rank(&mut layout, &model, Execution::default(), &whole)?;
         let mut params = ParamStore::new(layout.build(), config.train.seed, &device)?;
         for bucket in 0..params.buckets().len() {
             let layout = &params.buckets()[bucket];

@@ -2,7 +2,7 @@ use moe_kernels::family::{Elementwise, Gemm, Op, Routing};
 use moe_kernels::{Backend, Float, Tensor, View, ViewMut};
 
 use super::types::{narrowed, narrowed_f64, widened, widened_f64};
-use super::{Logits, Router, RouterConfig, RouterSaved, RouterScales, UnitCounts};
+use super::{Logits, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, UnitCounts};
 use crate::Error;
 
 /// What the losses add to the gradient by the logits.
@@ -17,6 +17,7 @@ impl Router {
     /// The gradient of the objective by the router's input, `[n, H]`; that by its weight is added to
     /// `dweight: [E, H]`, a sum over this rank's tokens.
     ///
+    /// `input` is that of the forward pass, which is not kept here: a caller may have it from elsewhere, or make it again.
     /// `dweights` is the gradient by the weights of the choices, `n · K` numbers as a dispatcher returns them; those
     /// of the two losses are added here.
     ///
@@ -26,13 +27,14 @@ impl Router {
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
+        input: RouterInput<'_, T, D>,
         dweights: &Tensor<T::Acc, D>,
         saved: RouterSaved<T, D>,
-        weight: View<'_, T, D>,
         dweight: ViewMut<'_, T::Acc, D>,
         scales: RouterScales<'_>,
     ) -> Result<Tensor<T, D>, Error> {
-        let RouterSaved { x, experts, logits, unit } = saved;
+        let RouterInput { x, weight, .. } = input;
+        let RouterSaved { experts, logits, unit } = saved;
         let [tokens, hidden] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
 

@@ -79,7 +79,7 @@ impl Router {
             prob_sums: all_probs,
         };
         let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
-        Ok((routing, RouterSaved { x: x.clone(), experts, logits, unit }, stats))
+        Ok((routing, RouterSaved { experts, logits, unit }, stats))
     }
 
     /// The choice by `logits: [n, E]`, in their type; also its weights, `[n, K]`.

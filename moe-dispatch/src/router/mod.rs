@@ -91,11 +91,9 @@ pub type RoutingOn<T, D> = Routing<Tensor<i32, D>, Tensor<<T as Float>::Acc, D>>
 /// What [`Router::forward`] returns: for the dispatcher, for the backward pass, for the metrics.
 pub type Routed<T, D> = (RoutingOn<T, D>, RouterSaved<T, D>, RouterStats);
 
-/// What the router keeps for its backward pass.
+/// What the router keeps for its backward pass, besides its input.
 #[derive(Debug, Clone)]
 pub struct RouterSaved<T: Float, D: Device> {
-    /// Its input, `[n, H]`.
-    x: Tensor<T, D>,
     /// `[n, K]`.
     experts: Tensor<i32, D>,
     /// `[n, E]`.

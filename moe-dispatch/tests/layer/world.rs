@@ -193,8 +193,8 @@ where
     let mut drouter = Tensor::<T::Acc, Cpu>::zeros(device, p.num_experts, hidden)?;
     let (micro_batches, valid_tokens) = (p.num_units as u64, p.tokens() as u64);
     let scales = RouterScales { micro_batches, sequences: micro_batches, valid_tokens, step_counts: &[] };
-    let dx_router =
-        router.backward(device, &dweights, saved, router_weight.view(), drouter.view_mut()?, scales)?;
+    let input = RouterInput::new(&x, router_weight.view());
+    let dx_router = router.backward(device, input, &dweights, saved, drouter.view_mut()?, scales)?;
     let mut dx = Tensor::<T, Cpu>::uninit(device, n, hidden)?;
     Elementwise::<T>::add(device, dx.view_mut()?, dx_experts.view(), dx_router.view())?;
 

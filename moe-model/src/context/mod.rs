@@ -68,13 +68,26 @@ pub struct ContextAttention {
     ulysses: usize,
 }
 
+/// What a forward pass starts from once heads are exchanged, as the ring sees it.
+#[derive(Debug)]
+pub struct ContextAttentionInputs<T: Float, D: Device> {
+    q: Tensor<T, D>,
+    kv: Tensor<T, D>,
+}
+
 /// What backward needs of a forward pass, as the ring saw it.
 #[derive(Debug)]
 pub struct ContextAttentionSaved<T: Float, D: Device> {
-    q: Tensor<T, D>,
-    kv: Tensor<T, D>,
+    inputs: ContextAttentionInputs<T, D>,
     o: Tensor<T, D>,
     lse: Tensor<T::Acc, D>,
+}
+
+impl<T: Float, D: Device> ContextAttentionSaved<T, D> {
+    /// What the rest can be made from again.
+    pub fn into_inputs(self) -> ContextAttentionInputs<T, D> {
+        self.inputs
+    }
 }
 
 impl ContextAttention {
@@ -103,20 +116,32 @@ impl ContextAttention {
         kv: Tensor<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<(Tensor<T, D>, ContextAttentionSaved<T, D>)> {
-        let (device, ring) = (&cx.device, self.ring(m, cx)?);
         if self.ulysses == 1 {
-            let (o, lse) = ring.forward(&q, &kv)?;
-            return Ok((o.clone(), ContextAttentionSaved { q, kv, o, lse }));
+            return self.attend(m, ContextAttentionInputs { q, kv }, cx);
         }
-        let comm = cx.group(Attention::CP_INNER)?;
-        let (queries, keys, outputs) = (self.queries(), self.keys_and_values(), self.outputs());
+        let (device, comm) = (&cx.device, cx.group(Attention::CP_INNER)?);
+        let (queries, keys) = (self.queries(), self.keys_and_values());
         let kv = keys.start_to_heads(device, comm, self.split(&kv)?)?;
         let q = queries.start_to_heads(device, comm, [q])?;
         let kv = keys.finish_to_heads(device, &kv.wait()?)?;
         let q = queries.finish_to_heads(device, &q.wait()?)?;
-        let (o, lse) = ring.forward(&q, &kv)?;
-        let own = outputs.start_to_rows(device, comm, [o.clone()])?;
-        Ok((outputs.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { q, kv, o, lse }))
+        self.attend(m, ContextAttentionInputs { q, kv }, cx)
+    }
+
+    /// A forward pass from the exchange of queries, keys and values on.
+    pub fn attend<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        inputs: ContextAttentionInputs<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, ContextAttentionSaved<T, D>)> {
+        let (o, lse) = self.ring(m, cx)?.forward(&inputs.q, &inputs.kv)?;
+        if self.ulysses == 1 {
+            return Ok((o.clone(), ContextAttentionSaved { inputs, o, lse }));
+        }
+        let (device, outputs) = (&cx.device, self.outputs());
+        let own = outputs.start_to_rows(device, cx.group(Attention::CP_INNER)?, [o.clone()])?;
+        Ok((outputs.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { inputs, o, lse }))
     }
 
     /// The gradients of queries, keys and values.
@@ -127,7 +152,7 @@ impl ContextAttention {
         saved: ContextAttentionSaved<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<[Tensor<T, D>; 3]> {
-        let ContextAttentionSaved { q, kv, o, lse } = saved;
+        let ContextAttentionSaved { inputs: ContextAttentionInputs { q, kv }, o, lse } = saved;
         let (device, ring) = (&cx.device, self.ring(m, cx)?);
         if self.ulysses == 1 {
             return ring.backward(&d_o, &q, &kv, &o, &lse);

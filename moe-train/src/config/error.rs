@@ -86,6 +86,9 @@ pub enum ConfigError {
     /// The model cannot be laid out.
     #[error("[model] {0}")]
     Tensors(moe_model::Error),
+    /// Something to recompute means nothing.
+    #[error("[train] {0}")]
+    Recompute(moe_model::Error),
     /// Parameter groups do not fit the model.
     #[error("[[optimizer.groups]] {0}")]
     Groups(#[from] GroupError),

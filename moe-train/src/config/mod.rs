@@ -44,8 +44,8 @@ mod strict;
 
 use std::path::Path;
 
-use moe_model::PipelineLayout;
 use moe_model::config::ModelConfig;
+use moe_model::{PipelineLayout, RecomputeModules};
 use moe_pipeline::generate::interleaved_1f1b;
 use moe_topology::{Attention, Constraints, Folding, Mapping};
 use serde::{Deserialize, Serialize};
@@ -221,8 +221,17 @@ impl RunConfig {
         .map_err(ConfigError::Layers)
     }
 
+    /// What backward makes again.
+    ///
+    /// # Errors
+    /// A name is given twice, is part of another, or is nothing that the model has.
+    pub fn recompute(&self) -> Result<RecomputeModules, ConfigError> {
+        RecomputeModules::new(&self.train.recompute, &self.model).map_err(ConfigError::Recompute)
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         self.model.check()?;
+        self.recompute()?;
         self.check_train()?;
         self.check_capacity()?;
         self.check_optimizer()?;

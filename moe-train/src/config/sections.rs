@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use moe_model::RecomputeModule;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
@@ -124,6 +125,10 @@ pub struct TrainConfig {
     /// instead of until the step ends. Changes no bit.
     #[serde(default = "yes")]
     pub overlap_param_gather: bool,
+    /// What backward computes again to save memory, the same to the bit: names of [`RecomputeModule`], none of which may be
+    /// part of another. `docs/recompute.md` says what each saves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recompute: Vec<RecomputeModule>,
     /// What happens to a step whose loss or gradient is not finite. No weight changes either way.
     #[serde(default)]
     pub non_finite: NonFinite,

@@ -469,3 +469,25 @@ fn a_batch_that_grows_fits_the_folding_at_every_step() {
     let unknown = "train.rampup_batch_size={ start = 4, increment = 4, sample = 9 }";
     refused(&[unknown], "[train] rampup_batch_size: unknown field `sample`");
 }
+
+#[test]
+fn what_is_recomputed_is_named_once_and_is_there() {
+    let config = with(&["train.recompute=[\"moe_act\", \"layernorm\"]"]).unwrap();
+    assert!(config.recompute().unwrap().contains(moe_model::RecomputeModule::MoeAct));
+    let text = config.to_toml().unwrap();
+    assert!(text.contains("recompute = [\"moe_act\", \"layernorm\"]"), "{text}");
+    assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+    assert_eq!(
+        refusal(&["train.recompute=[\"moe\", \"moe_act\"]"]),
+        "[train] recompute \"moe_act\": it is part of \"moe\"; remove one of them"
+    );
+    assert_eq!(
+        refusal(&["train.recompute=[\"mlp\"]"]),
+        "[train] recompute \"mlp\": the model has no dense layer; remove it"
+    );
+    assert_eq!(
+        refusal(&["train.recompute=[\"norm\"]"]),
+        "[train] recompute: unknown variant `norm`, expected one of `full`, `core_attn`, `layernorm`, `mlp`, `moe`, \
+         `moe_act`, `shared_experts`"
+    );
+}

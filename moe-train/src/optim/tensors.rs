@@ -1,8 +1,7 @@
 //! A model's logical tensors.
 
-use moe_dispatch::DispatcherKind;
 use moe_model::params::ParamLayoutBuilder;
-use moe_model::{DecoderStage, ModelConfig, PipelineLayout};
+use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
 use moe_topology::{Folding, Mapping};
 
 use super::groups::TensorName;
@@ -15,7 +14,7 @@ pub fn model_tensors(model: &ModelConfig) -> moe_model::Result<Vec<TensorName>> 
     let one = Folding::new(Mapping::default())?;
     let mut layout = ParamLayoutBuilder::new(&one, 0);
     let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
-    DecoderStage::of_rank(&mut layout, model, DispatcherKind::default(), &whole)?;
+    DecoderStage::of_rank(&mut layout, model, Execution::default(), &whole)?;
     let layout = layout.build();
     let parts = layout.buckets().iter().flat_map(|bucket| &bucket.parts);
     Ok(parts.map(|part| TensorName { name: part.name.clone(), vector: part.vector }).collect())

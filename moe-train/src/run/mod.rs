@@ -147,6 +147,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
             Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,
         },
         capacity: config.capacity(),
+        recompute: config.recompute()?,
         seed: config.train.seed,
         global_batch_size: config.train.global_batch_size,
         rampup_batch_size: config.train.rampup_batch_size,

@@ -5,7 +5,9 @@ use moe_kernels::{Backend, Device, Float};
 use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, TP_CP_DP};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
-use moe_model::{CommTransport, CountingStage, Cx, DecoderStage, Mode, RopeTable, Stats, TypedStage};
+use moe_model::{
+    CommTransport, CountingStage, Cx, DecoderStage, Execution, Mode, RopeTable, Stats, TypedStage,
+};
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
 
@@ -218,6 +220,7 @@ fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>]) -> Stats {
 /// The layers and parameters of one rank.
 fn build(setup: &Setup, rank: usize) -> Result<(Vec<DecoderStage>, ParamLayout)> {
     let mut params = ParamLayoutBuilder::new(&setup.folding, rank);
-    let stages = DecoderStage::of_rank(&mut params, &setup.model, setup.dispatcher, &setup.pipeline)?;
+    let execution = Execution { dispatcher: setup.dispatcher, recompute: setup.recompute };
+    let stages = DecoderStage::of_rank(&mut params, &setup.model, execution, &setup.pipeline)?;
     Ok((stages, params.build()))
 }

@@ -2,7 +2,7 @@
 
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
-use moe_model::{ExpertCapacity, Objective, PipelineLayout};
+use moe_model::{ExpertCapacity, Objective, PipelineLayout, RecomputeModules};
 use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
@@ -28,6 +28,8 @@ pub struct Setup {
     pub dispatcher: DispatcherKind,
     /// What experts take of a micro-batch; without, nothing is dropped.
     pub capacity: Option<ExpertCapacity>,
+    /// What backward makes again instead of keeping it.
+    pub recompute: RecomputeModules,
     /// Seed of the initial weights.
     pub seed: u64,
     /// Sequences of a step over all ranks, G, after the ramp-up.

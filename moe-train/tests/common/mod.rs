@@ -10,7 +10,7 @@ use std::time::Duration;
 use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_model::{ModelConfig, PipelineLayout};
+use moe_model::{ModelConfig, PipelineLayout, RecomputeModules};
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
@@ -110,6 +110,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
+        recompute: RecomputeModules::default(),
         seed: 5,
         global_batch_size: 16,
         rampup_batch_size: None,

@@ -1,0 +1,15 @@
+//! How a rank runs its layers.
+
+use moe_dispatch::DispatcherKind;
+
+use crate::recompute::RecomputeModules;
+
+/// How a rank runs its layers, the same on all ranks. Nothing of it changes what is computed: no bit, but for the
+/// order of sums that the dispatcher chooses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Execution {
+    /// How tokens reach their experts.
+    pub dispatcher: DispatcherKind,
+    /// What backward makes again instead of keeping it.
+    pub recompute: RecomputeModules,
+}
