@@ -6,6 +6,7 @@ use moe_comm::WorldError;
 use moe_pipeline::ExecuteError;
 
 use crate::checkpoint::container::CheckpointError;
+use crate::checkpoint::upcycle::UpcycleError;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::durable::IoError;
@@ -28,6 +29,9 @@ pub enum Error {
     /// A checkpoint is wrong, or cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A checkpoint cannot become one of another model.
+    #[error(transparent)]
+    Upcycle(#[from] UpcycleError),
     /// A file of the run cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),

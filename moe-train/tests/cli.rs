@@ -504,6 +504,51 @@ fn a_run_goes_on_under_another_folding() {
     }
 }
 
+/// From a dense run to experts: the same loss before the first step, then training under another folding.
+#[test]
+fn a_dense_run_becomes_one_with_experts() {
+    let place = Place::new();
+    let dense = ["model.first_k_dense_replace=2", "parallel.ep=1", "train.output=dense"];
+    let sets = |sets: &[&'static str]| sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>();
+    place.train(&[&sets(&dense)[..], &["--set", "train.steps=2"]].concat()).ok();
+    // Four experts in halves of the dense width: two copies, both slices of one chosen.
+    let granular = ["--set", "model.moe_intermediate_size=4"];
+    let upcycle = |more: &[&str]| {
+        let command =
+            ["checkpoint", "upcycle", "dense", "experts", "--config", "run.toml", "--scaling", "exact"];
+        place.run(&[&command[..], &granular, more].concat())
+    };
+    upcycle(&["--set", "model.num_experts_per_tok=1"])
+        .refused(2, &["num_experts_per_tok = 1 must be a multiple of"]);
+    upcycle(&["--set", "model.hidden_size=32"]).refused(2, &["hidden_size is 16 in the dense model and 32"]);
+    let said = upcycle(&[]).ok();
+    assert!(said.out.contains("2 copies of the dense network in 2 slices, outputs times 2.0000"), "{said:?}");
+    upcycle(&[]).refused(4, &["experts/step-0 exists already"]);
+
+    let loss = |checkpoint: &str| {
+        let tokens = ["--tokens", "dense/data/held_out.tokens"];
+        let said = place.run(&[&["eval", checkpoint][..], &tokens].concat()).ok();
+        said.out.split_once(": ").unwrap().1.to_owned()
+    };
+    assert_eq!(loss("experts/step-0"), loss("dense"));
+
+    let init = ["--set", "train.init_checkpoint=experts/step-0"];
+    place
+        .train(&init)
+        .refused(4, &["is of another model", "moe_intermediate_size is 4 there and absent here"]);
+    let single = [&granular[..], &init, &["--set", "train.dtype=f32"]].concat();
+    place.train(&single).refused(4, &["f64 there and", "f32 in this run"]);
+    assert!(!place.path("run").exists());
+    let folding = ["--set", "parallel.tp=1", "--set", "parallel.ep=1", "--set", "parallel.etp=2"];
+    let said = place.train(&[&granular[..], &init, &folding, &["--set", "train.steps=2"]].concat()).ok();
+    assert!(said.out.contains("starting from the weights of experts/step-0"), "{said:?}");
+    place.train(&[&granular[..], &["--resume"]].concat()).ok();
+    let steps: Vec<Value> =
+        place.metrics("run").into_iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(steps.len(), 6);
+    place.run(&["sample", "experts/step-0", "--prompt", "a "]).ok();
+}
+
 /// A run of more steps than anybody waits for, some steps after its start.
 fn endless(place: &Place) -> Child {
     let mut command = place.command(&["train", "run.toml", "--set", "train.steps=10000000"]);

@@ -38,25 +38,28 @@ impl Meta {
     /// # Errors
     /// [`CheckpointError::OtherModel`].
     pub fn check_model(&self, checkpoint: &Checkpoint, model: &ModelConfig) -> Result<(), CheckpointError> {
-        let keys = |model: &ModelConfig| match serde_json::to_value(model) {
-            Ok(serde_json::Value::Object(keys)) => keys,
-            _ => serde_json::Map::new(),
-        };
-        let (written, wanted) = (keys(&self.config.model), keys(model));
-        let names = written.keys().chain(wanted.keys());
-        match names.into_iter().find(|name| written.get(*name) != wanted.get(*name)) {
+        match first_difference(&self.config.model, model, |_| false) {
             None => Ok(()),
-            Some(name) => {
-                let show = |value: Option<&serde_json::Value>| {
-                    value.map_or("absent".to_owned(), ToString::to_string)
-                };
-                Err(CheckpointError::OtherModel {
-                    path: checkpoint.path().to_owned(),
-                    key: name.clone(),
-                    written: show(written.get(name)),
-                    wanted: show(wanted.get(name)),
-                })
+            Some((key, written, wanted)) => {
+                Err(CheckpointError::OtherModel { path: checkpoint.path().to_owned(), key, written, wanted })
             }
         }
     }
+}
+
+/// The first key in which two models differ, but for those that may, with its values.
+pub(super) fn first_difference(
+    a: &ModelConfig,
+    b: &ModelConfig,
+    may: impl Fn(&str) -> bool,
+) -> Option<(String, String, String)> {
+    let keys = |model: &ModelConfig| match serde_json::to_value(model) {
+        Ok(serde_json::Value::Object(keys)) => keys,
+        _ => serde_json::Map::new(),
+    };
+    let (a, b) = (keys(a), keys(b));
+    let mut names = a.keys().chain(b.keys());
+    let name = names.find(|name| a.get(*name) != b.get(*name) && !may(name))?;
+    let show = |value: Option<&serde_json::Value>| value.map_or("absent".to_owned(), ToString::to_string);
+    Some((name.clone(), show(a.get(name)), show(b.get(name))))
 }

@@ -6,7 +6,9 @@
 pub mod container;
 mod meta;
 mod state;
+pub mod upcycle;
 
 pub use meta::Meta;
-pub(crate) use state::read_buffers;
-pub use state::{restore, save};
+pub(crate) use state::{check_tensor, read_buffers};
+pub use state::{restore, restore_weights, save};
+pub use upcycle::upcycle;

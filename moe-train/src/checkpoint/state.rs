@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
-use moe_kernels::{Backend, Device, Element, Float, Tensor};
+use moe_kernels::{Backend, DType, Device, Element, Float, Tensor};
 use moe_model::params::{BufferId, ParamStore};
 use moe_topology::Attention;
 use serde::Serialize;
@@ -16,7 +16,7 @@ use crate::trainer::RankTrainer;
 use crate::{Error, Result};
 
 /// The kind of what is state, but no parameter.
-const BUFFER: &str = "buffer";
+pub(super) const BUFFER: &str = "buffer";
 
 /// Writes a checkpoint of `step` to `root` and returns its folder. Collective over the world: every rank writes a file
 /// of its own, and rank 0 completes the checkpoint when all have.
@@ -103,24 +103,30 @@ pub(crate) fn read_buffers<T: Float, D: Device>(
     device: &D,
 ) -> Result<Buffers<T, D>> {
     let buffers = params.layout().buffers().map(|(id, buffer)| {
-        check_tensor::<T::Acc>(checkpoint, &buffer.name, BUFFER, [1, buffer.len])?;
+        check_tensor(checkpoint, &buffer.name, BUFFER, [1, buffer.len], T::Acc::DTYPE)?;
         let bytes = checkpoint.read_tensor(&buffer.name, BUFFER)?;
         Ok((id, Tensor::from_slice(device, 1, buffer.len, &elements::<T::Acc>(&bytes))?))
     });
     buffers.collect()
 }
 
-/// That the checkpoint has a tensor of this shape, of elements `A`.
-fn check_tensor<A: Element>(checkpoint: &Checkpoint, name: &str, kind: &str, dims: [usize; 2]) -> Result<()> {
+/// That the checkpoint has a tensor of this shape and type.
+pub(crate) fn check_tensor(
+    checkpoint: &Checkpoint,
+    name: &str,
+    kind: &str,
+    dims: [usize; 2],
+    dtype: DType,
+) -> Result<()> {
     let info = checkpoint.tensor(name, kind)?;
-    if (info.dims, info.dtype) == (dims, A::DTYPE) {
+    if (info.dims, info.dtype) == (dims, dtype) {
         return Ok(());
     }
     Err(CheckpointError::OtherTensor {
         path: checkpoint.path().to_owned(),
         tensor: name.to_owned(),
         written: format!("{:?} {}", info.dims, info.dtype),
-        wanted: format!("{dims:?} {}", A::DTYPE),
+        wanted: format!("{dims:?} {dtype}"),
     }
     .into())
 }
@@ -137,15 +143,37 @@ pub fn restore<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
     checkpoint: &Checkpoint,
 ) -> Result<Meta> {
+    read(trainer, checkpoint, &Moment::ALL)
+}
+
+/// Takes over a checkpoint's weights and buffers, whatever folding wrote it: what a new run starts from, or what is
+/// evaluated. Moments are 0 and no update was made. Collective over the world.
+///
+/// # Errors
+/// Those of [`restore`].
+pub fn restore_weights<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    read(trainer, checkpoint, &[Moment::Master]).map(drop)
+}
+
+/// Reads `moments`; the others become 0, and without all of them no update was made.
+fn read<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    checkpoint: &Checkpoint,
+    moments: &[Moment],
+) -> Result<Meta> {
     let meta = Meta::of(checkpoint)?;
     meta.check_model(checkpoint, &trainer.setup().model)?;
+    let updates = if moments == Moment::ALL { meta.updates } else { 0 };
     let cx = trainer.cx();
     let mut shards = Vec::new();
     for bucket in cx.params.buckets() {
         let [master, m, v] = Moment::ALL.map(|moment| -> Result<Tensor<T::Acc, D>> {
             let mut slice = vec![T::Acc::ZERO; bucket.slice.len()];
-            for (part, range) in sliced_parts(bucket) {
-                check_tensor::<T::Acc>(checkpoint, &part.name, moment.name(), part.dims)?;
+            for (part, range) in sliced_parts(bucket).filter(|_| moments.contains(&moment)) {
+                check_tensor(checkpoint, &part.name, moment.name(), part.dims, T::Acc::DTYPE)?;
                 let (rows, cols) = (part.rows.clone(), part.cols.clone());
                 let block =
                     elements::<T::Acc>(&checkpoint.read_block(&part.name, moment.name(), rows, cols)?);
@@ -158,7 +186,7 @@ pub fn restore<T: Float, D: Backend<T>>(
     }
     let buffers = read_buffers(&cx.params, checkpoint, &cx.device)?;
     let (optimizer, cx) = trainer.state_mut();
-    optimizer.restore(cx, shards, meta.updates)?;
+    optimizer.restore(cx, shards, updates)?;
     for (id, values) in buffers {
         cx.params.set_buffer(id, values)?;
     }

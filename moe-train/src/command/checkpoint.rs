@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 
-use crate::checkpoint::container::{Checkpoint as Opened, Listed, list, open_newest};
-use crate::run::RunFolder;
+use crate::checkpoint::container::{Checkpoint as Opened, Listed, list};
+use crate::checkpoint::upcycle::{Plan, WeightScaling, upcycle};
+use crate::config::RunConfig;
+use crate::run::{RunFolder, open_checkpoint};
 use crate::{Error, Result};
 
-/// Look into checkpoints.
+/// Look into checkpoints, and make one of another.
 #[derive(Debug, Subcommand)]
 pub enum Checkpoint {
     /// List the checkpoints of a run, or the tensors of one checkpoint.
@@ -21,6 +23,31 @@ pub enum Checkpoint {
         /// The folder of a run or of a checkpoint.
         path: PathBuf,
     },
+    /// Make a checkpoint of a model with experts from that of a dense model, for train.init_checkpoint.
+    Upcycle {
+        /// The folder of the dense model's checkpoint, or of its run (the newest one).
+        dense: PathBuf,
+        /// Where the folder step-0 is made.
+        out: PathBuf,
+        /// The configuration of the run with experts, TOML.
+        #[arg(long)]
+        config: PathBuf,
+        /// Override a setting of it, as in --set train.seed=1; may be repeated.
+        #[arg(long, value_name = "TABLE.KEY=VALUE")]
+        set: Vec<String>,
+        /// Which projections of the experts grow so that their sum is as large as the dense network's output.
+        #[arg(long, value_enum, default_value_t = Scaling::Published)]
+        scaling: Scaling,
+    },
+}
+
+/// Which of an expert's projections carry the factor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Scaling {
+    /// Gate, up and down, each its cube root (arXiv 2410.07524).
+    Published,
+    /// Up and down, each its square root: the dense model's function exactly, where weights are normalised.
+    Exact,
 }
 
 impl Checkpoint {
@@ -38,17 +65,24 @@ impl Checkpoint {
                 verify(list(&RunFolder::new(&path).checkpoints())?.into_iter().map(|listed| listed.path))
             }
             Checkpoint::Verify { path } => verify([path].into_iter()),
+            Checkpoint::Upcycle { dense, out, config, set, scaling } => {
+                let config = RunConfig::load(&config, &set)?;
+                let scaling = match scaling {
+                    Scaling::Published => WeightScaling::Published,
+                    Scaling::Exact => WeightScaling::Exact,
+                };
+                let (path, plan) = upcycle(&open_checkpoint(&dense)?, &config, scaling, &out)?;
+                let Plan { granularity, copies, scale, .. } = plan;
+                println!(
+                    "{} experts in each layer of experts: {copies} copies of the dense network in {granularity} slices, \
+                     outputs times {scale:.4}",
+                    copies * granularity
+                );
+                println!("checkpoint {}", path.display());
+                Ok(())
+            }
         }
     }
-}
-
-/// Opens a checkpoint, or the newest whole one of a run.
-pub(super) fn open(path: &Path) -> Result<Opened> {
-    if is_run(path) {
-        let folder = RunFolder::new(path).checkpoints();
-        return Ok(open_newest(&folder, &mut |fault| eprintln!("warning: skipped: {fault}"))?);
-    }
-    Ok(Opened::open(path)?)
 }
 
 fn is_run(path: &Path) -> bool {

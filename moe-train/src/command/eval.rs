@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::checkpoint::open;
 use crate::checkpoint::Meta;
 use crate::run::RunFolder;
+use crate::run::open_checkpoint;
 use crate::{Result, run};
 
 /// Measure the loss of a trained model on held-out text, under the folding it was trained with.
@@ -24,7 +24,7 @@ pub struct Eval {
 
 impl Eval {
     pub fn run(self) -> Result<()> {
-        let checkpoint = open(&self.checkpoint)?;
+        let checkpoint = open_checkpoint(&self.checkpoint)?;
         let Meta { mut config, .. } = Meta::of(&checkpoint)?;
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());

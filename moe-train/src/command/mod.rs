@@ -30,7 +30,7 @@ enum Command {
     Sample(sample::Sample),
     /// Measure the loss of a trained model on held-out text.
     Eval(eval::Eval),
-    /// Look into checkpoints.
+    /// Look into checkpoints, and make one of another.
     #[command(subcommand)]
     Checkpoint(checkpoint::Checkpoint),
 }
@@ -56,7 +56,11 @@ impl Cli {
 /// for one that was interrupted.
 pub fn exit_status(error: &Error) -> u8 {
     match error {
-        Error::Config(_) | Error::Topology(_) | Error::RunExists { .. } | Error::Resume { .. } => 2,
+        Error::Config(_)
+        | Error::Topology(_)
+        | Error::RunExists { .. }
+        | Error::Resume { .. }
+        | Error::Upcycle(_) => 2,
         Error::Data(_) => 3,
         Error::Checkpoint(_) => 4,
         Error::NonFinite { .. }

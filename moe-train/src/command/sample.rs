@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::checkpoint::open;
 use crate::Result;
 use crate::infer::{Sampling, generate};
+use crate::run::open_checkpoint;
 
 /// Continue a text with a trained model.
 #[derive(Debug, Args)]
@@ -30,7 +30,10 @@ pub struct Sample {
 impl Sample {
     pub fn run(self) -> Result<()> {
         let Sample { checkpoint, prompt, tokens, temperature, seed } = self;
-        println!("{}", generate(&open(&checkpoint)?, &prompt, Sampling { tokens, temperature, seed })?);
+        println!(
+            "{}",
+            generate(&open_checkpoint(&checkpoint)?, &prompt, Sampling { tokens, temperature, seed })?
+        );
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use moe_kernels::DType;
 use moe_model::RecomputeModule;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,10 @@ pub struct TrainConfig {
     /// Type of weights and activations.
     #[serde(default)]
     pub dtype: TrainDType,
+    /// The folder of a checkpoint, or of a run (its newest one), whose weights a new run starts from, whatever folding
+    /// wrote it; at random unless given. A run that is resumed goes on from its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_checkpoint: Option<PathBuf>,
     /// Optimizer steps.
     pub steps: u64,
     /// Seed of initial weights, order of samples and choice of held-out documents.
@@ -260,6 +265,16 @@ pub enum TrainDType {
     F32,
     /// Double precision.
     F64,
+}
+
+impl TrainDType {
+    /// The type of master weights, moments and buffers in checkpoints.
+    pub const fn master(self) -> DType {
+        match self {
+            TrainDType::F32 => DType::F32,
+            TrainDType::F64 => DType::F64,
+        }
+    }
 }
 
 impl fmt::Display for TrainDType {

@@ -16,3 +16,4 @@ pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use norm::{GradNorm, ParamNames};
 pub use shard::{Moment, Shard, reduce_gradients, sliced_parts};
 pub use tensors::model_tensors;
+pub(crate) use tensors::whole_layout;

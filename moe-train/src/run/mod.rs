@@ -17,8 +17,8 @@ use moe_topology::{Mapping, draw};
 pub use data::{HeldOut, TextSource, open_held_out};
 pub use folder::RunFolder;
 
-use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
-use crate::checkpoint::{Meta, restore};
+use crate::checkpoint::container::{Checkpoint, TensorInfo, open_newest, set_aside};
+use crate::checkpoint::{Meta, check_tensor, restore_weights};
 use crate::config::{Dispatcher, RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
 use crate::optim::Hyper;
@@ -33,11 +33,11 @@ use rank::{End, Outcome, Plan};
 pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
     let setup = setup(config)?;
     let folder = RunFolder::new(&config.train.output);
-    let checkpoint = match resume {
-        true => Some(newest(&folder, config)?),
+    let (checkpoint, init) = match resume {
+        true => (Some(newest(&folder, config)?), None),
         false => {
             folder.refuse_existing()?;
-            None
+            (None, initial(config)?)
         }
     };
     let data = data::open(config, &folder, resume)?;
@@ -59,6 +59,10 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         println!("resuming after step {}", checkpoint.step());
     }
 
+    if let Some(init) = &init {
+        println!("starting from the weights of {}", init.path().display());
+    }
+
     let train = Arc::new(data.train);
     let plan = Plan {
         setup,
@@ -67,6 +71,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         train: train.clone(),
         held_out: Arc::new(data.held_out),
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
+        init: init.map(|checkpoint| checkpoint.path().to_owned()),
         interrupted: interrupt::flag(),
     };
     let outcome = match config.train.dtype {
@@ -113,7 +118,7 @@ pub fn evaluate(config: &RunConfig, checkpoint: &Checkpoint, tokens: &Path) -> R
         let threads = threads(world_size);
         let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
             let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::new(threads))?;
-            restore(&mut trainer, &Checkpoint::open(&path)?)?;
+            restore_weights(&mut trainer, &Checkpoint::open(&path)?)?;
             trainer.evaluate(held_out.micro_batches(), |u| held_out.micro_batch(u))
         })?;
         Ok(losses.into_iter().next().flatten())
@@ -189,6 +194,29 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
         }
     }
     Ok(checkpoint)
+}
+
+/// The checkpoint whose weights a new run starts from, if it is of the same model and type.
+fn initial(config: &RunConfig) -> Result<Option<Checkpoint>> {
+    let Some(path) = &config.train.init_checkpoint else { return Ok(None) };
+    let checkpoint = open_checkpoint(path)?;
+    Meta::of(&checkpoint)?.check_model(&checkpoint, &config.model)?;
+    for TensorInfo { name, kind, dims, .. } in checkpoint.tensors() {
+        check_tensor(&checkpoint, name, kind, dims, config.train.dtype.master())?;
+    }
+    Ok(Some(checkpoint))
+}
+
+/// Opens a checkpoint, or the newest whole one of a run.
+///
+/// # Errors
+/// There is none.
+pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
+    let folder = RunFolder::new(path).checkpoints();
+    match folder.is_dir() {
+        true => Ok(open_newest(&folder, &mut |fault| eprintln!("warning: skipped: {fault}"))?),
+        false => Ok(Checkpoint::open(path)?),
+    }
 }
 
 /// The last words of a run.

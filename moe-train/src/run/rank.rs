@@ -13,7 +13,7 @@ use super::log::Log;
 use super::{HeldOut, RunFolder, TextSource};
 use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
-use crate::checkpoint::{Meta, restore, save};
+use crate::checkpoint::{Meta, restore, restore_weights, save};
 use crate::config::RunConfig;
 use crate::trainer::{RankTrainer, Setup, SkippedSteps};
 
@@ -26,6 +26,8 @@ pub(super) struct Plan {
     pub held_out: Arc<HeldOut>,
     /// Where to go on from.
     pub checkpoint: Option<PathBuf>,
+    /// Whose weights to start from, otherwise.
+    pub init: Option<PathBuf>,
     pub interrupted: Arc<AtomicBool>,
 }
 
@@ -52,13 +54,17 @@ pub(super) enum End {
 /// Trains on one rank until the last step or an interruption, then saves.
 pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
     let mut trainer = RankTrainer::<T, D>::new(plan.setup.clone(), world, device)?;
-    let (mut step, mut skipped) = match &plan.checkpoint {
-        Some(path) => {
+    let (mut step, mut skipped) = match (&plan.checkpoint, &plan.init) {
+        (Some(path), _) => {
             let checkpoint = Checkpoint::open(path)?;
             let meta = restore(&mut trainer, &checkpoint)?;
             (checkpoint.step(), meta.skipped)
         }
-        None => (0, SkippedSteps::default()),
+        (None, Some(path)) => {
+            restore_weights(&mut trainer, &Checkpoint::open(path)?)?;
+            (0, SkippedSteps::default())
+        }
+        (None, None) => (0, SkippedSteps::default()),
     };
     let mut saved = plan.checkpoint.is_some().then_some(step);
     let mut evaluated = None;
