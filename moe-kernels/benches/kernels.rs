@@ -260,7 +260,7 @@ fn vocabulary_and_update(c: &mut Criterion) {
         let cpu = cpu.clone();
         Box::new(move || {
             let (w, master) = (mutable!(w), mutable!(master));
-            cpu.adamw(w, master, mutable!(m), mutable!(v), g.view(), &hyper).expect("adamw");
+            cpu.adamw(w, master, mutable!(m).into(), mutable!(v).into(), g.view(), &hyper).expect("adamw");
         })
     });
     measure(c, "dot", parameters, |cpu| {

@@ -131,8 +131,47 @@ float!(
     f32,
     half::bf16::ZERO,
     half::bf16::ONE,
-    half::bf16::from_f64,
+    bf16_from_f64,
     half::bf16::to_f64,
     half::bf16::from_f32,
     half::bf16::to_f32
 );
+
+/// Rounds to the nearest bf16, ties to even. (`half::bf16::from_f64` drops the last bits of a double first, so that what is
+/// just above a tie may go down.)
+fn bf16_from_f64(x: f64) -> half::bf16 {
+    let near = x as f32;
+    let error = x - f64::from(near);
+    if error == 0.0 || x.is_nan() || x.is_infinite() {
+        return half::bf16::from_f32(near);
+    }
+    // Rounded to odd: cut off, the last bit set where something was cut. With two bits more than bf16 has, rounding that
+    // again is rounding once.
+    let towards_zero = if f64::from(near.abs()) > x.abs() { near.to_bits() - 1 } else { near.to_bits() };
+    half::bf16::from_f32(f32::from_bits(towards_zero | 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::Float;
+
+    /// Around every tie of two neighbours, by the neighbours themselves.
+    #[test]
+    fn doubles_are_rounded_to_the_nearest_bf16() {
+        for bits in (1..0x7f7f).chain(0x8001..0xff7f) {
+            let (low, high) = (bf16::from_bits(bits).to_f64(), bf16::from_bits(bits + 1).to_f64());
+            let tie = (low + high) / 2.0;
+            let even = if bits % 2 == 0 { low } else { high };
+            let [inside, outside] = [tie.to_bits() - 1, tie.to_bits() + 1].map(f64::from_bits);
+            for (x, want) in [(low, low), (inside, low), (tie, even), (outside, high), (high, high)] {
+                assert_eq!(<bf16 as Float>::from_f64(x).to_f64(), want, "{x:e}");
+            }
+        }
+        for (x, want) in [(3.4e38, f64::INFINITY), (f64::MAX, f64::INFINITY), (1e-300, 0.0), (-0.0, -0.0)] {
+            assert_eq!(<bf16 as Float>::from_f64(x).to_f64().to_bits(), want.to_bits(), "{x:e}");
+        }
+        assert!(<bf16 as Float>::from_f64(f64::NAN).is_nan());
+    }
+}

@@ -71,6 +71,7 @@ pub use cpu::Cpu;
 pub use device::{Device, MemoryStats};
 pub use element::{DType, Element, Float};
 pub use error::{Error, Result};
+pub use half::bf16;
 pub use tensor::{Layout, Tensor, View, ViewMut};
 
 /// The examples of the README run as tests.

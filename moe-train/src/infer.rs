@@ -36,7 +36,8 @@ pub fn generate(checkpoint: &Checkpoint, prompt: &str, sampling: Sampling) -> Re
     let texts = ThreadWorld::run(1, Duration::from_secs(60), move |world| {
         let checkpoint = Checkpoint::open(&path)?;
         let mut tokens = prompt.clone();
-        match checkpoint.tensors().next().map(|tensor| tensor.dtype) {
+        let mut masters = checkpoint.tensors().filter(|tensor| tensor.kind == Moment::Master.name());
+        match masters.next().map(|tensor| tensor.dtype) {
             Some(DType::F64) => Decoder::<f64>::open(&world, &checkpoint)?.extend(&mut tokens, sampling)?,
             _ => Decoder::<f32>::open(&world, &checkpoint)?.extend(&mut tokens, sampling)?,
         }

@@ -13,12 +13,13 @@ use common::{
 };
 use moe_comm::{ThreadWorld, World, WorldError};
 use moe_dispatch::DispatcherKind;
-use moe_kernels::{Backend, Cpu, Float};
+use moe_kernels::{Backend, Cpu, Float, bf16};
 use moe_model::{ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
+use moe_train::optim::{Hyper, MomentDType, MomentDTypes};
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
 /// The step after which runs are cut, and their last one.
@@ -82,6 +83,14 @@ struct Ended {
     asked: BTreeMap<(u64, usize), usize>,
 }
 
+type State = BTreeMap<String, [Vec<f64>; 3]>;
+
+impl Ended {
+    fn state(self) -> State {
+        self.outcome.state
+    }
+}
+
 fn run<T: Float>(setup: &Setup, leg: Leg<'_>) -> Ended
 where
     Cpu: Backend<T>,
@@ -136,11 +145,11 @@ fn after_cut(ended: Ended) -> Ended {
     Ended { outcome, asked }
 }
 
-fn same_folding_same_bits<T: Float>(which: Case)
+fn same_folding_same_bits<T: Float>(setup: Setup)
 where
     Cpu: Backend<T>,
 {
-    let setup = case(which);
+    let which = setup.folding.mapping().clone();
     let (folder, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (root, again) = (folder.path(), again.path());
     let whole = run::<T>(&setup, Leg { from: None, last: LAST, saves: vec![(CUT, root), (LAST, root)] });
@@ -150,25 +159,78 @@ where
 
     let whole = after_cut(whole);
     assert_eq!(resumed.outcome.reports.len() as u64, LAST - CUT);
-    assert_same_bits(&resumed.outcome, &whole.outcome, &format!("{which:?}"));
+    assert_same_bits(&resumed.outcome, &whole.outcome, &format!("{which}"));
     assert_eq!(resumed.asked, whole.asked);
     for step in [CUT, LAST] {
         let name = format!("step-{step}");
         let (written, rewritten) = (tensors(&root.join(&name)), tensors(&again.join(&name)));
-        assert!(!written.is_empty() && written == rewritten, "{which:?}: checkpoint of step {step}");
+        assert!(!written.is_empty() && written == rewritten, "{which}: checkpoint of step {step}");
     }
 }
 
 #[test]
 fn the_same_folding_goes_on_bit_for_bit_in_f64() {
-    same_folding_same_bits::<f64>(CASES[1]);
-    same_folding_same_bits::<f64>(CASES[2]);
+    same_folding_same_bits::<f64>(case(CASES[1]));
+    same_folding_same_bits::<f64>(case(CASES[2]));
 }
 
 #[test]
 fn the_same_folding_goes_on_bit_for_bit_in_f32() {
-    same_folding_same_bits::<f32>(CASES[1]);
-    same_folding_same_bits::<f32>(CASES[2]);
+    same_folding_same_bits::<f32>(case(CASES[1]));
+    same_folding_same_bits::<f32>(case(CASES[2]));
+}
+
+fn in_bf16(setup: Setup) -> Setup {
+    let moments = MomentDTypes { exp_avg: Some(MomentDType::Bf16), exp_avg_sq: Some(MomentDType::Bf16) };
+    Setup { optimizer: Hyper { moments, ..setup.optimizer }, ..setup }
+}
+
+#[test]
+fn moments_in_bf16_go_on_bit_for_bit() {
+    same_folding_same_bits::<f32>(in_bf16(case(CASES[1])));
+    same_folding_same_bits::<f32>(in_bf16(case(CASES[5])));
+}
+
+#[test]
+fn moments_in_bf16_go_on_under_any_folding() {
+    let one = in_bf16(case(ONE));
+    let whole = after_cut(run::<f64>(&one, Leg { last: LAST, ..Leg::default() }));
+    for (writer, reader) in [(CASES[1], CASES[5]), (CASES[5], CASES[2]), (ONE, CASES[3]), (CASES[4], ONE)] {
+        let what = format!("{writer:?} to {reader:?}");
+        let (folder, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let leg = Leg { last: CUT, saves: vec![(CUT, folder.path())], ..Leg::default() };
+        run::<f64>(&in_bf16(case(writer)), leg);
+        let path = folder.path().join(format!("step-{CUT}"));
+        let leg = Leg { from: Some(&path), last: LAST, saves: vec![(CUT, again.path())] };
+        let resumed = run::<f64>(&in_bf16(case(reader)), leg);
+        let written = tensors(&path);
+        assert!(tensors(&again.path().join(format!("step-{CUT}"))) == written, "{what}");
+        let bytes =
+            |kind: &str| written.iter().filter(|((_, k), _)| k == kind).map(|(_, b)| b.len()).sum::<usize>();
+        assert_eq!((4 * bytes("m"), 4 * bytes("v")), (bytes("param"), bytes("param")));
+        assert_equal(&resumed.outcome, &whole.outcome, &one, &what);
+    }
+}
+
+/// A run that keeps moments in bf16 goes on from one that did not, and the other way round.
+#[test]
+fn moments_are_rounded_or_widened_when_read() {
+    let (rounds, keeps) = (in_bf16(case(CASES[1])), case(CASES[5]));
+    let folder = tempfile::tempdir().unwrap();
+    let leg = Leg { last: CUT, saves: vec![(CUT, folder.path())], ..Leg::default() };
+    let written = run::<f32>(&keeps, leg).state();
+    let path = folder.path().join(format!("step-{CUT}"));
+    let again = tempfile::tempdir().unwrap();
+    let leg = Leg { from: Some(&path), last: CUT, saves: vec![(CUT, again.path())] };
+    let rounded = run::<f32>(&rounds, leg).state();
+    assert!(rounded.keys().eq(written.keys()));
+    for (name, [master, m, v]) in &written {
+        let nearest = |x: &[f64]| x.iter().map(|&x| bf16::from_f32(x as f32).to_f64()).collect();
+        assert_eq!(rounded[name], [master.clone(), nearest(m), nearest(v)], "{name}");
+    }
+    let path = again.path().join(format!("step-{CUT}"));
+    let widened = run::<f32>(&keeps, Leg { from: Some(&path), last: CUT, ..Leg::default() }).state();
+    assert!(widened == rounded && rounded != written);
 }
 
 /// Every folding's checkpoint under every folding: what is saved again without a step is the same to the bit, and what

@@ -1,6 +1,7 @@
 //! The arithmetic that kernels of the host need beyond [`Float`].
 
 use faer::{Accum, MatMut, MatRef, Par};
+use half::bf16;
 
 use crate::Float;
 
@@ -19,6 +20,10 @@ pub trait CpuFloat: Float<Acc = Self> {
     fn sqrt(self) -> Self;
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
+    /// Rounds to the nearest, ties to even.
+    fn to_bf16(self) -> bf16;
+    /// Exact.
+    fn from_bf16(x: bf16) -> Self;
 
     /// `y = alpha · a · b`, or `y += …` with [`Accum::Add`], on the calling thread.
     fn matmul(y: MatMut<'_, Self>, accum: Accum, a: MatRef<'_, Self>, b: MatRef<'_, Self>, alpha: Self);
@@ -31,7 +36,7 @@ pub trait CpuFloat: Float<Acc = Self> {
 }
 
 macro_rules! cpu_float {
-    ($t:ident, $exp:expr) => {
+    ($t:ident, $exp:expr, $to_bf16:expr, $from_bf16:expr) => {
         impl CpuFloat for $t {
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
             #[inline(always)]
@@ -54,6 +59,14 @@ macro_rules! cpu_float {
             fn is_finite(self) -> bool {
                 $t::is_finite(self)
             }
+            #[inline(always)]
+            fn to_bf16(self) -> bf16 {
+                $to_bf16(self)
+            }
+            #[inline(always)]
+            fn from_bf16(x: bf16) -> Self {
+                $from_bf16(x)
+            }
             fn matmul(
                 y: MatMut<'_, Self>,
                 accum: Accum,
@@ -66,8 +79,8 @@ macro_rules! cpu_float {
         }
     };
 }
-cpu_float!(f32, exp_f32);
-cpu_float!(f64, f64::exp);
+cpu_float!(f32, exp_f32, bf16::from_f32, bf16::to_f32);
+cpu_float!(f64, f64::exp, <bf16 as Float>::from_f64, bf16::to_f64);
 
 /// `e^x` after Cephes' `expf`: `x = n·ln 2 + r` with `|r| ≤ ln 2 / 2`, a polynomial in `r`, scaled by `2^n`.
 ///

@@ -1,12 +1,14 @@
 //! Optimizer updates.
 
+use half::bf16;
+
 use super::Cpu;
 use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
-use crate::family::{AdamW, Optim};
+use crate::family::{AdamW, MomentMut, Optim};
 use crate::{Result, View, ViewMut};
 
 /// The factors of one update, rounded to the type of the moments.
@@ -55,13 +57,69 @@ simd! {
     }
 }
 
+/// Elements that are widened at a time.
+const CHUNK: usize = 512;
+
+/// A moment's elements, as they are kept.
+enum Kept<'a, T> {
+    Acc(&'a mut [T]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl<'a, T: CpuFloat> Kept<'a, T> {
+    fn new(moment: &'a mut MomentMut<'_, T, Cpu>) -> Self {
+        match moment {
+            MomentMut::Acc(view) => Kept::Acc(MatMut::from(view).vector()),
+            MomentMut::Bf16(view) => Kept::Bf16(MatMut::from(view).vector()),
+        }
+    }
+
+    /// Cuts the first `n` elements off.
+    fn take(&mut self, n: usize) -> Self {
+        match self {
+            Kept::Acc(own) => Kept::Acc(take(own, n)),
+            Kept::Bf16(own) => Kept::Bf16(take(own, n)),
+        }
+    }
+
+    /// All elements as `T`: themselves, or widened.
+    fn open<'b>(&'b mut self, wide: &'b mut [T; CHUNK]) -> &'b mut [T] {
+        match self {
+            Kept::Acc(own) => own,
+            Kept::Bf16(own) => {
+                let wide = &mut wide[..own.len()];
+                for (wide, &x) in wide.iter_mut().zip(own.iter()) {
+                    *wide = T::from_bf16(x);
+                }
+                wide
+            }
+        }
+    }
+
+    /// Takes over what became of the widened elements.
+    fn close(self, wide: &[T; CHUNK]) {
+        if let Kept::Bf16(own) = self {
+            for (x, &wide) in own.iter_mut().zip(wide) {
+                *x = wide.to_bf16();
+            }
+        }
+    }
+}
+
+fn shape<T: CpuFloat>(moment: &MomentMut<'_, T, Cpu>) -> [usize; 2] {
+    match moment {
+        MomentMut::Acc(view) => view.shape(),
+        MomentMut::Bf16(view) => view.shape(),
+    }
+}
+
 impl<T: CpuFloat> Optim<T> for Cpu {
     fn adamw(
         &self,
         mut weight: ViewMut<'_, T, Self>,
         mut master: ViewMut<'_, T, Self>,
-        mut m: ViewMut<'_, T, Self>,
-        mut v: ViewMut<'_, T, Self>,
+        mut m: MomentMut<'_, T, Self>,
+        mut v: MomentMut<'_, T, Self>,
         grad: View<'_, T, Self>,
         hyper: &AdamW,
     ) -> Result<()> {
@@ -70,26 +128,30 @@ impl<T: CpuFloat> Optim<T> for Cpu {
         check::shape(KERNEL, "grad", [1, n], grad.shape())?;
         check::shape(KERNEL, "weight", [1, n], weight.shape())?;
         check::shape(KERNEL, "master", [1, n], master.shape())?;
-        check::shape(KERNEL, "m", [1, n], m.shape())?;
-        check::shape(KERNEL, "v", [1, n], v.shape())?;
+        check::shape(KERNEL, "m", [1, n], shape(&m))?;
+        check::shape(KERNEL, "v", [1, n], shape(&v))?;
         check::argument(KERNEL, hyper.step > 0, || "updates are numbered from 1".to_owned())?;
         let factors = Factors::new(hyper);
         let grad = Mat::from(grad).vector();
         let (mut weight, mut master) =
             (MatMut::from(&mut weight).vector(), MatMut::from(&mut master).vector());
-        let (mut m, mut v) = (MatMut::from(&mut m).vector(), MatMut::from(&mut v).vector());
+        let (mut m, mut v) = (Kept::new(&mut m), Kept::new(&mut v));
         let tasks = blocks(n, rows_per_piece(1))
             .map(|r| {
                 let len = r.len();
-                (
-                    take(&mut weight, len),
-                    take(&mut master, len),
-                    take(&mut m, len),
-                    take(&mut v, len),
-                    &grad[r],
-                )
+                (take(&mut weight, len), take(&mut master, len), m.take(len), v.take(len), &grad[r])
             })
             .collect();
-        self.for_each(tasks, |(weight, master, m, v, grad)| update(weight, master, m, v, grad, factors))
+        self.for_each(tasks, |(mut weight, mut master, mut m, mut v, grad)| {
+            let (mut wide_m, mut wide_v) = ([T::ZERO; CHUNK], [T::ZERO; CHUNK]);
+            for grad in grad.chunks(CHUNK) {
+                let len = grad.len();
+                let (weight, master) = (take(&mut weight, len), take(&mut master, len));
+                let (mut m, mut v) = (m.take(len), v.take(len));
+                update(weight, master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
+                m.close(&wide_m);
+                v.close(&wide_v);
+            }
+        })
     }
 }

@@ -28,7 +28,7 @@ pub use grouped::GroupedGemm;
 pub use grouped_bias::GroupedBias;
 pub use loss::Loss;
 pub use norm::Norm;
-pub use optim::{AdamW, Optim};
+pub use optim::{AdamW, MomentMut, Optim};
 pub use reduce::Reduce;
 pub use rope::{Rope, RotaryHead, RotaryPairs, Rotation};
 pub use routing::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};

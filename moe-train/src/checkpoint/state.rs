@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
-use moe_kernels::{Backend, DType, Device, Element, Float, Tensor};
-use moe_model::params::{BufferId, ParamStore};
+use moe_kernels::{Backend, DType, Device, Element, Float, Tensor, bf16};
+use moe_model::params::{BucketLayout, BufferId, ParamStore};
 use moe_topology::Attention;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -60,19 +60,19 @@ fn write<T: Float, D: Backend<T>>(
     let mut writer = PieceWriter::create(folder, rank)?;
     for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
         for moment in Moment::ALL {
-            let values = shard.moment(moment).to_vec(&cx.device)?;
+            let (dtype, bytes) = shard.to_bytes(moment, &cx.device)?;
             for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
                 let spec = PieceSpec {
                     tensor: part.name.clone(),
                     kind: moment.name().to_owned(),
-                    dtype: T::Acc::DTYPE,
+                    dtype,
                     dims: part.dims,
                     rows: part.rows.clone(),
                     cols: part.cols.clone(),
                     part: range.start - part.offset..range.end - part.offset,
                 };
                 let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
-                writer.write(spec, bytemuck::cast_slice(&values[local]))?;
+                writer.write(spec, &bytes[local.start * dtype.size()..local.end * dtype.size()])?;
             }
         }
     }
@@ -135,7 +135,29 @@ fn elements<A: Element>(bytes: &[u8]) -> Vec<A> {
     bytes.chunks_exact(size_of::<A>()).map(bytemuck::pod_read_unaligned).collect()
 }
 
-/// Reads a checkpoint into `trainer`, whatever folding wrote it. Collective over the world.
+/// This rank's slice of a bucket, in the accumulation type. Moments may have been kept in bf16, which is read exactly.
+fn read_slice<A: Float>(checkpoint: &Checkpoint, bucket: &BucketLayout, moment: Moment) -> Result<Vec<A>> {
+    let kind = moment.name();
+    let mut slice = vec![A::ZERO; bucket.slice.len()];
+    for (part, range) in sliced_parts(bucket) {
+        let dtype = match checkpoint.tensor(&part.name, kind)?.dtype {
+            DType::Bf16 if moment != Moment::Master => DType::Bf16,
+            _ => A::DTYPE,
+        };
+        check_tensor(checkpoint, &part.name, kind, part.dims, dtype)?;
+        let bytes = checkpoint.read_block(&part.name, kind, part.rows.clone(), part.cols.clone())?;
+        let block: Vec<A> = match dtype {
+            DType::Bf16 => elements::<bf16>(&bytes).into_iter().map(|x| A::from_f64(x.to_f64())).collect(),
+            _ => elements(&bytes),
+        };
+        slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
+            .copy_from_slice(&block[range.start - part.offset..range.end - part.offset]);
+    }
+    Ok(slice)
+}
+
+/// Reads a checkpoint into `trainer`, whatever folding wrote it, and in whatever type it kept moments: those that this run
+/// keeps in bf16 are rounded. Collective over the world.
 ///
 /// # Errors
 /// It is of another model or element type, lacks a tensor, or is damaged; the trainer's state is then as it was.
@@ -170,19 +192,11 @@ fn read<T: Float, D: Backend<T>>(
     let cx = trainer.cx();
     let mut shards = Vec::new();
     for bucket in cx.params.buckets() {
-        let [master, m, v] = Moment::ALL.map(|moment| -> Result<Tensor<T::Acc, D>> {
-            let mut slice = vec![T::Acc::ZERO; bucket.slice.len()];
-            for (part, range) in sliced_parts(bucket).filter(|_| moments.contains(&moment)) {
-                check_tensor(checkpoint, &part.name, moment.name(), part.dims, T::Acc::DTYPE)?;
-                let (rows, cols) = (part.rows.clone(), part.cols.clone());
-                let block =
-                    elements::<T::Acc>(&checkpoint.read_block(&part.name, moment.name(), rows, cols)?);
-                slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
-                    .copy_from_slice(&block[range.start - part.offset..range.end - part.offset]);
-            }
-            Ok(Tensor::from_slice(&cx.device, 1, slice.len(), &slice)?)
+        let [master, m, v] = Moment::ALL.map(|moment| match moments.contains(&moment) {
+            true => read_slice::<T::Acc>(checkpoint, bucket, moment),
+            false => Ok(vec![T::Acc::ZERO; bucket.slice.len()]),
         });
-        shards.push(Shard { master: master?, m: m?, v: v? });
+        shards.push(Shard::new(&cx.device, &[master?, m?, v?], trainer.setup().optimizer.moments)?);
     }
     let buffers = read_buffers(&cx.params, checkpoint, &cx.device)?;
     let (optimizer, cx) = trainer.state_mut();

@@ -310,6 +310,7 @@ impl RunConfig {
         }
         // Below this a gradient that is pure rounding would move weights.
         require("optimizer.eps", o.eps, o.eps >= 1e-8 && finite(o.eps), "finite and at least 1e-8")?;
+        self.check_moments()?;
         require("optimizer.weight_decay", o.weight_decay, finite(o.weight_decay), "finite and at least 0")?;
         require("optimizer.clip_grad", o.clip_grad, finite(o.clip_grad), "finite and at least 0")?;
         if let Some(rate) = o.moe_router_bias_update_rate {
@@ -324,6 +325,34 @@ impl RunConfig {
         }
         let tensors = model_tensors(&self.model).map_err(ConfigError::Tensors)?;
         ParamGroups::new(&o.groups, o.weight_decay, &tensors)?;
+        Ok(())
+    }
+
+    /// What moments in bf16 ask of the decays, and of the type that they are instead of.
+    fn check_moments(&self) -> Result<(), ConfigError> {
+        /// A bf16 has 8 bits: what falls by less than half a unit of the last one is rounded back to where it was.
+        const SMALLEST_STEP: f64 = 1.0 / 256.0;
+        let o = &self.optimizer;
+        let moments = [
+            ("optimizer.exp_avg_dtype = \"bf16\"", o.exp_avg_dtype, "optimizer.beta1", o.beta1),
+            ("optimizer.exp_avg_sq_dtype = \"bf16\"", o.exp_avg_sq_dtype, "optimizer.beta2", o.beta2),
+        ];
+        for (setting, dtype, decay, beta) in moments {
+            if dtype.is_none() {
+                continue;
+            }
+            let conflict = |problem, other, fix: &str| {
+                Err(ConfigError::Conflict { setting, problem, other, fix: fix.to_owned() })
+            };
+            if self.train.dtype == TrainDType::F64 {
+                let other = "train.dtype = \"f64\"".to_owned();
+                return conflict("has no meaning", other, "remove it, or train in f32");
+            }
+            if 1.0 - beta < SMALLEST_STEP {
+                let fix = "remove it, or set the decay to at most 0.996";
+                return conflict("would never let the average fall", format!("{decay} = {beta}"), fix);
+            }
+        }
         Ok(())
     }
 

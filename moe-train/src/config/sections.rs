@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
 use crate::data::{BatchSizes, RampUp};
-use crate::optim::ParamGroup;
+use crate::optim::{MomentDType, ParamGroup};
 use crate::schedule::DecayStyle;
 
 /// `[parallel]`: how ranks are folded. Sizes are 1 unless given; `dp` and `edp` follow.
@@ -315,6 +315,12 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled decay of matrices.
     pub weight_decay: f64,
+    /// `"bf16"` keeps the first moment rounded to bf16, half the memory of f32; in the type of master weights unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exp_avg_dtype: Option<MomentDType>,
+    /// The same of the second moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exp_avg_sq_dtype: Option<MomentDType>,
     /// Largest gradient norm; 0 does not clip.
     pub clip_grad: f64,
     /// How far an update moves the biases of `model.moe_router_enable_expert_bias`; 0 freezes them, 0.001 unless given.
@@ -339,6 +345,8 @@ impl Default for OptimizerConfig {
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
+            exp_avg_dtype: None,
+            exp_avg_sq_dtype: None,
             clip_grad: 1.0,
             moe_router_bias_update_rate: None,
             groups: Vec::new(),

@@ -491,3 +491,24 @@ fn what_is_recomputed_is_named_once_and_is_there() {
          `moe_act`, `shared_experts`"
     );
 }
+
+#[test]
+fn moments_in_bf16_are_kept_or_refused() {
+    let both = ["optimizer.exp_avg_dtype='bf16'", "optimizer.exp_avg_sq_dtype='bf16'"];
+    let config = with(&both).unwrap();
+    assert!(config.optimizer.exp_avg_dtype.is_some() && config.optimizer.exp_avg_sq_dtype.is_some());
+    assert_eq!(RunConfig::parse(&config.to_toml().unwrap(), "resolved", &[] as &[&str]).unwrap(), config);
+    assert!(with(&[both[1], "optimizer.beta2=0.996"]).is_ok());
+    assert_eq!(
+        refusal(&[both[1], "optimizer.beta2=0.999"]),
+        "optimizer.exp_avg_sq_dtype = \"bf16\" would never let the average fall with optimizer.beta2 = 0.999: remove it, or set \
+         the decay to at most 0.996"
+    );
+    assert!(with(&[both[0], "optimizer.beta2=0.999"]).is_ok());
+    assert!(refusal(&[both[0], "optimizer.beta1=0.999"]).contains("with optimizer.beta1 = 0.999: remove it"));
+    assert_eq!(
+        refusal(&[both[0], "train.dtype='f64'"]),
+        "optimizer.exp_avg_dtype = \"bf16\" has no meaning with train.dtype = \"f64\": remove it, or train in f32"
+    );
+    assert!(refusal(&["optimizer.exp_avg_dtype='f16'"]).contains("unknown variant `f16`, expected `bf16`"));
+}

@@ -8,7 +8,8 @@ use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore};
 
 use super::groups::{ParamGroups, TensorHyper};
-use super::shard::{Shard, shards, sliced_parts, weights_from_master};
+use super::shard::{sliced_parts, weights_from_master};
+use super::state::{MomentDTypes, Shard};
 use crate::Result;
 
 /// Constants of AdamW.
@@ -22,6 +23,8 @@ pub struct Hyper {
     pub eps: f64,
     /// Decoupled weight decay of matrices, unless their group has its own; vectors are not decayed.
     pub weight_decay: f64,
+    /// In which types moments are kept.
+    pub moments: MomentDTypes,
 }
 
 /// Master weights and moments of one rank, cut over the groups in which gradients are partial.
@@ -46,7 +49,8 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         device: &D,
     ) -> Result<Self> {
         let runs = params.buckets().iter().map(|bucket| runs(bucket, groups)).collect::<Result<_>>()?;
-        Ok(Optimizer { hyper, shards: shards(params, seed, device)?, runs, updates: 0 })
+        let shards = params.buckets().iter().map(|bucket| Shard::start(bucket, seed, hyper.moments, device));
+        Ok(Optimizer { hyper, shards: shards.collect::<Result<_>>()?, runs, updates: 0 })
     }
 
     /// Updates made so far.
@@ -91,8 +95,8 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
                     &cx.device,
                     weights.view_mut()?.columns(run.clone())?,
                     shard.master.view_mut()?.columns(run.clone())?,
-                    shard.m.view_mut()?.columns(run.clone())?,
-                    shard.v.view_mut()?.columns(run.clone())?,
+                    shard.m.part_mut(run.clone())?,
+                    shard.v.part_mut(run.clone())?,
                     grad.view().columns(run.clone())?,
                     &hyper,
                 )?;

@@ -9,11 +9,13 @@ mod adamw;
 mod groups;
 mod norm;
 mod shard;
+mod state;
 mod tensors;
 
 pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use norm::{GradNorm, ParamNames};
-pub use shard::{Moment, Shard, reduce_gradients, sliced_parts};
+pub use shard::{reduce_gradients, sliced_parts};
+pub use state::{Moment, MomentDType, MomentDTypes, Shard};
 pub use tensors::model_tensors;
 pub(crate) use tensors::whole_layout;

@@ -21,7 +21,7 @@ use crate::checkpoint::container::{Checkpoint, TensorInfo, open_newest, set_asid
 use crate::checkpoint::{Meta, check_tensor, restore_weights};
 use crate::config::{Dispatcher, RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
-use crate::optim::Hyper;
+use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup};
 use crate::{Error, Result};
 use rank::{End, Outcome, Plan};
@@ -160,7 +160,13 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         sequence_length: config.train.sequence_length,
         overlap_grad_reduce: config.train.overlap_grad_reduce,
         overlap_param_gather: config.train.overlap_param_gather,
-        optimizer: Hyper { beta1: o.beta1, beta2: o.beta2, eps: o.eps, weight_decay: o.weight_decay },
+        optimizer: Hyper {
+            beta1: o.beta1,
+            beta2: o.beta2,
+            eps: o.eps,
+            weight_decay: o.weight_decay,
+            moments: MomentDTypes { exp_avg: o.exp_avg_dtype, exp_avg_sq: o.exp_avg_sq_dtype },
+        },
         lr: config.lr_schedule(),
         groups: o.groups.clone(),
         clip_grad: o.clip_grad,

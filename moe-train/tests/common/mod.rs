@@ -118,7 +118,13 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         sequence_length: 12,
         overlap_grad_reduce: true,
         overlap_param_gather: true,
-        optimizer: Hyper { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 },
+        optimizer: Hyper {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            moments: Default::default(),
+        },
         groups: Vec::new(),
         lr: LrSchedule {
             max: 0.01,
@@ -243,7 +249,7 @@ where
     let cx = trainer.cx();
     let mut pieces = Vec::new();
     for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
-        let [master, m, v] = Moment::ALL.map(|moment| shard.moment(moment).to_f64(&cx.device));
+        let [master, m, v] = Moment::ALL.map(|moment| shard.to_f64(moment, &cx.device));
         let slices = [master?, m?, v?];
         for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
             let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
