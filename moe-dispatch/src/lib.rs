@@ -87,7 +87,7 @@ pub mod router;
 pub use native::{NativeFabric, NativePending};
 #[cfg(feature = "native")]
 pub use router::{
-    Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats, RoutingOn,
+    Jitter, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats, RoutingOn,
 };
 
 #[cfg(all(doctest, feature = "native"))]

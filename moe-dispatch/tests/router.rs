@@ -1,7 +1,8 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
-use moe_dispatch::{Error, Router, RouterConfig, RouterInput, RouterScales};
+use moe_dispatch::{Error, Jitter, Router, RouterConfig, RouterInput, RouterScales};
 use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
+use moe_kernels::random::uniform_pair;
 use moe_kernels::{Cpu, Tensor};
 use proptest::prelude::*;
 
@@ -61,19 +62,34 @@ fn with<'a>(
     RouterInput { bias: bias.map(Tensor::view), sequences, ..RouterInput::new(x, weight.view()) }
 }
 
+/// What a case of the law below has beside tokens and weights.
+#[derive(Clone, Copy)]
+struct Extras<'a> {
+    bias: Option<&'a Tensor<f64, Cpu>>,
+    jitter: Option<&'a Tensor<i64, Cpu>>,
+    given: Option<&'a Tensor<i32, Cpu>>,
+}
+
+impl<'a> Extras<'a> {
+    fn input(self, x: &'a Tensor<f64, Cpu>, weight: &'a Tensor<f64, Cpu>) -> RouterInput<'a, f64, Cpu> {
+        let Extras { bias, jitter, given } = self;
+        let jitter = jitter.map(|tokens| Jitter { epsilon: 0.3, key: 77, tokens });
+        RouterInput { jitter, given, ..with(x, weight, bias, 2) }
+    }
+}
+
 /// `Σ dweights ⊙ weights` plus this rank's part of the four losses, and the choice.
 fn objective(
     router: &Router,
     x: &[f64],
     weight: &[f64],
-    bias: Option<&[f64]>,
+    extras: Extras<'_>,
     dweights: &[f64],
 ) -> (f64, Vec<i32>) {
     let device = Cpu::poisoned(1);
     let x = tensor(x.len() / HIDDEN, HIDDEN, x);
     let weight = tensor(NUM_EXPERTS, HIDDEN, weight);
-    let bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-    let input = with(&x, &weight, bias.as_ref(), 2);
+    let input = extras.input(&x, &weight);
     let (routing, _, stats) = router.forward(&device, input, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
     let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, global_aux_loss_coef, z_loss_coef, .. } =
@@ -99,23 +115,32 @@ proptest! {
         function in proptest::sample::select(&SCORES[..]),
         groups in proptest::sample::select(&GROUPS[..]),
         scale in proptest::sample::select(vec![1.0, 2.5]),
-        biased in any::<bool>(),
+        (biased, jittered, forced) in any::<(bool, bool, bool)>(),
     ) {
         let scoring = Scoring { function, groups, scale };
         let bias = (biased && scoring.function.is_separate()).then_some(&BIAS[..]);
         let router = Router::new(config(scoring, top_k)).unwrap();
         let dweights = &dweights[..4 * top_k];
         let device = Cpu::poisoned(1);
-        let tensor_of_bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
+        let bias = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
+        let ids = Tensor::from_slice(&device, 1, 4, &[5i64, 6, 900, 7]).unwrap();
+        // Slot k of token i: expert (3i + 2k) mod 5, which differ.
+        let given: Vec<i32> = (0..4 * top_k).map(|j| ((3 * (j / top_k) + 2 * (j % top_k)) % 5) as i32).collect();
+        let given = Tensor::from_slice(&device, 4, top_k, &given).unwrap();
+        let extras = Extras {
+            bias: bias.as_ref(),
+            jitter: jittered.then_some(&ids),
+            given: forced.then_some(&given),
+        };
         let (tokens, matrix) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
-        let input = with(&tokens, &matrix, tensor_of_bias.as_ref(), 2);
+        let input = extras.input(&tokens, &matrix);
         let (_, saved, _) = router.forward(&device, input, with_another_rank).unwrap();
         // Gradients add to what is there.
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[10.0; NUM_EXPERTS * HIDDEN]);
         let dx = router
             .backward(
                 &device,
-                with(&tokens, &matrix, tensor_of_bias.as_ref(), 2),
+                extras.input(&tokens, &matrix),
                 &tensor(1, 4 * top_k, dweights),
                 saved,
                 dweight.view_mut().unwrap(),
@@ -125,7 +150,7 @@ proptest! {
         let (dx, dweight) = (dx.to_f64(&device).unwrap(), dweight.to_f64(&device).unwrap());
 
         let step = 1e-6;
-        let choice = objective(&router, &x, &weight, bias, dweights).1;
+        let choice = objective(&router, &x, &weight, extras, dweights).1;
         let slope = |moved: &dyn Fn(f64) -> (f64, Vec<i32>)| {
             let ((up, above), (down, below)) = (moved(step), moved(-step));
             // A choice that flips within the step has no slope.
@@ -135,7 +160,7 @@ proptest! {
             let moved = |by| {
                 let mut x = x.clone();
                 x[i] += by;
-                objective(&router, &x, &weight, bias, dweights)
+                objective(&router, &x, &weight, extras, dweights)
             };
             if let Some(slope) = slope(&moved) {
                 prop_assert!((slope - dx[i]).abs() < 1e-7, "dx[{}]: {} by {}", i, dx[i], slope);
@@ -145,7 +170,7 @@ proptest! {
             let moved = |by| {
                 let mut weight = weight.clone();
                 weight[i] += by;
-                objective(&router, &x, &weight, bias, dweights)
+                objective(&router, &x, &weight, extras, dweights)
             };
             if let Some(slope) = slope(&moved) {
                 prop_assert!((slope - (dweight[i] - 10.0)).abs() < 1e-7, "dweight[{}]", i);
@@ -221,9 +246,11 @@ fn scores_in_f64_of_tokens_in_f32() {
             |rows, cols, values: &[f64]| Tensor::<f32, Cpu>::from_f64(&device, rows, cols, values).unwrap();
         let (x32, w32) = (single(4, HIDDEN, &x), single(NUM_EXPERTS, HIDDEN, &weight));
         let bias32 = bias.map(|bias| single(1, NUM_EXPERTS, bias));
+        let ids = Tensor::from_slice(&device, 1, 4, &[5i64, 6, 900, 7]).unwrap();
         let input = || RouterInput {
             bias: bias32.as_ref().map(Tensor::view),
             sequences: 2,
+            jitter: Some(Jitter { epsilon: 0.3, key: 77, tokens: &ids }),
             ..RouterInput::new(&x32, w32.view())
         };
         let (routing, saved, stats) = router.forward(&device, input(), with_another_rank).unwrap();
@@ -234,7 +261,8 @@ fn scores_in_f64_of_tokens_in_f32() {
 
         let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-        let input = || with(&x64, &w64, bias64.as_ref(), 2);
+        let extras = Extras { bias: bias64.as_ref(), jitter: Some(&ids), given: None };
+        let input = || extras.input(&x64, &w64);
         let (want, saved, wanted) = router.forward(&device, input(), with_another_rank).unwrap();
         let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
         let dx64 = router
@@ -252,6 +280,42 @@ fn scores_in_f64_of_tokens_in_f32() {
             assert_eq!(got, 0.5 + want, "rounded, then added");
         }
     }
+}
+
+/// Jitter is a product of the tokens, in the accumulation type; a given choice has the weights of the present scores.
+#[test]
+fn noise_is_on_the_input_and_given_experts_have_present_weights() {
+    let device = Cpu::poisoned(1);
+    let router = Router::new(config(ScoreFunction::SoftmaxPre { normalize: false }, 2)).unwrap();
+    let values: Vec<f64> = (0..2 * HIDDEN).map(|i| (i as f64).cos()).collect();
+    let weight: Vec<f64> = (0..NUM_EXPERTS * HIDDEN).map(|i| (2.0 * i as f64).sin()).collect();
+    let (x, weight) = (tensor(2, HIDDEN, &values), tensor(NUM_EXPERTS, HIDDEN, &weight));
+    let ids = Tensor::from_slice(&device, 1, 2, &[3i64, 1 << 40]).unwrap();
+    let jittered: Vec<f64> = (0..2 * HIDDEN)
+        .map(|i| {
+            let (token, h) = ([3, 1 << 40][i / HIDDEN], i % HIDDEN);
+            values[i] * (0.7 + 0.6 * uniform_pair(77, token, h as u64 / 2)[h % 2])
+        })
+        .collect();
+    let given = Tensor::from_slice(&device, 2, 2, &[5, 0, 3, 2]).unwrap();
+    let plain = tensor(2, HIDDEN, &jittered);
+    let extras = Extras { bias: None, jitter: Some(&ids), given: Some(&given) };
+    let (got, _, stats) = router.forward(&device, extras.input(&x, &weight), alone).unwrap();
+    let extras = Extras { jitter: None, ..extras };
+    let (want, _, wanted) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();
+    let weights = |routing: &moe_dispatch::RoutingOn<f64, Cpu>| routing.weights.to_f64(&device).unwrap();
+    assert!(weights(&got).iter().zip(weights(&want)).all(|(a, b)| (a - b).abs() < 1e-14));
+    assert!((stats.z_loss_sum - wanted.z_loss_sum).abs() < 1e-13);
+
+    assert_eq!(got.experts.to_vec(&device).unwrap(), [5, 0, 3, 2]);
+    assert_eq!(stats.expert_counts, [1, 0, 1, 1, 0, 1]);
+    let extras = Extras { given: None, ..extras };
+    let (own, _, own_stats) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();
+    assert_ne!(own.experts.to_vec(&device).unwrap(), [5, 0, 3, 2]);
+    assert_eq!(
+        (stats.plain_counts, own_stats.plain_counts),
+        (own_stats.expert_counts.clone(), own_stats.expert_counts)
+    );
 }
 
 /// Two logits that are one number in single precision.

@@ -64,6 +64,7 @@ pub mod device;
 pub mod element;
 pub mod error;
 pub mod family;
+pub mod random;
 pub mod tensor;
 
 pub use backend::Backend;

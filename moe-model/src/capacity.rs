@@ -40,8 +40,10 @@ pub struct DropUnit {
 /// The place of a rank among those that hold a micro-batch, and the rows of the micro-batch that it holds.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {
-    tp: (usize, usize),
-    cp: (usize, usize),
+    /// Rank and size.
+    pub tp: (usize, usize),
+    /// Rank and size.
+    pub cp: (usize, usize),
 }
 
 /// Slots of a rank's tokens.

@@ -132,6 +132,9 @@ pub struct ModelConfig {
     /// Type in which routers compute, from logits to losses; the accumulation type unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_router_dtype: Option<RouterDType>,
+    /// In training, each element of what a router sees is multiplied by a random number within so much of 1; 0 unless given.
+    #[serde(default)]
+    pub router_jitter_noise: f64,
     /// Whether the chosen experts' weights are divided by their sum; true unless given.
     #[serde(default = "default_norm_topk_prob")]
     pub norm_topk_prob: bool,
@@ -526,6 +529,7 @@ mod tests {
             router_z_loss_coef: 0.0,
             scoring_func: ScoringFunc::SoftmaxPost,
             moe_router_dtype: None,
+            router_jitter_noise: 0.0,
             norm_topk_prob: true,
             routed_scaling_factor: 1.0,
             n_group: 1,

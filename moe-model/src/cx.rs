@@ -8,6 +8,7 @@ use moe_topology::{Axes, View};
 
 use crate::capacity::ExpertCapacity;
 use crate::context::Documents;
+use crate::forced::ForcedRouting;
 use crate::params::{ParamStore, Segment};
 use crate::rope::RopeTable;
 use crate::{Error, Result};
@@ -26,6 +27,8 @@ pub struct Cx<T: Float, D: Device> {
     pub mode: Mode,
     /// What experts take of a micro-batch in training; all there is unless given.
     pub capacity: Option<ExpertCapacity>,
+    /// A load that training is given instead of what routers choose; none unless given.
+    pub forced_routing: Option<ForcedRouting>,
     /// The rank's micro-batches of this step, in order.
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
@@ -47,6 +50,7 @@ impl<T: Float, D: Device> Cx<T, D> {
         objective: Objective,
     ) -> Self {
         let (mode, capacity, batches, stats) = (Mode::Evaluate, None, Vec::new(), Stats::default());
+        let forced_routing = None;
         Cx {
             device,
             comms,
@@ -54,6 +58,7 @@ impl<T: Float, D: Device> Cx<T, D> {
             rope,
             mode,
             capacity,
+            forced_routing,
             batches,
             objective,
             step_counts: BTreeMap::new(),

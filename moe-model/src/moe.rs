@@ -2,8 +2,8 @@
 
 use moe_comm::Reduction;
 use moe_dispatch::{
-    Batch, Dispatcher, Grid, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved, RouterScales,
-    RouterStats, TokenDispatcher, TokenDispatcherState,
+    Batch, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved,
+    RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -12,7 +12,7 @@ use moe_topology::{Expert, Owner, Placement};
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::Place;
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
-use crate::cx::MoeStats;
+use crate::cx::{Mode, MoeStats};
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
 use crate::expert_mlp_bias::ExpertMlpBias;
@@ -21,6 +21,7 @@ use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::recompute::{RecomputeModule, RecomputeModules, Rerun};
 use crate::shared::{SharedExpert, SharedExpertSaved};
+use crate::tokens::random_key;
 use crate::{Cx, Error, Execution, Result};
 
 /// `y = x + Σ_e p_e · W2_e(f(W1_e h) ⊙ W3_e h) + shared(h)` over the experts that the router chose, with `h = norm(x)` and
@@ -34,6 +35,7 @@ pub struct MoeMlp {
     norm: RmsNorm,
     gate: ParamId,
     router: Router,
+    jitter: f64,
     bias: Option<ExpertBias>,
     dispatcher: TokenDispatcher,
     grid: Grid,
@@ -51,6 +53,7 @@ pub struct MoeMlp {
 #[derive(Debug)]
 pub struct Routed<T: Float, D: Device> {
     router: RouterSaved<T, D>,
+    noise: Option<Noise<D>>,
     /// This rank's choices that the load-balancing losses count.
     plain_counts: Vec<i64>,
     /// Weights of the choices, `[tokens, top_k]`.
@@ -82,6 +85,16 @@ pub struct MoeMlpDeferred<T: Float, D: Device> {
     activated: Tensor<T, D>,
     d_out: Tensor<T, D>,
     shared: Option<GatedMlpDeferred<T, D>>,
+}
+
+/// Key and tokens, `[1, n]`, of the noise that a router sees.
+type Noise<D> = (u64, Tensor<i64, D>);
+
+/// What a training step brings to the tokens of a router.
+struct Drawn<D: Device> {
+    noise: Option<Noise<D>>,
+    /// Choices that are not the router's own, `[n, K]`.
+    given: Option<Tensor<i32, D>>,
 }
 
 impl MoeMlp {
@@ -145,6 +158,7 @@ impl MoeMlp {
             norm,
             gate,
             router,
+            jitter: config.router_jitter_noise,
             bias,
             dispatcher,
             grid,
@@ -178,6 +192,29 @@ impl MoeMlp {
     /// The bias on its choices, if it has one.
     pub fn expert_bias(&self) -> Option<ExpertBias> {
         self.bias
+    }
+
+    /// What a training step brings to this rank's `rows` tokens of a micro-batch; evaluation brings nothing.
+    fn draw<T: Float, D: Device>(&self, m: u32, rows: usize, cx: &Cx<T, D>) -> Result<Drawn<D>> {
+        let Mode::Train { seed, step } = cx.mode else {
+            return Ok(Drawn { noise: None, given: None });
+        };
+        let ids = || self.place.tokens(cx.batch(m)?, rows);
+        let key = |purpose| random_key(seed, step, self.layer, purpose);
+        let noise = (self.jitter > 0.0).then(|| -> Result<_> {
+            let numbers: Vec<i64> = ids()?.numbers().map(|n| n as i64).collect();
+            Ok((key("jitter"), Tensor::from_slice(&cx.device, 1, rows, &numbers)?))
+        });
+        let RouterConfig { num_experts, top_k, .. } = *self.router.config();
+        let given = cx.forced_routing.map(|forced| -> Result<_> {
+            let experts = forced.choose(&ids()?, cx.objective.sequences, num_experts, top_k, key("forced"));
+            Ok(Tensor::from_slice(&cx.device, rows, top_k, &experts)?)
+        });
+        Ok(Drawn { noise: noise.transpose()?, given: given.transpose()? })
+    }
+
+    fn jitter<'a, D: Device>(&self, noise: Option<&'a Noise<D>>) -> Option<Jitter<'a, D>> {
+        noise.map(|(key, tokens)| Jitter { epsilon: self.jitter, key: *key, tokens })
     }
 
     fn record(&self, stats: &mut [MoeStats], seen: &RouterStats, dropped: u64) {
@@ -226,7 +263,10 @@ impl MoeMlp {
         let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
         let sequences = cx.batch(m)?.batch;
         let bias = self.bias.map(|bias| bias.values(&cx.params).view());
-        let input = RouterInput { bias, sequences, ..RouterInput::new(h, cx.params.weight(self.gate)?) };
+        let Drawn { noise, given } = self.draw(m, h.shape()[0], cx)?;
+        let (jitter, weight) = (self.jitter(noise.as_ref()), cx.params.weight(self.gate)?);
+        let given = given.as_ref();
+        let input = RouterInput { bias, sequences, jitter, given, ..RouterInput::new(h, weight) };
         let (routing, router, seen) = self
             .router
             .forward(&cx.device, input, sum_over_unit)
@@ -234,7 +274,7 @@ impl MoeMlp {
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
-        Ok(Routed { router, plain_counts: seen.plain_counts, weights: routing.weights, state })
+        Ok(Routed { router, noise, plain_counts: seen.plain_counts, weights: routing.weights, state })
     }
 
     /// Brings the rows of `h` to their experts.
@@ -318,7 +358,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
         let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = saved;
-        let Routed { router, plain_counts, state, .. } = routed;
+        let Routed { router, noise, plain_counts, state, .. } = routed;
         let d_out = self.dispatcher.combine_backward(&self.fabric(cx)?, &dy, &state)?;
         let [n, hidden] = d_out.shape();
 
@@ -359,7 +399,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         };
         let sequences = cx.batch(m)?.batch;
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
-        let input = RouterInput { sequences, ..RouterInput::new(&h, weight) };
+        let jitter = self.jitter(noise.as_ref());
+        let input = RouterInput { sequences, jitter, ..RouterInput::new(&h, weight) };
         let d_router = self.router.backward(&device, input, &dweights, router, grad, scales)?;
         device.add_assign(dh.view_mut()?, d_router.view())?;
         let mut deferred = None;

@@ -67,6 +67,7 @@ fn time(
         lr: LrSchedule { max: 1e-3, min: 1e-3, warmup_steps: 0, shape: LrShape::Constant },
         clip_grad: 1.0,
         expert_bias_update_rate: 0.0,
+        forced_routing: None,
     };
     let threads = (CORES / world_size).max(1);
     let ranks = ThreadWorld::run(world_size, Duration::from_secs(60), move |world| {

@@ -7,7 +7,7 @@ use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::Cpu;
 use moe_model::config::{AuxLoss, AuxLossScope, RouterDType, ScoringFunc};
-use moe_model::{ModelConfig, PipelineLayout};
+use moe_model::{ForcedRouting, ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Mapping};
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
@@ -28,6 +28,10 @@ const FOLDINGS: [(Sizes, DispatcherKind); 9] = [
 ];
 
 fn check(model: ModelConfig) {
+    check_with(model, |_| ());
+}
+
+fn check_with(model: ModelConfig, tweak: impl Fn(&mut Setup)) {
     model.check().unwrap();
     let foldings = FOLDINGS.map(|((tp, cp, ulysses, dp, pp, etp, ep), dispatcher)| {
         let mapping = Mapping { world_size: tp * cp * dp * pp, tp, cp, pp, etp, ep, ..Mapping::default() };
@@ -36,6 +40,7 @@ fn check(model: ModelConfig) {
     common::check(&model, foldings, 2, |setup| {
         (setup.global_batch_size, setup.micro_batch_size) = (8, 2);
         setup.expert_bias_update_rate = 0.05;
+        tweak(setup);
     });
 }
 
@@ -91,6 +96,68 @@ fn softmax_in_groups_judged_by_their_best_expert() {
         routed_scaling_factor: 1.5,
         ..tiny_model()
     });
+}
+
+/// The noise on a token is the same whichever rank has it, in every pass of a step; an evaluation has none.
+#[test]
+fn jitter_is_keyed_by_token_and_step() {
+    let model = ModelConfig {
+        router_jitter_noise: 0.2,
+        router_aux_loss_coef: None,
+        router_aux_losses: [global(0.07), losses(0.04, 0.03)].concat(),
+        ..tiny_model()
+    };
+    check(model.clone());
+    let losses = |jitter, seed| {
+        let model = ModelConfig { router_jitter_noise: jitter, ..model.clone() };
+        let mut setup = setup(model, Mapping::default());
+        setup.lr.max = 0.0;
+        setup.lr.min = 0.0;
+        let ranks = ThreadWorld::run(1, common::DEADLINE, move |world| {
+            let source = RandomBatches { vocab: 37, seq_len: 12, micro_batch: 1 };
+            let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+            let again = Again(source.clone());
+            let (first, second) = (trainer.step(seed, &again)?, trainer.step(seed + 1, &again)?);
+            let eval = trainer.evaluate(4, |u| source.micro_batch(9, u))?;
+            Ok::<_, moe_train::Error>([first.loss, second.loss, eval].map(Option::unwrap))
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        ranks[0]
+    };
+    let ([quiet, same, eval], [noisy, other, noisy_eval]) = (losses(0.0, 1), losses(0.2, 1));
+    assert_eq!((quiet, eval), (same, noisy_eval), "nothing is random but the noise of training");
+    assert!(noisy != quiet && noisy != other, "{noisy}, {other}, {quiet}");
+    assert_eq!(losses(0.2, 1), [noisy, other, noisy_eval]);
+}
+
+/// The sequences of the first step in every step.
+struct Again(RandomBatches);
+
+impl BatchSource for Again {
+    fn micro_batch(&self, _step: u64, u: usize) -> moe_train::Result<Vec<Sequence>> {
+        self.0.micro_batch(1, u)
+    }
+}
+
+#[test]
+fn forced_loads() {
+    for forced in [ForcedRouting::Balanced, ForcedRouting::Skewed { exponent: 1.5 }] {
+        check_with(tiny_model(), |setup| setup.forced_routing = Some(forced));
+        let outcome =
+            train(Setup { forced_routing: Some(forced), ..setup(tiny_model(), Mapping::default()) }, 2);
+        for report in &outcome.reports {
+            for load in &report.expert_load {
+                match forced {
+                    ForcedRouting::Balanced => assert_eq!(load, &[0.125; 8]),
+                    ForcedRouting::Skewed { .. } => {
+                        assert!(load[0] > 0.3 && load[0] > 4.0 * load[4], "{load:?}")
+                    }
+                }
+            }
+            // What is forced is not what scores would choose.
+            assert!((report.aux_loss - 1.0).abs() > 1e-3);
+        }
+    }
 }
 
 fn global(coef: f64) -> Vec<AuxLoss> {

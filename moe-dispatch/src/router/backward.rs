@@ -1,7 +1,7 @@
 use moe_kernels::family::{Elementwise, Gemm, Op, Routing};
 use moe_kernels::{Backend, Float, Tensor, View, ViewMut};
 
-use super::types::{narrowed, narrowed_f64, widened, widened_f64};
+use super::types::{copied, narrowed, narrowed_f64, widened, widened_f64};
 use super::{Logits, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, UnitCounts};
 use crate::Error;
 
@@ -33,7 +33,7 @@ impl Router {
         dweight: ViewMut<'_, T::Acc, D>,
         scales: RouterScales<'_>,
     ) -> Result<Tensor<T, D>, Error> {
-        let RouterInput { x, weight, .. } = input;
+        let RouterInput { x, weight, jitter, .. } = input;
         let RouterSaved { experts, logits, unit } = saved;
         let [tokens, hidden] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
@@ -59,23 +59,39 @@ impl Router {
             Logits::Acc(logits) => {
                 let dlogits = self.dlogits(device, dweights.view(), experts.view(), &logits, &losses)?;
                 let (mut wide_x, mut wide_weight) = (None, None);
-                let x = widened(device, x.view(), &mut wide_x)?;
+                let x = match &jitter {
+                    None => widened(device, x.view(), &mut wide_x)?,
+                    Some(jitter) => {
+                        let noisy = wide_x.insert(copied::<T, D>(device, x.view())?);
+                        jitter.apply(device, noisy)?;
+                        noisy.view()
+                    }
+                };
                 let weight = widened(device, weight, &mut wide_weight)?;
                 Gemm::<T::Acc>::gemm_acc(device, dweight, dlogits.view(), Op::T, x, Op::N)?;
                 let mut dx = Tensor::<T::Acc, D>::uninit(device, tokens, hidden)?;
                 Gemm::<T::Acc>::gemm(device, dx.view_mut()?, dlogits.view(), Op::N, weight, Op::N)?;
+                if let Some(jitter) = &jitter {
+                    jitter.apply(device, &mut dx)?;
+                }
                 narrowed(device, dx)
             }
             Logits::F64(logits) => {
                 let dweights = widened_f64::<T::Acc, D>(device, dweights.view())?;
                 let dlogits = self.dlogits(device, dweights.view(), experts.view(), &logits, &losses)?;
-                let (x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+                let (mut x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+                if let Some(jitter) = &jitter {
+                    jitter.apply(device, &mut x)?;
+                }
                 let mut own = Tensor::<f64, D>::uninit(device, num_experts, hidden)?;
                 Gemm::<f64>::gemm(device, own.view_mut()?, dlogits.view(), Op::T, x.view(), Op::N)?;
                 let own = narrowed_f64::<T::Acc, D>(device, &own)?;
                 Elementwise::<T::Acc>::add_assign(device, dweight, own.view())?;
                 let mut dx = Tensor::<f64, D>::uninit(device, tokens, hidden)?;
                 Gemm::<f64>::gemm(device, dx.view_mut()?, dlogits.view(), Op::N, weight.view(), Op::N)?;
+                if let Some(jitter) = &jitter {
+                    jitter.apply(device, &mut dx)?;
+                }
                 narrowed_f64(device, &dx)
             }
         }

@@ -1,7 +1,7 @@
 use moe_kernels::family::{self, Gemm, Op, Reduce, RouteInput, RouteOutput};
 use moe_kernels::{Backend, Device, Float, Tensor, View};
 
-use super::types::{narrowed_f64, widened_f64};
+use super::types::{copied, narrowed_f64, widened, widened_f64};
 use super::{Logits, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
 use crate::{Error, Routing};
 
@@ -32,7 +32,7 @@ impl Router {
         input: RouterInput<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
-        let RouterInput { x, weight, bias, sequences } = input;
+        let RouterInput { x, weight, bias, sequences, jitter, given } = input;
         let [tokens, _] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {
@@ -42,17 +42,30 @@ impl Router {
         }
 
         let (logits, weights, chosen) = if self.widens::<T>() {
-            let (x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+            let (mut x, weight) = (widened_f64(device, x.view())?, widened_f64(device, weight)?);
+            if let Some(jitter) = &jitter {
+                jitter.apply(device, &mut x)?;
+            }
             let mut logits = Tensor::<f64, D>::zeros(device, tokens, num_experts)?;
             Gemm::<f64>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight.view(), Op::T)?;
             let bias = bias.map(|bias| widened_f64::<T::Acc, D>(device, bias)).transpose()?;
             let (weights, chosen) =
-                self.choose(device, &logits, bias.as_ref().map(Tensor::view), sequences)?;
+                self.choose(device, &logits, bias.as_ref().map(Tensor::view), given, sequences)?;
             (Logits::F64(logits), narrowed_f64::<T::Acc, D>(device, &weights)?, chosen)
         } else {
             let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
-            Gemm::<T>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight, Op::T)?;
-            let (weights, chosen) = self.choose(device, &logits, bias, sequences)?;
+            match &jitter {
+                None => Gemm::<T>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight, Op::T)?,
+                Some(jitter) => {
+                    let mut noisy = copied::<T, D>(device, x.view())?;
+                    jitter.apply(device, &mut noisy)?;
+                    let mut hold = None;
+                    let weight = widened(device, weight, &mut hold)?;
+                    let (logits, noisy) = (logits.view_mut()?, noisy.view());
+                    Gemm::<T::Acc>::gemm(device, logits, noisy, Op::N, weight, Op::T)?;
+                }
+            }
+            let (weights, chosen) = self.choose(device, &logits, bias, given, sequences)?;
             (Logits::Acc(logits), weights, chosen)
         };
         let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum } = chosen;
@@ -88,14 +101,15 @@ impl Router {
         device: &D,
         logits: &Tensor<R, D>,
         bias: Option<View<'_, R, D>>,
+        given: Option<&Tensor<i32, D>>,
         sequences: usize,
     ) -> Result<(Tensor<R, D>, Chosen<D>), Error> {
         let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
         let [tokens, _] = logits.shape();
         let mut weights = Tensor::uninit(device, tokens, top_k)?;
         let mut experts = Tensor::uninit(device, tokens, top_k)?;
-        // Without bias and groups the choice itself is what the load-balancing losses count.
-        let differs = bias.is_some() || scoring.groups.is_some();
+        // Without bias, groups and a given choice the choice itself is what the load-balancing losses count.
+        let differs = bias.is_some() || scoring.groups.is_some() || given.is_some();
         let mut unbiased = differs.then(|| Tensor::uninit(device, tokens, top_k)).transpose()?;
         let mut probs = Tensor::uninit(device, tokens, num_experts)?;
         let mut lse = Tensor::uninit(device, 1, tokens)?;
@@ -106,7 +120,8 @@ impl Router {
             probs: probs.view_mut()?,
             lse: lse.view_mut()?,
         };
-        device.route(out, RouteInput { bias, ..RouteInput::new(logits.view()) }, &scoring)?;
+        let input = RouteInput { logits: logits.view(), bias, given: given.map(Tensor::view) };
+        device.route(out, input, &scoring)?;
 
         let chosen = experts.to_vec(device)?;
         let expert_counts = self.count(&chosen);

@@ -4,7 +4,7 @@ mod backward;
 mod forward;
 mod types;
 
-use moe_kernels::family::{ExpertGroups, Scoring};
+use moe_kernels::family::{self, ExpertGroups, Scoring};
 use moe_kernels::{DType, Device, Element, Float, Tensor, View};
 
 use crate::{Error, Routing};
@@ -76,12 +76,39 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub bias: Option<View<'a, T::Acc, D>>,
     /// Sequences of the micro-batch; 1 unless given.
     pub sequences: usize,
+    /// Noise on the tokens; none unless given.
+    pub jitter: Option<Jitter<'a, D>>,
+    /// `[n, K]`: the choice, where it is not the router's own (forced or replayed); different experts for each token. Weights
+    /// are made of the present scores, and losses count what these would choose.
+    pub given: Option<&'a Tensor<i32, D>>,
+}
+
+/// Noise on what a router sees (not on what its experts see): each element of a token is multiplied by a number between
+/// `1 − epsilon` and `1 + epsilon` (arXiv 2101.03961), the same one whichever rank holds the token.
+#[derive(Debug, Clone, Copy)]
+pub struct Jitter<'a, D: Device> {
+    /// How far the factors are from 1 at most.
+    pub epsilon: f64,
+    /// Key of the numbers.
+    pub key: u64,
+    /// `[1, n]`: what tells the tokens apart.
+    pub tokens: &'a Tensor<i64, D>,
+}
+
+impl<D: Device> Jitter<'_, D> {
+    /// Multiplies the rows of `x: [n, H]`, tokens or their gradients.
+    fn apply<R: Float<Acc = R>>(&self, device: &D, x: &mut Tensor<R, D>) -> Result<(), Error>
+    where
+        D: family::Routing<R>,
+    {
+        Ok(device.jitter(x.view_mut()?, self.tokens.view(), self.key, self.epsilon)?)
+    }
 }
 
 impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
     /// Tokens of one sequence, by the weight alone.
     pub fn new(x: &'a Tensor<T, D>, weight: View<'a, T, D>) -> Self {
-        RouterInput { x, weight, bias: None, sequences: 1 }
+        RouterInput { x, weight, bias: None, sequences: 1, jitter: None, given: None }
     }
 }
 

@@ -19,10 +19,18 @@ pub(super) fn widened<'a, T: Float, D: Backend<T>>(
     if is_wide::<T>() {
         return Ok(View::new(x.buf(), x.layout())?);
     }
+    Ok(hold.insert(copied(device, x)?).view())
+}
+
+/// A copy of `x` in the accumulation type.
+pub(super) fn copied<T: Float, D: Backend<T>>(
+    device: &D,
+    x: View<'_, T, D>,
+) -> Result<Tensor<T::Acc, D>, Error> {
     let [rows, cols] = x.shape();
     let mut wide = Tensor::uninit(device, rows, cols)?;
     Elementwise::<T>::widen(device, wide.view_mut()?, x)?;
-    Ok(hold.insert(wide).view())
+    Ok(wide)
 }
 
 /// `x` rounded to `T`: the same memory if that is the accumulation type.

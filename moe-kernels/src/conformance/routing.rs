@@ -2,9 +2,11 @@
 
 use super::GRADIENT;
 use super::host::{
-    Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place, place_ints,
+    Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place,
+    place_elements, place_ints,
 };
 use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::random::uniform_pair;
 use crate::{Device, Error, Float, Result};
 
 /// Tokens, experts, choices.
@@ -112,11 +114,12 @@ fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -
     choice.map(|e| e as i32).collect()
 }
 
-/// [`Routing`]: scores, ties, groups, biases, gradients with auxiliary and z-loss, not-a-number, dropping, the stable sort.
+/// [`Routing`]: scores, ties, groups, biases, gradients with auxiliary and z-loss, not-a-number, jitter, dropping, the stable sort.
 pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
     extreme_scores::<A, D>(device, tolerance);
     given_choices::<A, D>(device, tolerance);
+    jitter::<A, D>(device, tolerance);
     refusals::<A, D>(device);
     not_a_number::<A, D>(device);
     dropping::<A, D>(device);
@@ -350,6 +353,27 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     refused("no such expert", &vec![count as i32; n * k]);
     refused("a negative expert", &vec![-1; n * k]);
     refused("too few choices", &given[k..]);
+}
+
+/// By the definition, element by element; the factors depend on nothing but key, token and column.
+fn jitter<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(18);
+    for (n, width) in [(0, 4), (1, 1), (7, 5), (400, 34)] {
+        let x = random.matrix::<A>(n, width);
+        let tokens: Vec<i64> = (0..n as i64).map(|i| (i * 37) % 101 + ((i % 3) << 33)).collect();
+        let placed = place_elements::<i64, D>(device, 1, n, &tokens, -1);
+        let (key, epsilon) = (0xA1B2_C3D4_E5F6_0718, 0.25);
+        let mut y = place::<A, D>(device, &x);
+        device.jitter(y.view_mut(), placed.view(), key, epsilon).expect("jitter");
+        let want = Matrix::from_fn(n, width, |i, h| {
+            let u = uniform_pair(key, tokens[i] as u64, h as u64 / 2)[h % 2];
+            x.at(i, h) * (0.75 + 0.5 * u)
+        });
+        assert_close("jitter", &y.read(), &want, tolerance);
+        let short = place_elements::<i64, D>(device, 1, n + 1, &vec![0; n + 1], -1);
+        assert_refused("other tokens", device.jitter(y.view_mut(), short.view(), key, epsilon));
+        assert_refused("no epsilon", device.jitter(y.view_mut(), placed.view(), key, f64::NAN));
+    }
 }
 
 fn refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {

@@ -10,6 +10,7 @@ use super::parallel::rows_per_piece;
 use super::simd::simd;
 use crate::check;
 use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::random::uniform_pair;
 use crate::{Error, Result, View, ViewMut};
 
 /// Added to sums of sigmoids before they divide, as DeepSeek-V3 does.
@@ -428,6 +429,33 @@ impl<T: CpuFloat> Routing<T> for Cpu {
             usize::MAX => Ok(()),
             row => Err(Error::NotANumber { kernel: KERNEL, row }),
         }
+    }
+
+    fn jitter(
+        &self,
+        mut x: ViewMut<'_, T, Self>,
+        tokens: View<'_, i64, Self>,
+        key: u64,
+        epsilon: f64,
+    ) -> Result<()> {
+        const KERNEL: &str = "jitter";
+        let [n, width] = x.shape();
+        check::shape(KERNEL, "tokens", [1, n], tokens.shape())?;
+        check::argument(KERNEL, epsilon.is_finite(), || format!("epsilon is {epsilon}"))?;
+        let tokens = Mat::from(tokens).vector();
+        let mut x = MatMut::from(&mut x);
+        let tasks =
+            blocks(n, rows_per_piece(16 * width)).map(|r| (x.take_rows(r.len()), &tokens[r])).collect();
+        self.for_each(tasks, |(mut x, tokens)| {
+            for (i, &token) in tokens.iter().enumerate() {
+                for (pair, x) in x.row(i).chunks_mut(2).enumerate() {
+                    let uniform = uniform_pair(key, token as u64, pair as u64);
+                    for (x, u) in x.iter_mut().zip(uniform) {
+                        *x *= T::from_f64(1.0 + epsilon * (2.0 * u - 1.0));
+                    }
+                }
+            }
+        })
     }
 
     fn route_backward(

@@ -121,6 +121,17 @@ pub trait Routing<A: Float>: Device {
         scoring: &Scoring,
     ) -> Result<()>;
 
+    /// Multiplies `x[i, h]` by `1 + epsilon·(2u − 1)`, with `u` the element `h` of the stream `tokens[i]` of
+    /// [`uniform_pair`](crate::random::uniform_pair)s under `key`: forward and backward of an input that is jittered (arXiv
+    /// 2101.03961). The factor is rounded to `A`. `x: [n, H]`, `tokens: [1, n]`.
+    fn jitter(
+        &self,
+        x: ViewMut<'_, A, Self>,
+        tokens: View<'_, i64, Self>,
+        key: u64,
+        epsilon: f64,
+    ) -> Result<()>;
+
     /// Overwrites `dlogits: [n, E]` with the gradient through the weights of the choices `experts: [n, K]`
     /// (`dweights: [n, K]`), plus that of the auxiliary loss, whose derivative by `probs[i, e]` is `aux[i mod B, e]`
     /// (`[B, E]`: one row for all tokens, or one for each of `B` sequences in sequence-major order), plus that of the

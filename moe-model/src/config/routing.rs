@@ -120,6 +120,8 @@ impl ModelConfig {
                  scoring_func = \"sigmoid\" or \"sqrtsoftplus\", or a load-balancing loss",
             );
         }
+        let jitter = self.router_jitter_noise;
+        in_range("router_jitter_noise", jitter, 0.0..=1.0 - f64::EPSILON, "at least 0 and below 1")?;
         let scale = self.routed_scaling_factor;
         in_range("routed_scaling_factor", scale, f64::MIN_POSITIVE..=f64::MAX, "finite and above 0")?;
         self.check_groups()?;
@@ -242,6 +244,8 @@ mod tests {
                 r#", "moe_router_enable_expert_bias": true"#,
                 "moe_router_enable_expert_bias with softmax scores",
             ),
+            (r#", "router_jitter_noise": 1.0"#, "router_jitter_noise = 1"),
+            (r#", "router_jitter_noise": -0.1"#, "router_jitter_noise = -0.1"),
             (r#", "routed_scaling_factor": 0.0"#, "routed_scaling_factor = 0"),
             (r#", "n_group": 0"#, "n_group = 0"),
             (r#", "n_group": 3, "topk_group": 2"#, "num_local_experts must be a multiple of n_group"),

@@ -38,6 +38,7 @@
 
 mod capacity;
 mod error;
+mod forced;
 mod overrides;
 mod sections;
 mod strict;
@@ -234,6 +235,7 @@ impl RunConfig {
         self.recompute()?;
         self.check_train()?;
         self.check_capacity()?;
+        self.check_forced_routing()?;
         self.check_optimizer()?;
         self.check_data()?;
         let (cp, ulysses) = (self.parallel.cp, self.parallel.cp_ulysses);

@@ -122,6 +122,14 @@ pub struct TrainConfig {
     /// kept in the file of a run, so that it computes the same if it goes on under another folding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_token_drop_parts: Option<TokenDropParts>,
+    /// Gives all experts equally many tokens, whatever routers would choose: a benchmark, see
+    /// [`ForcedRouting::Balanced`](moe_model::ForcedRouting::Balanced). Evaluation is not forced.
+    #[serde(default)]
+    pub moe_router_force_load_balancing: bool,
+    /// Gives experts loads that fall as `1 / (e + 1)` to this power: a benchmark, see
+    /// [`ForcedRouting::Skewed`](moe_model::ForcedRouting::Skewed).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_router_force_skew: Option<f64>,
     /// Whether the gradients of a layer are reduced over ranks as soon as its last micro-batch has added to them, while
     /// the backward pass of other layers goes on. Changes no bit.
     #[serde(default = "yes")]

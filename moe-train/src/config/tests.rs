@@ -1,5 +1,5 @@
 use moe_dispatch::capacity::DropPolicy;
-use moe_model::{DropUnit, ExpertCapacity};
+use moe_model::{DropUnit, ExpertCapacity, ForcedRouting};
 use moe_topology::Attention;
 
 use super::*;
@@ -312,6 +312,43 @@ fn the_rate_of_an_expert_bias_needs_one() {
         "optimizer.moe_router_bias_update_rate has no meaning with model.moe_router_enable_expert_bias = false: remove \
          it, or set the latter to true"
     );
+}
+
+#[test]
+fn forced_loads_are_refused_where_they_make_no_sense() {
+    assert_eq!(with(&[]).unwrap().forced_routing(), None);
+    let (balance, skew) = ("train.moe_router_force_load_balancing=true", "train.moe_router_force_skew=1.5");
+    assert_eq!(with(&[balance]).unwrap().forced_routing(), Some(ForcedRouting::Balanced));
+    let skewed = Some(ForcedRouting::Skewed { exponent: 1.5 });
+    assert_eq!(with(&[skew]).unwrap().forced_routing(), skewed);
+    let bias = ["model.moe_router_enable_expert_bias=true", "model.scoring_func=sigmoid"];
+    for (overrides, refused) in [
+        (
+            &[balance, skew][..],
+            "train.moe_router_force_skew contradicts itself with train.moe_router_force_load_balancing = true: remove one \
+             of them",
+        ),
+        (
+            &["train.moe_router_force_skew=-1"],
+            "train.moe_router_force_skew = -1, but it must be from 0 (all alike) to 100",
+        ),
+        (
+            &[&[balance][..], &bias].concat(),
+            "train.moe_router_force_load_balancing makes no sense with model.moe_router_enable_expert_bias = true: the \
+             bias would follow choices it has no part in; remove one",
+        ),
+        (
+            &[skew, "model.n_group=4", "model.topk_group=2"],
+            "train.moe_router_force_skew makes no sense with model.n_group = 4: forced choices keep to no groups; set \
+             model.n_group to 1",
+        ),
+        (
+            &[balance, "model.first_k_dense_replace=4"],
+            "train.moe_router_force_load_balancing has no meaning with a model without experts: remove it",
+        ),
+    ] {
+        assert_eq!(refusal(overrides), refused);
+    }
 }
 
 #[test]

@@ -170,6 +170,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         lr: config.lr_schedule(),
         groups: o.groups.clone(),
         clip_grad: o.clip_grad,
+        forced_routing: config.forced_routing(),
         expert_bias_update_rate: o.moe_router_bias_update_rate.unwrap_or(0.0),
     })
 }

@@ -55,6 +55,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let program = setup.training_program(objective.sequences)?;
         let mut cx = Cx::new(device, comms, params, rope, objective);
         cx.capacity = setup.capacity;
+        cx.forced_routing = setup.forced_routing;
         Ok(RankTrainer {
             setup,
             batch_sizes,

@@ -2,7 +2,7 @@
 
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
-use moe_model::{ExpertCapacity, Objective, PipelineLayout, RecomputeModules};
+use moe_model::{ExpertCapacity, ForcedRouting, Objective, PipelineLayout, RecomputeModules};
 use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
@@ -54,6 +54,8 @@ pub struct Setup {
     pub clip_grad: f64,
     /// How far an update moves the biases of routers, where they have one.
     pub expert_bias_update_rate: f64,
+    /// A load that training is given instead of what routers choose.
+    pub forced_routing: Option<ForcedRouting>,
 }
 
 impl Setup {

@@ -89,6 +89,7 @@ pub fn tiny_model() -> ModelConfig {
         router_z_loss_coef: 0.01,
         scoring_func: Default::default(),
         moe_router_dtype: None,
+        router_jitter_noise: 0.0,
         norm_topk_prob: true,
         routed_scaling_factor: 1.0,
         n_group: 1,
@@ -134,6 +135,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         },
         clip_grad: 1.0,
         expert_bias_update_rate: 0.0,
+        forced_routing: None,
     }
 }
 
