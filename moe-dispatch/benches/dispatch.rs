@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
 use moe_dispatch::{
-    Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Routing, RoutingOn, TokenDispatcher,
+    Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Routing, RoutingOn, Shapes, TokenDispatcher,
 };
 use moe_kernels::{Cpu, Tensor};
 use moe_topology::{Expert, Folding, Mapping};
@@ -27,6 +27,7 @@ fn tokens(device: &Cpu, first: usize, n: usize) -> Result<Routed, Error> {
         weights: Tensor::from_slice(device, n, TOP_K, &vec![0.5; n * TOP_K])?,
         tokens: n,
         top_k: TOP_K,
+        shapes: Shapes::Exact,
     };
     Ok((Tensor::from_slice(device, n, HIDDEN, &x)?, routing))
 }

@@ -14,7 +14,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use moe_dispatch::{
-    AllGather, AllToAll, DispatchState, Dispatcher, Error, Fabric, Grid, Over, Routing, Sorted, Transfer,
+    AllGather, AllToAll, DispatchState, Dispatcher, Error, Fabric, Grid, Over, Routing, Shapes, Sorted,
+    SortedRows, Transfer,
 };
 use moe_topology::{Expert, Folding, Mapping};
 
@@ -160,9 +161,10 @@ impl Fabric for VecFabric {
         top_k: usize,
         _num_experts: usize,
         local: Range<usize>,
-        rows: usize,
+        rows: SortedRows,
     ) -> Result<Sorted<Vec<i32>>, Error> {
-        let mut choice = Vec::with_capacity(rows);
+        let total = rows.total(local.len());
+        let mut choice = Vec::with_capacity(total);
         let mut position = vec![-1; experts.len()];
         let mut offsets = vec![0];
         for expert in local {
@@ -170,9 +172,18 @@ impl Fabric for VecFabric {
                 position[chosen] = choice.len() as i32;
                 choice.push(chosen as i32);
             }
+            if let SortedRows::PerExpert(rows) = rows {
+                let end = offsets.len() * rows;
+                if choice.len() > end {
+                    return Err(Error::Counts {
+                        what: format!("more than {rows} choices of expert {expert}"),
+                    });
+                }
+                choice.resize(end, -1);
+            }
             offsets.push(choice.len() as i32);
         }
-        choice.resize(rows, -1);
+        choice.resize(total, -1);
         let token = choice.iter().map(|&chosen| chosen.div_euclid(top_k as i32)).collect();
         Ok(Sorted { choice, token, position, offsets })
     }
@@ -274,7 +285,8 @@ fn layer<D: Dispatcher<VecFabric>>(fabric: &VecFabric, dispatcher: &D, tokens: R
             experts_chosen.extend(chosen);
             weights.extend(weight);
         }
-        let routing = Routing { experts: experts_chosen, weights, tokens: tokens.len(), top_k: TOP_K };
+        let (tokens, shapes) = (tokens.len(), Shapes::Exact);
+        let routing = Routing { experts: experts_chosen, weights, tokens, top_k: TOP_K, shapes };
         let (batch, state) = dispatcher.dispatch(fabric, &x, &routing)?;
         let y = experts(fabric, &batch.x, &batch.probs, state.offsets());
         dispatcher.combine(fabric, y, &state)

@@ -1,9 +1,8 @@
 //! Dispatch by all-gather over EP×ETP.
 
-use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf};
+use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf, counts, own_rows};
 use crate::fabric::{Arrived, Fabric, Over, Transfer};
-use crate::plan::Counts;
-use crate::{Routing, Sorted};
+use crate::{Routing, Sorted, SortedRows};
 
 /// Gathers all tokens on all ranks, where each rank takes those its experts are chosen by; results return by one
 /// reduce-scatter. Moves more bytes than [`AllToAll`](crate::AllToAll) unless a token's choices cover most ranks,
@@ -43,17 +42,20 @@ impl<F: Fabric> Dispatcher<F> for AllGather {
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error> {
         let (grid, num_experts) = (fabric.grid(), self.num_experts);
         let local = grid.local_experts(num_experts)?;
-        let &Routing { ref experts, tokens, top_k, .. } = routing;
-        let sorted = fabric.sort_by_expert(experts, top_k, num_experts, 0..num_experts, tokens * top_k)?;
+        let (top_k, own) = (routing.top_k, own_rows(routing));
+        let sorted = fabric.sort_by_expert(&routing.experts, top_k, num_experts, 0..num_experts, own)?;
         if grid.size() == 1 {
-            return Ok(AllGatherState { top_k, sorted, rows: tokens * top_k, tokens: None });
+            return Ok(AllGatherState { top_k, sorted, rows: own.total(num_experts), tokens: None });
         }
-        let exchanged = fabric.exchange_counts(&sorted.offsets, tokens)?;
-        let counts = Counts::from_exchange(grid, num_experts, &exchanged)?;
-        let rows = counts.expert_rows().iter().sum();
+        let counts = counts(fabric, num_experts, &sorted.offsets, routing)?;
         let choices: Vec<usize> = counts.tokens().iter().map(|tokens| tokens * top_k).collect();
-        let experts = fabric.all_gather_index(experts, &choices)?;
-        let sorted = fabric.sort_by_expert(&experts, top_k, num_experts, local, rows)?;
+        let experts = fabric.all_gather_index(&routing.experts, &choices)?;
+        let gathered = match own {
+            SortedRows::Packed(_) => SortedRows::Packed(counts.expert_rows().iter().sum()),
+            SortedRows::PerExpert(rows) => SortedRows::PerExpert(rows * grid.size()),
+        };
+        let rows = gathered.total(local.len());
+        let sorted = fabric.sort_by_expert(&experts, top_k, num_experts, local, gathered)?;
         Ok(AllGatherState { top_k, sorted, rows, tokens: Some(counts.tokens().to_vec()) })
     }
 

@@ -1,8 +1,8 @@
 //! Dispatch by all-to-all over EP and all-gather over ETP.
 
-use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf};
+use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf, counts, own_rows};
 use crate::fabric::{Arrived, Fabric, Over, Transfer};
-use crate::plan::{ChunkOrder, Counts, Splits};
+use crate::plan::{ChunkOrder, Splits};
 use crate::{Routing, Sorted};
 
 /// Sends every row only where its expert is: rows are sorted by expert, travel by all-to-all over EP, are gathered
@@ -99,13 +99,12 @@ impl<F: Fabric> Dispatcher<F> for AllToAll {
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error> {
         let (grid, num_experts) = (fabric.grid(), self.num_experts);
         let local = grid.local_experts(num_experts)?;
-        let &Routing { ref experts, tokens, top_k, .. } = routing;
-        let sorted = fabric.sort_by_expert(experts, top_k, num_experts, 0..num_experts, tokens * top_k)?;
+        let (top_k, own) = (routing.top_k, own_rows(routing));
+        let sorted = fabric.sort_by_expert(&routing.experts, top_k, num_experts, 0..num_experts, own)?;
         if grid.size() == 1 {
-            return Ok(AllToAllState { top_k, sorted, rows: tokens * top_k, exchange: None });
+            return Ok(AllToAllState { top_k, sorted, rows: own.total(num_experts), exchange: None });
         }
-        let exchanged = fabric.exchange_counts(&sorted.offsets, tokens)?;
-        let counts = Counts::from_exchange(grid, num_experts, &exchanged)?;
+        let counts = counts(fabric, num_experts, &sorted.offsets, routing)?;
         let order = ChunkOrder::new(&counts.received_chunks(), local.len());
         let order = order.map(|order| -> Result<_, F::Error> {
             let to_experts = fabric.index(&order.to_experts)?;

@@ -8,7 +8,7 @@
 
 use std::fmt::Debug;
 
-use crate::{DispatchState, Dispatcher, Fabric, Over, Routing, Transfer};
+use crate::{DispatchState, Dispatcher, Fabric, Over, Routing, Shapes, SortedRows, Transfer};
 
 /// Columns of the tensors that the checks make.
 pub const HIDDEN: usize = 3;
@@ -121,22 +121,30 @@ fn local_operations<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
     )?;
 
     let experts = f.index(&[3, 1, 1, -1, 0, 3])?;
-    let all = f.sort_by_expert(&experts, 2, 4, 0..4, 6)?;
+    let all = f.sort_by_expert(&experts, 2, 4, 0..4, SortedRows::Packed(6))?;
     equal("sort, choice", f.read_index(&all.choice)?, vec![4, 1, 2, 0, 5, -1])?;
-    equal("sort, token", f.read_index(&all.token)?[..5].to_vec(), vec![2, 0, 1, 0, 2])?;
+    equal("sort, token", f.read_index(&all.token)?, vec![2, 0, 1, 0, 2, -1])?;
     equal("sort, position", f.read_index(&all.position)?, vec![3, 1, 2, -1, 0, 4])?;
     equal("sort, offsets", f.read_index(&all.offsets)?, vec![0, 1, 3, 3, 5])?;
-    let some = f.sort_by_expert(&experts, 2, 4, 1..3, 2)?;
+    let some = f.sort_by_expert(&experts, 2, 4, 1..3, SortedRows::Packed(2))?;
     equal("sort of some, choice", f.read_index(&some.choice)?, vec![1, 2])?;
     equal("sort of some, token", f.read_index(&some.token)?, vec![0, 1])?;
     equal("sort of some, position", f.read_index(&some.position)?, vec![-1, 0, 1, -1, -1, -1])?;
     equal("sort of some, offsets", f.read_index(&some.offsets)?, vec![0, 2, 2])?;
 
+    let roomy = f.sort_by_expert(&experts, 2, 4, 0..2, SortedRows::PerExpert(3))?;
+    equal("sort with room, choice", f.read_index(&roomy.choice)?, vec![4, -1, -1, 1, 2, -1])?;
+    equal("sort with room, token", f.read_index(&roomy.token)?, vec![2, -1, -1, 0, 1, -1])?;
+    equal("sort with room, position", f.read_index(&roomy.position)?, vec![-1, 3, 4, -1, 0, -1])?;
+    equal("sort with room, offsets", f.read_index(&roomy.offsets)?, vec![0, 3, 6])?;
+    let full = f.sort_by_expert(&experts, 2, 4, 0..4, SortedRows::PerExpert(1)).is_err();
+    equal("two choices of an expert with room for one are refused", full, true)?;
+
     let none = f.index(&[])?;
     let empty = f.tensor(0, &[])?;
     equal("gather_rows of nothing", f.read_tensor(&f.gather_rows(&empty, &none)?)?, vec![])?;
     equal("gather_sum of nothing", f.read_tensor(&f.gather_sum(&empty, &none, 2)?)?, vec![])?;
-    let sorted = f.sort_by_expert(&none, 2, 4, 0..4, 0)?;
+    let sorted = f.sort_by_expert(&none, 2, 4, 0..4, SortedRows::Packed(0))?;
     equal("sort of nothing", f.read_index(&sorted.offsets)?, vec![0; 5])
 }
 
@@ -285,7 +293,13 @@ fn upstream(g: usize, h: usize) -> f64 {
 }
 
 impl<F: Inspect> Call<F> {
-    fn new(f: &F, tokens: std::ops::Range<usize>, skew: Skew, num_experts: usize) -> Result<Self, F::Error> {
+    fn new(
+        f: &F,
+        tokens: std::ops::Range<usize>,
+        skew: Skew,
+        num_experts: usize,
+        shapes: Shapes,
+    ) -> Result<Self, F::Error> {
         let experts: Vec<i32> = tokens.clone().flat_map(|g| skew.experts(g, num_experts)).collect();
         let weights: Vec<f64> = tokens.clone().flat_map(|g| [weight(g, 0), weight(g, 1)]).collect();
         let dy: Vec<f64> = tokens.clone().flat_map(|g| (0..HIDDEN).map(move |h| upstream(g, h))).collect();
@@ -297,6 +311,7 @@ impl<F: Inspect> Call<F> {
                 weights: f.weights(&weights)?,
                 tokens: tokens.len(),
                 top_k: TOP_K,
+                shapes,
             },
             tokens,
             skew,
@@ -355,7 +370,7 @@ fn scale_rows(x: &[f64], scales: &[f64], probs: &[f64]) -> Vec<f64> {
 }
 
 /// Checks a dispatcher, forward and backward, against formulas: with uneven numbers of tokens (0 among them), several
-/// skews, choices routed nowhere, and calls in flight that end in another order than they started in.
+/// skews, choices routed nowhere, exact and fixed shapes, and calls in flight that end in another order than they started in.
 /// `make(num_experts)` makes the dispatcher.
 ///
 /// # Errors
@@ -375,7 +390,12 @@ pub fn dispatcher<F: Inspect, D: Dispatcher<F>>(
         for skew in [Skew::Spread, Skew::ToTwo, Skew::Dropped] {
             for share in shares {
                 let first: usize = (0..me).map(share).sum();
-                calls.push(Call::new(f, first..first + share(me), skew, num_experts)?);
+                calls.push(Call::new(f, first..first + share(me), skew, num_experts, Shapes::Exact)?);
+            }
+            // Two choices of a token may be the same expert.
+            for (tokens, rows) in [(5, 10), (4, 9), (0, 2)] {
+                let shapes = Shapes::PerExpert(rows);
+                calls.push(Call::new(f, me * tokens..(me + 1) * tokens, skew, num_experts, shapes)?);
             }
         }
 
@@ -391,6 +411,12 @@ pub fn dispatcher<F: Inspect, D: Dispatcher<F>>(
                 equal("rows", batch.rows, scales.len())?;
                 let (x, probs) = (f.read_tensor(&batch.x)?, f.read_weights(&batch.probs)?);
                 equal("number of probabilities", probs.len(), batch.rows)?;
+                if let Shapes::PerExpert(rows) = call.routing.shapes {
+                    let sent = rows * num_experts / grid.ep_size() * grid.size();
+                    equal("rows that do not depend on the choices", batch.rows, sent)?;
+                    let empty = x.chunks_exact(HIDDEN).zip(&probs).filter(|&(_, &prob)| prob == 0.0);
+                    equal("rows without a choice", empty.flat_map(|(x, _)| x).all(|&x| x == 0.0), true)?;
+                }
 
                 let y = f.tensor(batch.rows, &scale_rows(&x, &scales, &probs))?;
                 let y = d.combine(f, y, &state)?;

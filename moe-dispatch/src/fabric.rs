@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Error, Grid, Sorted};
+use crate::{Error, Grid, Sorted, SortedRows};
 
 /// The ranks a transfer goes over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,15 +72,14 @@ pub trait Fabric {
     fn index(&self, entries: &[i32]) -> Result<Self::Index, Self::Error>;
 
     /// Sorts the choices whose expert lies in `local` by expert; stable. `experts` has `top_k` entries per token in
-    /// `0..num_experts`, or negative; those outside `local` get position −1. `rows` is the number of choices inside
-    /// `local`, or a bound on it; what exceeds is −1 in [`Sorted::choice`].
+    /// `0..num_experts`, or negative; those outside `local` get position −1.
     fn sort_by_expert(
         &self,
         experts: &Self::Index,
         top_k: usize,
         num_experts: usize,
         local: Range<usize>,
-        rows: usize,
+        rows: SortedRows,
     ) -> Result<Sorted<Self::Index>, Self::Error>;
 
     /// `y[i] = x[index[i]]`; a row of zeros where the index is negative.

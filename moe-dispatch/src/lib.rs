@@ -22,7 +22,7 @@
 //! ```
 //! # #[cfg(feature = "native")]
 //! # fn main() -> Result<(), moe_dispatch::Error> {
-//! use moe_dispatch::{AllToAll, Dispatcher, NativeFabric, Routing};
+//! use moe_dispatch::{AllToAll, Dispatcher, NativeFabric, Routing, Shapes};
 //! use moe_kernels::{Cpu, Tensor};
 //!
 //! let device = Cpu::new(1);
@@ -35,6 +35,7 @@
 //!     weights: Tensor::from_slice(&device, 2, 2, &[0.75, 0.25, 0.5, 0.5])?,
 //!     tokens: 2,
 //!     top_k: 2,
+//!     shapes: Shapes::Exact,
 //! };
 //! let (batch, state) = dispatcher.dispatch(&fabric, &x, &routing)?;
 //! assert_eq!(batch.x.to_vec(&device)?, [10.0, 20.0, 20.0, 10.0]); // of experts 0, 0, 2, 3
@@ -73,7 +74,7 @@ pub use dispatcher::{BatchOf, DispatchState, Dispatcher, Flight, FlightOf};
 pub use error::Error;
 pub use fabric::{Arrived, Fabric, Over, Transfer};
 pub use grid::{Grid, InnerAxis};
-pub use routing::{Batch, Routing, Sorted};
+pub use routing::{Batch, Routing, Shapes, Sorted, SortedRows};
 pub use token_dispatcher::{DispatcherKind, TokenDispatcher, TokenDispatcherState};
 
 #[cfg(feature = "conformance")]

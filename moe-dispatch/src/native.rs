@@ -4,12 +4,12 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use moe_comm::{Comm, Comms};
-use moe_kernels::family::{Elementwise, Routing, Rows};
+use moe_kernels::family::{Elementwise, Routing, Rows, SortOutput};
 use moe_kernels::{Backend, Device, Element, Float, Tensor};
 use moe_topology::Expert;
 
 use crate::fabric::{Arrived, Fabric, Over, Transfer};
-use crate::{Error, Grid, Sorted};
+use crate::{Error, Grid, Sorted, SortedRows};
 
 /// Tensors of one device and the rank's communicators, borrowed for as long as a call takes.
 ///
@@ -134,7 +134,7 @@ impl<T: Float, D: Backend<T>> Fabric for NativeFabric<'_, T, D> {
         top_k: usize,
         num_experts: usize,
         local: Range<usize>,
-        rows: usize,
+        rows: SortedRows,
     ) -> Result<Sorted<Self::Index>, Error> {
         let choices = experts.layout().len();
         let tokens = choices.checked_div(top_k).unwrap_or(0);
@@ -143,21 +143,25 @@ impl<T: Float, D: Backend<T>> Fabric for NativeFabric<'_, T, D> {
             Range { start: 0, end } if end == num_experts => experts.clone(),
             local => self.localize(experts, num_experts, local)?,
         };
-        let mut choice = Tensor::uninit(self.device, 1, choices)?;
+        let per_expert = match rows {
+            SortedRows::Packed(_) => None,
+            SortedRows::PerExpert(rows) => Some(rows),
+        };
+        let sorted_rows = per_expert.map_or(choices, |rows| rows * sorted_experts);
+        let mut choice = Tensor::uninit(self.device, 1, sorted_rows)?;
+        let mut token = Tensor::uninit(self.device, 1, sorted_rows)?;
         let mut position = Tensor::uninit(self.device, tokens, top_k)?;
         let mut offsets = Tensor::uninit(self.device, 1, sorted_experts + 1)?;
-        Routing::<T::Acc>::sort_by_expert(
-            self.device,
-            choice.view_mut()?,
-            position.view_mut()?,
-            offsets.view_mut()?,
-            experts.reshape(tokens, top_k)?.view(),
-        )?;
-        let choice = choice.columns(0..rows)?;
-        let token_of_choice: Vec<i32> = (0..choices).map(|choice| (choice / top_k) as i32).collect();
-        let token_of_choice = Tensor::from_slice(self.device, choices, 1, &token_of_choice)?;
-        let token = row(&self.gather(&token_of_choice, &choice)?)?;
-        Ok(Sorted { choice, token, position, offsets })
+        let out = SortOutput {
+            order: choice.view_mut()?,
+            tokens: token.view_mut()?,
+            position: position.view_mut()?,
+            offsets: offsets.view_mut()?,
+        };
+        let experts = experts.reshape(tokens, top_k)?;
+        Routing::<T::Acc>::sort_by_expert(self.device, out, experts.view(), per_expert)?;
+        let rows = 0..rows.total(sorted_experts);
+        Ok(Sorted { choice: choice.columns(rows.clone())?, token: token.columns(rows)?, position, offsets })
     }
 
     fn gather_rows(&self, x: &Self::Tensor, index: &Self::Index) -> Result<Self::Tensor, Error> {

@@ -11,6 +11,19 @@ pub struct Routing<I, W> {
     pub tokens: usize,
     /// Choices per token.
     pub top_k: usize,
+    /// How many rows experts receive; the same on all ranks.
+    pub shapes: Shapes,
+}
+
+/// How many rows are sent to experts: what choices ask for, or numbers that do not depend on the choices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Shapes {
+    /// As many as there are choices. Their numbers are exchanged.
+    #[default]
+    Exact,
+    /// So many from each rank to each expert, of which those without a choice are zeros with weight 0. No expert may be
+    /// chosen more often by the tokens of one rank, and all ranks have equally many tokens; no numbers are exchanged.
+    PerExpert(usize),
 }
 
 /// Rows for the experts of this rank, grouped by expert in ascending order.
@@ -26,12 +39,31 @@ pub struct Batch<X, W, I> {
     pub rows: usize,
 }
 
+/// How many rows sorted choices take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SortedRows {
+    /// So many in all, at least as many as there are choices, which stand side by side; the last ones are without.
+    Packed(usize),
+    /// So many for each expert, its choices first. More choices of an expert are an error.
+    PerExpert(usize),
+}
+
+impl SortedRows {
+    /// All of them.
+    pub const fn total(self, experts: usize) -> usize {
+        match self {
+            SortedRows::Packed(rows) => rows,
+            SortedRows::PerExpert(rows) => rows * experts,
+        }
+    }
+}
+
 /// Choices of tokens, sorted by expert; a stable sort, so a token's neighbours stay its neighbours.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sorted<I> {
-    /// The choice that stands in each row, `token · top_k + k`; one entry per row.
+    /// The choice that stands in each row, `token · top_k + k`, −1 in rows without; one entry per row.
     pub choice: I,
-    /// The token that stands in each row, `choice / top_k`.
+    /// The token that stands in each row, `choice / top_k`; −1 without a choice.
     pub token: I,
     /// The row of each choice, −1 for choices that have none; `tokens · top_k` entries.
     pub position: I,

@@ -6,7 +6,7 @@ use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
 use moe_dispatch::conformance;
 use moe_dispatch::{
     AllGather, AllToAll, Dispatcher, Error, Fabric, Grid, InnerAxis, NativeFabric, Over, Routing, RoutingOn,
-    Transfer,
+    Shapes, Transfer,
 };
 use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Expert, Folding, Mapping};
@@ -74,7 +74,7 @@ fn three_tokens(device: &Cpu) -> (Tensor<f64, Cpu>, RoutingOn<f64, Cpu>) {
     let x = Tensor::from_slice(device, 3, 1, &[1.0, 2.0, 3.0]).unwrap();
     let experts = Tensor::from_slice(device, 3, 1, &[1, 0, 1]).unwrap();
     let weights = Tensor::from_slice(device, 3, 1, &[0.1, 0.2, 0.3]).unwrap();
-    (x, Routing { experts, weights, tokens: 3, top_k: 1 })
+    (x, Routing { experts, weights, tokens: 3, top_k: 1, shapes: Shapes::Exact })
 }
 
 #[test]

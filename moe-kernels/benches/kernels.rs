@@ -9,7 +9,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
     Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
     GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation, RouteInput,
-    RouteOutput, Routing, Rows, ScoreFunction,
+    RouteOutput, Routing, Rows, ScoreFunction, SortOutput,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -214,13 +214,14 @@ fn rowwise(c: &mut Criterion) {
     });
     measure(c, "sort_by_expert", rows, |cpu| {
         let experts = ints(cpu, TOKENS, TOP_K, |i| i * 31 % EXPERTS);
-        let (mut order, mut position) = (ints(cpu, 1, rows, |_| 0), ints(cpu, TOKENS, TOP_K, |_| 0));
-        let (mut offsets, cpu) = (ints(cpu, 1, EXPERTS + 1, |_| 0), cpu.clone());
+        let (mut order, mut tokens) = (ints(cpu, 1, rows, |_| 0), ints(cpu, 1, rows, |_| 0));
+        let (mut position, mut offsets) = (ints(cpu, TOKENS, TOP_K, |_| 0), ints(cpu, 1, EXPERTS + 1, |_| 0));
+        let cpu = cpu.clone();
         Box::new(move || {
-            let (order, position, offsets) = (mutable!(order), mutable!(position), mutable!(offsets));
+            let (order, tokens) = (mutable!(order), mutable!(tokens));
+            let out = SortOutput { order, tokens, position: mutable!(position), offsets: mutable!(offsets) };
             // The router's type does not matter to the sort.
-            Routing::<f32>::sort_by_expert(&cpu, order, position, offsets, experts.view())
-                .expect("sort_by_expert");
+            Routing::<f32>::sort_by_expert(&cpu, out, experts.view(), None).expect("sort_by_expert");
         })
     });
 }

@@ -1,7 +1,7 @@
 //! Dropping: which tokens compete for the places of an expert, and where each of them stands.
 
-use moe_dispatch::RoutingOn;
 use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity};
+use moe_dispatch::{RoutingOn, Shapes};
 use moe_kernels::family::DropLimit;
 use moe_kernels::{Backend, Float, Tensor};
 use moe_topology::{Attention, Folding};
@@ -21,6 +21,12 @@ pub struct ExpertCapacity {
     pub policy: DropPolicy,
     /// The tokens that compete with each other.
     pub unit: DropUnit,
+    /// Whether every rank sends so many rows to each expert, choices or not (`moe_pad_expert_input_to_capacity`):
+    /// shapes that are known beforehand, and no exchange of counts. Rows without a choice are zeros.
+    ///
+    /// Where a unit is what a rank holds, the rows are its capacity. Where its tokens are spread over ranks, any of them
+    /// may hold all that an expert keeps: then they are the capacity or the rank's tokens, whatever is less.
+    pub pad: bool,
 }
 
 /// The tokens that compete with each other for the places of an expert: a micro-batch, or the parts into which `tp · cp`
@@ -52,6 +58,8 @@ struct Slots {
     slots: Vec<i32>,
     /// Slots of a unit.
     unit_slots: usize,
+    /// Units of which the rank may hold tokens, the same number on all ranks.
+    units: usize,
     /// Whether units are spread over ranks.
     spread: bool,
 }
@@ -114,32 +122,44 @@ impl Place {
         num_experts: usize,
         cx: &Cx<T, D>,
     ) -> Result<(RoutingOn<T, D>, u64)> {
-        let Some(ExpertCapacity { factor, policy, unit }) = cx.capacity.filter(|_| cx.mode != Mode::Evaluate)
+        let Some(ExpertCapacity { factor, policy, unit, pad }) =
+            cx.capacity.filter(|_| cx.mode != Mode::Evaluate)
         else {
             return Ok((routing, 0));
         };
-        let Slots { slots, unit_slots, spread } = self.slots(unit, routing.tokens, cx.batch(m)?.batch)?;
+        let Slots { slots, unit_slots, units, spread } =
+            self.slots(unit, routing.tokens, cx.batch(m)?.batch)?;
         let slots = Tensor::from_slice(&cx.device, 1, slots.len(), &slots)?;
         let capacity = expert_capacity(factor, unit_slots, routing.top_k, num_experts);
         let limit = DropLimit { num_experts, unit_slots, capacity };
         let group = cx.group(TP_CP)?;
         let tokens = vec![routing.tokens; group.size()];
         let spread = spread.then_some(Spread { group, tokens: &tokens });
-        Ok(drop_excess::<T, D>(&cx.device, routing, policy, &slots, limit, spread)?)
+        let (mut routing, dropped) = drop_excess::<T, D>(&cx.device, routing, policy, &slots, limit, spread)?;
+        if pad {
+            routing.shapes = Shapes::PerExpert((capacity * units).min(routing.tokens));
+        }
+        Ok((routing, dropped))
     }
 
     /// The slots of this rank's `rows` rows of a micro-batch of `batch` sequences.
     fn slots(self, unit: DropUnit, rows: usize, batch: usize) -> Result<Slots> {
         let ((tp_rank, tp), (cp_rank, cp)) = (self.tp, self.cp);
         if unit == (DropUnit { tp, cp }) {
-            return Ok(Slots { slots: (0..rows as i32).collect(), unit_slots: rows, spread: false });
+            return Ok(Slots {
+                slots: (0..rows as i32).collect(),
+                unit_slots: rows,
+                units: 1,
+                spread: false,
+            });
         }
         let seq_len = rows * tp * cp / batch.max(1);
         unit.check(seq_len)?;
         let of_position = |p| (0..batch).map(move |b| unit.slot(p, b, seq_len, batch) as i32);
         let slots = positions(seq_len, cp, cp_rank)?.flat_map(of_position).skip(tp_rank * rows).take(rows);
-        let unit_slots = seq_len * batch / (unit.tp * unit.cp);
-        Ok(Slots { slots: slots.collect(), unit_slots, spread: tp * cp > 1 })
+        let units = unit.tp * unit.cp;
+        let unit_slots = seq_len * batch / units;
+        Ok(Slots { slots: slots.collect(), unit_slots, units, spread: tp * cp > 1 })
     }
 }
 
@@ -175,7 +195,8 @@ mod tests {
                 let ranks = dealt(seq_len, batch, own_tp, own_cp);
                 for (rank, tokens) in ranks.into_iter().enumerate() {
                     let place = Place { tp: (rank % own_tp, own_tp), cp: (rank / own_tp, own_cp) };
-                    let Slots { slots, unit_slots, spread } = place.slots(unit, tokens.len(), batch).unwrap();
+                    let Slots { slots, unit_slots, spread, .. } =
+                        place.slots(unit, tokens.len(), batch).unwrap();
                     assert_eq!(unit_slots, seq_len * batch / (tp * cp));
                     if (tp, cp) == (own_tp, own_cp) {
                         assert!(!spread && slots == (0..tokens.len() as i32).collect::<Vec<_>>());

@@ -3,12 +3,15 @@
 mod common;
 
 use common::{Outcome, assert_equal, assert_same_bits, setup, tiny_model, train};
+use moe_comm::ThreadWorld;
+use moe_comm::count::{Counted, Counters};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_dispatch::capacity::DropPolicy::{self, Position, Probs};
+use moe_kernels::Cpu;
 use moe_model::config::ScoringFunc;
 use moe_model::{DropUnit, ExpertCapacity, ModelConfig};
-use moe_topology::{Attention, Mapping};
-use moe_train::trainer::Setup;
+use moe_topology::{Attention, Expert, Mapping};
+use moe_train::trainer::{BatchSource, RankTrainer, Setup};
 
 /// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
 type Sizes = (usize, usize, usize, usize, usize, usize, usize);
@@ -19,7 +22,7 @@ fn mapping((tp, cp, ulysses, dp, pp, etp, ep): Sizes) -> Mapping {
 }
 
 fn capacity(factor: f64, policy: DropPolicy) -> ExpertCapacity {
-    ExpertCapacity { factor, policy, unit: DropUnit::MICRO_BATCH }
+    ExpertCapacity { factor, policy, unit: DropUnit::MICRO_BATCH, pad: false }
 }
 
 /// Two sequences in a micro-batch, so that slots are no positions.
@@ -120,12 +123,64 @@ fn a_tiny_factor_leaves_one_choice_to_each_expert() {
     assert!((4 * 3 * 2..=4 * 3 * 8).contains(&kept), "{kept} of {choices} are kept");
 }
 
+/// Fixed shapes: the forward pass has the same bits, gradients those of sums with zeros among their terms.
+#[test]
+fn rows_without_a_choice_change_nothing() {
+    let model = ModelConfig { expert_mlp_bias: true, ..tiny_model() };
+    for ((sizes, kind), policy) in FOLDINGS.into_iter().zip([Probs, Position].into_iter().cycle()) {
+        let (tp, cp, ..) = sizes;
+        // A rank's own, a micro-batch, and parts that no rank holds.
+        for unit in [DropUnit { tp, cp }, DropUnit::MICRO_BATCH, DropUnit { tp: 4, cp: 1 }] {
+            let run = |pad| {
+                let capacity = ExpertCapacity { unit, pad, ..capacity(0.8, policy) };
+                train(Setup { dispatcher: kind, ..with(&model, mapping(sizes), Some(capacity)) }, 1)
+            };
+            let (padded, exact) = (run(true), run(false));
+            let what = format!("{}, {kind}, {policy}, {unit:?}", mapping(sizes));
+            let [(a, b)] = padded.reports.iter().zip(&exact.reports).collect::<Vec<_>>()[..] else {
+                panic!()
+            };
+            assert_eq!(a.loss.map(f64::to_bits), b.loss.map(f64::to_bits), "{what}");
+            assert_eq!(a.dropped_tokens, b.dropped_tokens, "{what}");
+            for (name, [_, m, _]) in &exact.state {
+                let largest = m.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()));
+                for (x, y) in padded.state[name][1].iter().zip(m) {
+                    let close = (x - y).abs() <= 1e-12 * largest + 1e-16 * b.grad_norm;
+                    assert!(close, "{what}: the gradient of {name}: {x} and {y}");
+                }
+            }
+        }
+    }
+}
+
+/// Rank by rank, all-gathers and bytes of all-to-alls among the pairs of ranks that share experts, in one step.
+fn exchanged(capacity: Option<ExpertCapacity>) -> Vec<(u64, u64)> {
+    let setup = with(&tiny_model(), mapping((1, 1, 1, 4, 1, 1, 2)), capacity);
+    let source = common::RandomBatches { vocab: 37, seq_len: 12, micro_batch: 2 };
+    let ranks = ThreadWorld::run(4, common::DEADLINE, move |world| {
+        let counters = Counters::default();
+        let world = Counted::new(world, counters.clone());
+        let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+        trainer.step(1, &source)?;
+        let counts = counters.snapshot();
+        let count = |op| counts.get(&(Expert::EP.into(), op)).copied().unwrap_or_default();
+        Ok::<_, moe_train::Error>((count("all_gather").calls, count("all_to_all").bytes))
+    });
+    ranks.unwrap()
+}
+
+#[test]
+fn fixed_shapes_exchange_no_counts_and_equally_many_rows() {
+    let exact = exchanged(Some(capacity(0.8, Probs)));
+    assert!(exact.iter().all(|&(gathers, _)| gathers == 3), "a layer exchanges counts: {exact:?}");
+    let padded = exchanged(Some(ExpertCapacity { pad: true, ..capacity(0.8, Probs) }));
+    // 3 layers send ⌈0.8 · 24 · 2/8⌉ = 5 rows of 24 to each of 8 experts, four times, and twice a weight beside each.
+    let bytes = 3 * 5 * 8 * (4 * 24 + 2) * 8;
+    assert_eq!(padded, [(0, bytes); 4], "beside {exact:?}");
+}
+
 #[test]
 fn evaluation_drops_nothing() {
-    use moe_comm::ThreadWorld;
-    use moe_kernels::Cpu;
-    use moe_train::trainer::{BatchSource, RankTrainer};
-
     let model = tiny_model();
     let source = common::RandomBatches { vocab: 37, seq_len: 12, micro_batch: 2 };
     let loss = |capacity| {

@@ -143,7 +143,8 @@ fn under_every_kind_of_folding() {
 /// What is dropped is decided once, and stays dropped.
 #[test]
 fn with_latent_attention_biases_and_capacities() {
-    let capacity = ExpertCapacity { factor: 0.8, policy: DropPolicy::Position, unit: DropUnit::MICRO_BATCH };
+    let capacity =
+        ExpertCapacity { factor: 0.8, policy: DropPolicy::Position, unit: DropUnit::MICRO_BATCH, pad: true };
     for (sizes, kind) in [
         ((2, 1, 1, 1, 1, 1, 1, 2), AllToAll),
         ((1, 2, 1, 1, 2, 1, 2, 1), AllGather),

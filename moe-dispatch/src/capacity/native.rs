@@ -30,7 +30,7 @@ pub fn drop_excess<T: Float, D: Backend<T>>(
     limit: DropLimit,
     spread: Option<Spread<'_, D>>,
 ) -> Result<(RoutingOn<T, D>, u64), Error> {
-    let Routing { experts, weights, tokens, top_k } = routing;
+    let Routing { experts, weights, tokens, top_k, shapes } = routing;
     let own = experts.reshape(tokens, top_k)?;
     let by = match policy {
         DropPolicy::Probs => Some(weights.reshape(tokens, top_k)?),
@@ -50,7 +50,7 @@ pub fn drop_excess<T: Float, D: Backend<T>>(
     };
     let (before, after) = (own.to_vec(device)?, kept.to_vec(device)?);
     let dropped = before.iter().zip(&after).filter(|&(&before, &after)| before >= 0 && after < 0).count();
-    Ok((Routing { experts: kept, weights, tokens, top_k }, dropped as u64))
+    Ok((Routing { experts: kept, weights, tokens, top_k, shapes }, dropped as u64))
 }
 
 fn kept<T: Float, D: Backend<T>>(

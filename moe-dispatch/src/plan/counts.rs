@@ -49,12 +49,26 @@ impl Counts {
             rows.extend(offsets.windows(2).map(|w| (w[1] - w[0]) as usize));
             tokens.push(own_tokens as usize);
         }
-        let counts = Counts { grid, local, num_experts, rows, tokens };
-        let total = counts.expert_rows().iter().sum::<usize>();
+        Counts { grid, local, num_experts, rows, tokens }.checked()
+    }
+
+    /// Every rank has `rows` rows for every expert, and `tokens` tokens: nothing needs to be exchanged.
+    ///
+    /// # Errors
+    /// [`Error::Experts`] if EP does not divide the experts, [`Error::Counts`] if an `i32` cannot count the rows.
+    pub fn uniform(grid: Grid, num_experts: usize, rows: usize, tokens: usize) -> Result<Self, Error> {
+        let local = grid.local_experts(num_experts)?;
+        let (rows, tokens) = (vec![rows; grid.size() * num_experts], vec![tokens; grid.size()]);
+        Counts { grid, local, num_experts, rows, tokens }.checked()
+    }
+
+    /// Rows can be named by an `i32`.
+    fn checked(self) -> Result<Self, Error> {
+        let total = self.expert_rows().iter().sum::<usize>();
         if i32::try_from(total).is_err() {
             return Err(Error::Counts { what: format!("{total} rows for one rank exceed an i32 index") });
         }
-        Ok(counts)
+        Ok(self)
     }
 
     /// Experts of the layer.

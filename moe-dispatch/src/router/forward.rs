@@ -3,7 +3,7 @@ use moe_kernels::{Backend, Device, Float, Tensor, View};
 
 use super::types::{copied, narrowed_f64, widened, widened_f64};
 use super::{Logits, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
-use crate::{Error, Routing};
+use crate::{Error, Routing, Shapes};
 
 /// What was chosen, and what that says about the rank's tokens.
 struct Chosen<D: Device> {
@@ -91,7 +91,7 @@ impl Router {
             plain_counts,
             prob_sums: all_probs,
         };
-        let routing = Routing { experts: experts.clone(), weights, tokens, top_k };
+        let routing = Routing { experts: experts.clone(), weights, tokens, top_k, shapes: Shapes::Exact };
         Ok((routing, RouterSaved { experts, logits, unit }, stats))
     }
 

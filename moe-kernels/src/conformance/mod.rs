@@ -17,6 +17,7 @@
 
 mod activation;
 mod attention;
+mod choices;
 mod elementwise;
 mod embedding;
 mod gemm;

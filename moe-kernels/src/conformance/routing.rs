@@ -1,11 +1,11 @@
 //! Router scores, choice and sorting.
 
-use super::GRADIENT;
 use super::host::{
     Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place,
     place_elements, place_ints,
 };
-use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
+use super::{GRADIENT, choices};
+use crate::family::{ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
 use crate::random::uniform_pair;
 use crate::{Device, Error, Float, Result};
 
@@ -122,8 +122,8 @@ pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     jitter::<A, D>(device, tolerance);
     refusals::<A, D>(device);
     not_a_number::<A, D>(device);
-    dropping::<A, D>(device);
-    sorting::<A, D>(device);
+    choices::dropping::<A, D>(device);
+    choices::sorting::<A, D>(device);
 }
 
 /// What `route` wrote.
@@ -413,141 +413,6 @@ fn not_a_number<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
             let (result, _) = route::<A, D>(device, &logits, k, None, &function.into());
             let named = matches!(result, Err(Error::NotANumber { row: 521, .. }));
             assert!(named, "a logit of {bad} in row 521, the first of three, must be named, not {result:?}");
-        }
-    }
-}
-
-/// What an expert keeps by the definition: token by token in slot order, those that fewer than `capacity` go before.
-fn kept(
-    experts: &[i32],
-    k: usize,
-    weights: Option<&Matrix>,
-    slots: &[i32],
-    DropLimit { unit_slots, capacity, .. }: DropLimit,
-) -> Vec<i32> {
-    let weight = |c: usize| weights.map_or(0.0, |weights| weights.data[c]);
-    let unit = |c: usize| slots[c / k] as usize / unit_slots;
-    let survives = |c: usize| {
-        let goes_before =
-            |o: usize| weight(o) > weight(c) || (weight(o) == weight(c) && slots[o / k] < slots[c / k]);
-        let rivals = (0..experts.len()).filter(|&o| experts[o] == experts[c] && unit(o) == unit(c));
-        experts[c] >= 0 && rivals.filter(|&o| goes_before(o)).count() < capacity
-    };
-    (0..experts.len()).map(|c| if survives(c) { experts[c] } else { -1 }).collect()
-}
-
-fn dropping<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
-    let mut random = Random::new(17);
-    // Tokens, choices, experts, units, capacity.
-    for (n, k, num_experts, units, capacity) in [
-        (0, 2, 4, 1, 1),
-        (1, 1, 1, 1, 1),
-        (12, 2, 4, 1, 3),
-        (12, 2, 4, 3, 2),
-        (9, 3, 3, 1, 4),
-        (30, 2, 7, 2, 1),
-        (30, 2, 7, 2, 15),
-        (30, 2, 7, 2, 0),
-        (400, 3, 11, 1, 60),
-    ] {
-        let unit_slots = (n / units).max(1);
-        let limit = DropLimit { num_experts, unit_slots, capacity };
-        // Tokens stand anywhere.
-        let mut slots: Vec<i32> = (0..n as i32).collect();
-        for i in (1..n).rev() {
-            slots.swap(i, random.below(i + 1));
-        }
-        for skew in ["spread", "some nowhere", "one"] {
-            let mut experts = Vec::new();
-            for i in 0..n {
-                let first = if skew == "one" { 0 } else { random.below(num_experts) };
-                experts.extend((0..k).map(|j| ((first + j) % num_experts) as i32));
-                if skew == "some nowhere" && i % 3 == 1 {
-                    experts[i * k] = -1 - (i as i32 % 2);
-                }
-            }
-            // Few values, so that many tie.
-            let weights = Matrix::from_fn(n, k, |i, j| ((7 * i + 3 * j) % 5) as f64 / 8.0);
-            for weights in [None, Some(&weights)] {
-                let what =
-                    format!("{n} tokens, {k} of {num_experts}, {limit:?}, {skew}, {}", weights.is_some());
-                let (pe, ps) = (place_ints(device, n, k, &experts), place_ints(device, 1, n, &slots));
-                let pw = weights.map(|weights| place::<A, D>(device, weights));
-                let mut out = output_ints(device, n, k);
-                let weighed = pw.as_ref().map(Placed::view);
-                device
-                    .drop_excess(out.view_mut(), pe.view(), weighed, ps.view(), limit)
-                    .expect("drop_excess");
-                assert_eq!(out.elements(), kept(&experts, k, weights, &slots, limit), "kept, {what}");
-            }
-        }
-    }
-    drop_refusals::<A, D>(device);
-}
-
-fn drop_refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
-    let limit = DropLimit { num_experts: 3, unit_slots: 4, capacity: 1 };
-    let drop = |experts: [i32; 4], weights: Option<Matrix>, slots: &[i32], limit| {
-        let (experts, slots) =
-            (place_ints(device, 4, 1, &experts), place_ints(device, 1, slots.len(), slots));
-        let weights = weights.map(|weights| place::<A, D>(device, &weights));
-        let mut out = output_ints(device, 4, 1);
-        let weights = weights.as_ref().map(Placed::view);
-        device.drop_excess(out.view_mut(), experts.view(), weights, slots.view(), limit)
-    };
-    let slots = [0, 1, 2, 3];
-    assert_refused("no such expert", drop([0, 1, 3, 0], None, &slots, limit));
-    assert_refused("a negative slot", drop([0, 1, 2, 0], None, &[0, 1, -2, 3], limit));
-    assert_refused("slots of other tokens", drop([0, 1, 2, 0], None, &slots[..3], limit));
-    let empty = DropLimit { unit_slots: 0, ..limit };
-    assert_refused("units without slots", drop([0, 1, 2, 0], None, &slots, empty));
-    let wide = Matrix::from_fn(4, 2, |_, _| 1.0);
-    assert_refused("weights of more choices", drop([0, 1, 2, 0], Some(wide), &slots, limit));
-    let nan = Matrix::from_fn(4, 1, |i, _| if i > 1 { f64::NAN } else { 1.0 });
-    let named = drop([0, 0, 0, 0], Some(nan), &slots, limit);
-    assert!(matches!(named, Err(Error::NotANumber { row: 2, .. })), "a weight that is no number: {named:?}");
-}
-
-fn sorting<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
-    let mut random = Random::new(15);
-    for (n, k, count) in [(0, 2, 3), (7, 2, 4), (5, 1, 1), (300, 3, 11), (6, 2, 0)] {
-        for skew in ["spread", "one", "dropped"] {
-            let mut experts = random.ints(n * k, count.max(1));
-            match skew {
-                "one" => experts.fill(count as i32 - 1),
-                "dropped" => experts.iter_mut().step_by(3).for_each(|e| *e = -1),
-                _ => {}
-            }
-            if count == 0 {
-                experts.fill(-1);
-            }
-            let mut sorted: Vec<usize> = (0..n * k).filter(|&j| experts[j] >= 0).collect();
-            sorted.sort_by_key(|&j| experts[j]);
-            let mut order: Vec<i32> = sorted.iter().map(|&j| j as i32).collect();
-            order.resize(n * k, -1);
-            let place_of = |j: usize| sorted.iter().position(|&s| s == j).map_or(-1, |p| p as i32);
-            let position: Vec<i32> = (0..n * k).map(place_of).collect();
-            let before = |e: i32| experts.iter().filter(|&&x| x >= 0 && x < e).count() as i32;
-            let offsets: Vec<i32> = (0..=count as i32).map(before).collect();
-
-            let pe = place_ints(device, n, k, &experts);
-            let (mut o, mut p) = (output_ints(device, 1, n * k), output_ints(device, n, k));
-            let mut f = output_ints(device, 1, count + 1);
-            device
-                .sort_by_expert(o.view_mut(), p.view_mut(), f.view_mut(), pe.view())
-                .expect("sort_by_expert");
-            assert_eq!(o.elements(), order, "order, {skew}");
-            assert_eq!(p.elements(), position, "position, {skew}");
-            assert_eq!(f.elements(), offsets, "offsets, {skew}");
-
-            if n > 0 {
-                let outside = place_ints(device, n, k, &vec![count as i32; n * k]);
-                let refused = device.sort_by_expert(o.view_mut(), p.view_mut(), f.view_mut(), outside.view());
-                assert_refused("no such expert", refused);
-            }
-            let mut none = output_ints(device, 1, 0);
-            let refused = device.sort_by_expert(o.view_mut(), p.view_mut(), none.view_mut(), pe.view());
-            assert_refused("offsets", refused);
         }
     }
 }

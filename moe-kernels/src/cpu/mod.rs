@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod choices;
 mod device;
 mod elementwise;
 mod embedding;

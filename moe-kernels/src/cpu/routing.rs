@@ -1,15 +1,16 @@
 //! Router scores, choice and sorting.
 
-use std::cmp::Ordering as CmpOrdering;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::Cpu;
 use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
+use super::{Cpu, choices};
 use crate::check;
-use crate::family::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
+use crate::family::{
+    DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring, SortOutput,
+};
 use crate::random::uniform_pair;
 use crate::{Error, Result, View, ViewMut};
 
@@ -315,31 +316,6 @@ simd! {
     }
 }
 
-/// The choices `(i, j)` that lose their place to others of the same expert and unit.
-fn excess<T: CpuFloat>(
-    experts: Mat<'_, i32>,
-    weights: Option<Mat<'_, T>>,
-    slots: &[i32],
-    limit: DropLimit,
-) -> impl Iterator<Item = (usize, usize)> {
-    let unit = move |slot: i32| slot as usize / limit.unit_slots;
-    let units = slots.iter().max().map_or(0, |&slot| unit(slot) + 1);
-    let mut rivals = vec![Vec::new(); units * limit.num_experts];
-    for (i, experts) in experts.iter().enumerate() {
-        for (j, &e) in experts.iter().enumerate().filter(|&(_, &e)| e >= 0) {
-            rivals[unit(slots[i]) * limit.num_experts + e as usize].push((i, j));
-        }
-    }
-    let goes_before = move |&(a, j): &(usize, usize), &(b, l): &(usize, usize)| {
-        let by_weight = weights.and_then(|weights| weights.row(b)[l].partial_cmp(&weights.row(a)[j]));
-        by_weight.unwrap_or(CmpOrdering::Equal).then(slots[a].cmp(&slots[b]))
-    };
-    rivals.into_iter().filter(move |rivals| rivals.len() > limit.capacity).flat_map(move |mut rivals| {
-        rivals.select_nth_unstable_by(limit.capacity, goes_before);
-        rivals.split_off(limit.capacity)
-    })
-}
-
 /// Refuses a choice of other than `count` experts.
 fn check_choice(kernel: &'static str, experts: &Mat<'_, i32>, count: usize) -> Result<()> {
     let chosen = experts.iter().flatten();
@@ -499,83 +475,21 @@ impl<T: CpuFloat> Routing<T> for Cpu {
 
     fn drop_excess(
         &self,
-        mut kept: ViewMut<'_, i32, Self>,
+        kept: ViewMut<'_, i32, Self>,
         experts: View<'_, i32, Self>,
         weights: Option<View<'_, T, Self>>,
         slots: View<'_, i32, Self>,
         limit: DropLimit,
     ) -> Result<()> {
-        const KERNEL: &str = "drop_excess";
-        let DropLimit { num_experts, unit_slots, .. } = limit;
-        let [n, k] = experts.shape();
-        check::shape(KERNEL, "kept", [n, k], kept.shape())?;
-        check::shape(KERNEL, "slots", [1, n], slots.shape())?;
-        if let Some(weights) = &weights {
-            check::shape(KERNEL, "weights", [n, k], weights.shape())?;
-        }
-        check::argument(KERNEL, unit_slots > 0, || "units without slots".to_owned())?;
-        let (experts, slots) = (Mat::from(experts), Mat::from(slots).vector());
-        check::indices(KERNEL, "expert", experts.iter().flatten(), num_experts)?;
-        check::argument(KERNEL, slots.iter().all(|&slot| slot >= 0), || "a slot is negative".to_owned())?;
-        let weights = weights.map(Mat::from);
-        if let Some(weights) = weights
-            && let Some(row) = weights.iter().position(|row| row.iter().any(|w| w.partial_cmp(w).is_none()))
-        {
-            return Err(Error::NotANumber { kernel: KERNEL, row });
-        }
-        let mut kept = MatMut::from(&mut kept);
-        for (i, experts) in experts.iter().enumerate() {
-            for (kept, &e) in kept.row(i).iter_mut().zip(experts) {
-                *kept = e.max(-1);
-            }
-        }
-        for (i, j) in excess(experts, weights, slots, limit) {
-            kept.row(i)[j] = -1;
-        }
-        Ok(())
+        choices::drop_excess(kept, experts, weights, slots, limit)
     }
 
     fn sort_by_expert(
         &self,
-        mut order: ViewMut<'_, i32, Self>,
-        mut position: ViewMut<'_, i32, Self>,
-        mut offsets: ViewMut<'_, i32, Self>,
+        out: SortOutput<'_, Self>,
         experts: View<'_, i32, Self>,
+        rows_per_expert: Option<usize>,
     ) -> Result<()> {
-        const KERNEL: &str = "sort_by_expert";
-        let [n, k] = experts.shape();
-        let entries = offsets.shape()[1];
-        check::shape(KERNEL, "offsets", [1, entries.max(1)], offsets.shape())?;
-        check::shape(KERNEL, "order", [1, n * k], order.shape())?;
-        check::shape(KERNEL, "position", [n, k], position.shape())?;
-        check::argument(KERNEL, n * k <= i32::MAX as usize, || format!("{n} · {k} choices overflow an i32"))?;
-        let experts = Mat::from(experts);
-        check::indices(KERNEL, "expert", experts.iter().flatten(), entries - 1)?;
-        let (order, offsets) = (MatMut::from(&mut order).vector(), MatMut::from(&mut offsets).vector());
-        let mut position = MatMut::from(&mut position);
-
-        // Counts, then first positions.
-        let mut next = vec![0; entries];
-        for &e in experts.iter().flatten().filter(|&&e| e >= 0) {
-            next[e as usize + 1] += 1;
-        }
-        for e in 1..entries {
-            next[e] += next[e - 1];
-        }
-        offsets.copy_from_slice(&next);
-
-        order.fill(-1);
-        for (i, experts) in experts.iter().enumerate() {
-            for (j, (position, &e)) in position.row(i).iter_mut().zip(experts).enumerate() {
-                *position = -1;
-                if e >= 0 {
-                    let slot = &mut next[e as usize];
-                    *position = *slot;
-                    order[*slot as usize] = (i * k + j) as i32;
-                    *slot += 1;
-                }
-            }
-        }
-        Ok(())
+        choices::sort_by_expert(out, experts, rows_per_expert)
     }
 }

@@ -31,5 +31,7 @@ pub use norm::Norm;
 pub use optim::{AdamW, MomentMut, Optim};
 pub use reduce::Reduce;
 pub use rope::{Rope, RotaryHead, RotaryPairs, Rotation};
-pub use routing::{DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
+pub use routing::{
+    DropLimit, ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring, SortOutput,
+};
 pub use rows::{ColumnBlocks, Rows};

@@ -96,6 +96,19 @@ pub struct RouteOutput<'a, A: Float, D: Device> {
     pub lse: ViewMut<'a, A, D>,
 }
 
+/// What [`Routing::sort_by_expert`] writes, for `n` tokens, `E` experts, `K` choices.
+#[derive(Debug)]
+pub struct SortOutput<'a, D: Device> {
+    /// `[1, rows]`: the choice that stands in each row, its flat index `i · K + k`, −1 without.
+    pub order: ViewMut<'a, i32, D>,
+    /// `[1, rows]`: the token `i` of that choice, −1 without.
+    pub tokens: ViewMut<'a, i32, D>,
+    /// `[n, K]`: the row of each choice, −1 for choices that have none.
+    pub position: ViewMut<'a, i32, D>,
+    /// `[1, E + 1]`: the first row of each expert and the end of the last one.
+    pub offsets: ViewMut<'a, i32, D>,
+}
+
 /// How many choices an expert may keep of each unit of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DropLimit {
@@ -164,16 +177,14 @@ pub trait Routing<A: Float>: Device {
         limit: DropLimit,
     ) -> Result<()>;
 
-    /// Stable counting sort of the `n · K` choices by expert.
+    /// Stable counting sort of the `n · K` choices `experts: [n, K]` by expert. Negative experts are routed nowhere.
     ///
-    /// `order: [1, n · K]`: the flat index `i · K + k` of the j-th choice in expert order; `position: [n, K]`: its
-    /// inverse; `offsets: [1, E + 1]`: the first sorted position of each expert. Negative experts are routed
-    /// nowhere: their `position` is −1 and the tail of `order` from `offsets[E]` on is −1.
+    /// Rows are `n · K`, side by side, and those from `offsets[E]` on are without a choice; or with `rows_per_expert` as
+    /// many for each expert, whose choices come first: no expert may have more.
     fn sort_by_expert(
         &self,
-        order: ViewMut<'_, i32, Self>,
-        position: ViewMut<'_, i32, Self>,
-        offsets: ViewMut<'_, i32, Self>,
+        out: SortOutput<'_, Self>,
         experts: View<'_, i32, Self>,
+        rows_per_expert: Option<usize>,
     ) -> Result<()>;
 }

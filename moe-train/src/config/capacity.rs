@@ -8,13 +8,18 @@ use super::{ConfigError, RunConfig, TokenDropParts, TokenDropPolicy, TokenDropSc
 impl RunConfig {
     /// What experts take of a micro-batch; without, nothing is dropped.
     pub fn capacity(&self) -> Option<ExpertCapacity> {
-        let TrainConfig { moe_token_drop_policy: policy, moe_token_drop_parts: parts, .. } = self.train;
+        let TrainConfig {
+            moe_token_drop_policy: policy,
+            moe_token_drop_parts: parts,
+            moe_pad_expert_input_to_capacity: pad,
+            ..
+        } = self.train;
         let policy = match policy.unwrap_or_default() {
             TokenDropPolicy::Probs => DropPolicy::Probs,
             TokenDropPolicy::Position => DropPolicy::Position,
         };
         let unit = parts.map_or(DropUnit::MICRO_BATCH, |TokenDropParts { tp, cp }| DropUnit { tp, cp });
-        self.train.moe_expert_capacity_factor.map(|factor| ExpertCapacity { factor, policy, unit })
+        self.train.moe_expert_capacity_factor.map(|factor| ExpertCapacity { factor, policy, unit, pad })
     }
 
     /// Fills in what follows from other keys.
@@ -38,9 +43,10 @@ impl RunConfig {
                 ("train.moe_token_drop_policy", train.moe_token_drop_policy.is_some()),
                 ("train.moe_token_drop_scope", train.moe_token_drop_scope.is_some()),
                 ("train.moe_token_drop_parts", parts.is_some()),
+                ("train.moe_pad_expert_input_to_capacity", train.moe_pad_expert_input_to_capacity),
             ] {
                 if given {
-                    let other = "nothing to drop".to_owned();
+                    let other = "experts of unlimited capacity".to_owned();
                     let fix = "set train.moe_expert_capacity_factor, or remove it".to_owned();
                     return Err(ConfigError::Conflict { setting, problem: "has no meaning", other, fix });
                 }

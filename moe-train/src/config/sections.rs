@@ -122,6 +122,11 @@ pub struct TrainConfig {
     /// kept in the file of a run, so that it computes the same if it goes on under another folding.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_token_drop_parts: Option<TokenDropParts>,
+    /// Whether each expert gets as many rows from each rank as it may keep, filled up with zeros: shapes that are known
+    /// beforehand, and no exchange of counts. With `full` over several ranks of tp·cp, of which each may hold all that is
+    /// kept, that is up to tp·cp times as many rows.
+    #[serde(default)]
+    pub moe_pad_expert_input_to_capacity: bool,
     /// Gives all experts equally many tokens, whatever routers would choose: a benchmark, see
     /// [`ForcedRouting::Balanced`](moe_model::ForcedRouting::Balanced). Evaluation is not forced.
     #[serde(default)]

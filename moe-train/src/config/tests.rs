@@ -192,17 +192,21 @@ fn a_capacity_fills_in_how_tokens_are_dropped_and_keeps_the_parts_under_another_
     let factor = "train.moe_expert_capacity_factor=1.25";
     let full = with(&[factor]).unwrap();
     let unit = DropUnit::MICRO_BATCH;
-    assert_eq!(full.capacity(), Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Probs, unit }));
+    assert_eq!(
+        full.capacity(),
+        Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Probs, unit, pad: false })
+    );
     let written = full.to_toml().unwrap();
     assert!(
         written.contains("moe_token_drop_policy = \"probs\"\nmoe_token_drop_scope = \"full\"\n"),
         "{written}"
     );
 
-    let sub =
-        with(&[factor, "train.moe_token_drop_scope=sub", "train.moe_token_drop_policy=position"]).unwrap();
+    let pad = "train.moe_pad_expert_input_to_capacity=true";
+    let sub = with(&[factor, pad, "train.moe_token_drop_scope=sub", "train.moe_token_drop_policy=position"])
+        .unwrap();
     let unit = DropUnit { tp: 2, cp: 1 };
-    let capacity = Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Position, unit });
+    let capacity = Some(ExpertCapacity { factor: 1.25, policy: DropPolicy::Position, unit, pad: true });
     assert_eq!(sub.capacity(), capacity);
     let written = sub.to_toml().unwrap();
     let again = RunConfig::parse(&written, "config.toml", &["parallel.tp=1"]).unwrap();
@@ -215,13 +219,18 @@ fn keys_of_dropping_that_do_not_fit_are_refused() {
     for (overrides, refused) in [
         (
             &["train.moe_token_drop_policy=position"] as &[&str],
-            "train.moe_token_drop_policy has no meaning with nothing to drop: set train.moe_expert_capacity_factor, \
+            "train.moe_token_drop_policy has no meaning with experts of unlimited capacity: set train.moe_expert_capacity_factor, \
              or remove it",
         ),
         (
             &["train.moe_token_drop_scope=sub"],
-            "train.moe_token_drop_scope has no meaning with nothing to drop: set train.moe_expert_capacity_factor, \
+            "train.moe_token_drop_scope has no meaning with experts of unlimited capacity: set train.moe_expert_capacity_factor, \
              or remove it",
+        ),
+        (
+            &["train.moe_pad_expert_input_to_capacity=true"],
+            "train.moe_pad_expert_input_to_capacity has no meaning with experts of unlimited capacity: set \
+             train.moe_expert_capacity_factor, or remove it",
         ),
         (
             &["train.moe_expert_capacity_factor=0"],
