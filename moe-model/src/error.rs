@@ -63,6 +63,16 @@ pub enum Error {
         /// The stage.
         stage: usize,
     },
+    /// A layout in Megatron's notation that cannot be read.
+    #[error("column {column}: {what}\n  {text}\n{:>width$}", '^', width = column + 2)]
+    LayoutText {
+        /// The layout.
+        text: String,
+        /// The place, from 1.
+        column: usize,
+        /// What is wrong there.
+        what: String,
+    },
     /// A layout of another number of layers.
     #[error("the stages have {got} layers, but the model has {layers}")]
     LayerCount {

@@ -1,5 +1,7 @@
 //! Which layers each pipeline stage has, and which rank it lives on.
 
+mod text;
+
 use std::ops::Range;
 
 use crate::{Error, Result};
@@ -59,6 +61,26 @@ impl PipelineLayout {
             got if got == layers => Ok(PipelineLayout { ranks, bounds }),
             got => Err(Error::LayerCount { got, layers }),
         }
+    }
+
+    /// From Megatron's notation: `Et*3|(tt|)*2t|L` has three layers beside the embedding on the first stage, two stages of
+    /// two, one of one, and the head by itself on the last. `E` is the embedding, `t` a layer, `L` the head with the loss, `|`
+    /// begins the next stage, `x*n` and `(…)*n` repeat, commas mean nothing.
+    ///
+    /// ```
+    /// use moe_model::PipelineLayout;
+    ///
+    /// let layout = PipelineLayout::parse(8, 5, "Et*3|(tt|)*2t|L")?;
+    /// assert_eq!(layout, PipelineLayout::new(8, 5, &[3, 2, 2, 1, 0])?);
+    /// let error = PipelineLayout::parse(8, 2, "Et*4|t*4").unwrap_err().to_string();
+    /// assert!(error.ends_with("\n  Et*4|t*4\n          ^"), "{error}");
+    /// # Ok::<(), moe_model::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::LayoutText`] shows what cannot be read; otherwise those of [`new`](Self::new).
+    pub fn parse(layers: usize, ranks: usize, text: &str) -> Result<Self> {
+        Self::new(layers, ranks, &text::layers_per_stage(text)?)
     }
 
     /// Pipeline ranks, PP.

@@ -335,6 +335,26 @@ fn topology_prints_the_groups_of_megatron() {
         place.run(&["topology", "--world-size", "8", "--tp", "2", "--ep", "4", "--format", format]).ok()
     };
     assert!(drawn("svg").out.starts_with("<svg"));
+
+    let context = |ulysses: &str, format: &str| {
+        let arguments =
+            ["--world-size", "8", "--tp", "2", "--cp", "4", "--cp-ulysses", ulysses, "--format", format];
+        place.run(&[&["topology"], &arguments[..]].concat())
+    };
+    let both = context("2", "text").ok().out;
+    assert!(both.contains("cp 4 (inner 2, outer 2)"), "{both}");
+    assert!(
+        both.ends_with(
+            "attention over cp: all-to-all of heads (Ulysses) among 2 ranks, as [0 2]; a ring of 2 ranks, as [0 4]\n"
+        ),
+        "{both}"
+    );
+    assert!(context("1", "text").ok().out.ends_with("attention over cp: a ring of 4 ranks, as [0 2 4 6]\n"));
+    assert!(context("4", "text").ok().out.contains("(Ulysses) among 4 ranks, as [0 2 4 6]\n"));
+    let found: Value = serde_json::from_str(&context("2", "json").ok().out).unwrap();
+    assert_eq!(found["attention"]["cp.inner"], serde_json::json!([[0, 2], [1, 3], [4, 6], [5, 7]]));
+    assert_eq!(found["attention"]["cp.outer"], serde_json::json!([[0, 4], [1, 5], [2, 6], [3, 7]]));
+    context("3", "text").refused(2, &["cp must be a multiple of cp_ulysses", "4 % 3"]);
     assert!(drawn("text").out.contains("tp"));
 }
 

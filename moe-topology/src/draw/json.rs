@@ -1,11 +1,12 @@
 //! All groups of a folding for other programs.
 
-use crate::{Attention, Expert, Folding, Group, View};
+use super::digits;
+use crate::{Attention, Axes, Expert, Folding, Group, View};
 
 /// The groups of both views as JSON, lists and ranks in Megatron's order:
 /// `{"world_size":…,"order":"…","attention":{"tp":[[…],…],…},"moe":{"etp":[[…],…],…}}`.
 ///
-/// The names are those of [`View::GROUPS`].
+/// The names are those of [`View::GROUPS`]; an axis of two digits has them too, as `cp.inner` and `cp.outer`.
 ///
 /// ```
 /// use moe_topology::{Folding, Mapping, draw};
@@ -25,7 +26,10 @@ pub fn json(folding: &Folding) -> String {
 fn view<V: View>(folding: &Folding) -> String {
     let group = |group: Group<V>| format!("[{}]", commas(group.iter()));
     let groups = |axes| format!("[{}]", commas(folding.groups(axes).map(group)));
-    format!("{{{}}}", commas(V::GROUPS.iter().map(|&(name, axes)| format!(r#""{name}":{}"#, groups(axes)))))
+    let named = V::GROUPS.iter().map(|&(name, axes)| (name.to_owned(), axes));
+    let split = (0..4).map(digits::<V>).filter(|digits| digits.iter().all(|&digit| folding.size(digit) > 1));
+    let split = split.flatten().map(|digit: Axes<V>| (digit.to_string(), digit));
+    format!("{{{}}}", commas(named.chain(split).map(|(name, axes)| format!(r#""{name}":{}"#, groups(axes)))))
 }
 
 fn commas<T: ToString>(items: impl Iterator<Item = T>) -> String {

@@ -1,7 +1,7 @@
 //! `moe-train topology`.
 
 use clap::{Args, ValueEnum};
-use moe_topology::{Folding, Mapping, Order, draw};
+use moe_topology::{Attention, Constraints, Folding, Mapping, Order, draw};
 
 use crate::Result;
 
@@ -17,6 +17,9 @@ pub struct Topology {
     /// Context parallelism.
     #[arg(long, default_value_t = 1)]
     cp: usize,
+    /// Ranks of context parallelism that exchange heads by all-to-all (Ulysses); the groups of them form a ring.
+    #[arg(long, default_value_t = 1)]
+    cp_ulysses: usize,
     /// Pipeline parallelism, common to both views.
     #[arg(long, default_value_t = 1)]
     pp: usize,
@@ -43,15 +46,35 @@ enum Format {
 
 impl Topology {
     pub fn run(self) -> Result<()> {
-        let Topology { world_size, tp, cp, pp, ep, etp, order, format } = self;
+        let Topology { world_size, tp, cp, cp_ulysses, pp, ep, etp, order, format } = self;
         let order: Order = order.parse()?;
-        let folding = Folding::new(Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() })?;
+        let mapping = Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() };
+        Constraints { cp_ulysses, ..Constraints::default() }.fold(mapping.clone())?;
+        let folding = Folding::new(mapping.split(Attention::CP_INNER, cp_ulysses))?;
         let drawn = match format {
             Format::Text => draw::text(&folding),
             Format::Json => draw::json(&folding),
             Format::Svg => draw::svg(&folding),
         };
         println!("{}", drawn.trim_end());
+        if format == Format::Text && cp > 1 {
+            println!("{}", context(&folding));
+        }
         Ok(())
+    }
+}
+
+/// How attention crosses the ranks of a context-parallel group.
+fn context(folding: &Folding) -> String {
+    let first =
+        |axes| folding.group(0, axes).iter().map(|rank| rank.to_string()).collect::<Vec<_>>().join(" ");
+    let (inner, outer) = (Attention::CP_INNER, Attention::CP_OUTER);
+    let exchange =
+        format!("all-to-all of heads (Ulysses) among {} ranks, as [{}]", folding.size(inner), first(inner));
+    let ring = format!("a ring of {} ranks, as [{}]", folding.size(outer), first(outer));
+    match (folding.size(inner), folding.size(outer)) {
+        (1, _) => format!("attention over cp: {ring}"),
+        (_, 1) => format!("attention over cp: {exchange}"),
+        _ => format!("attention over cp: {exchange}; {ring}"),
     }
 }

@@ -98,6 +98,9 @@ pub enum ConfigError {
     /// Layers do not fit the stages of the pipeline.
     #[error("[parallel] layers_per_stage: {0}")]
     Layers(moe_model::Error),
+    /// The layout of the pipeline cannot be read, or does not fit.
+    #[error("[parallel] pipeline_layout: {0}")]
+    PipelineLayout(moe_model::Error),
     /// The pipeline's schedule does not take so many micro-batches.
     #[error("[parallel] {0}, where a step has global_batch_size / (micro_batch_size · dp) micro-batches")]
     Schedule(#[from] moe_pipeline::Error),

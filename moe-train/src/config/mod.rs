@@ -181,13 +181,17 @@ impl RunConfig {
 
     /// What the model and the batch ask of the mapping.
     pub fn constraints(&self) -> Constraints {
+        // Listed stages are checked by themselves: the first and the last may have no layer.
+        let even = self.parallel.layers_per_stage.is_none() && self.parallel.pipeline_layout.is_none();
+        let model = self.model.constraints();
         Constraints {
             vpp: self.parallel.vpp,
+            num_hidden_layers: model.num_hidden_layers.filter(|_| even),
             cp_ulysses: self.parallel.cp_ulysses,
             sequence_length: Some(self.train.sequence_length),
             global_batch_size: Some(self.train.global_batch_size),
             micro_batch_size: self.train.micro_batch_size,
-            ..self.model.constraints()
+            ..model
         }
     }
 
@@ -206,10 +210,27 @@ impl RunConfig {
     /// Which layers are on which pipeline rank.
     ///
     /// # Errors
-    /// `layers_per_stage` does not fit.
+    /// `layers_per_stage` or `pipeline_layout` does not fit, or both are given.
     pub fn pipeline(&self) -> Result<PipelineLayout, ConfigError> {
-        let ParallelConfig { pp, vpp, layers_per_stage, .. } = &self.parallel;
+        let ParallelConfig { pp, vpp, layers_per_stage, pipeline_layout, .. } = &self.parallel;
         let layers = self.model.num_hidden_layers;
+        if let Some(text) = pipeline_layout {
+            let setting = "parallel.pipeline_layout";
+            if let Some(list) = layers_per_stage {
+                let other = format!("parallel.layers_per_stage = {list:?}");
+                let (problem, fix) = ("says the same", "leave one of them out".to_owned());
+                return Err(ConfigError::Conflict { setting, problem, other, fix });
+            }
+            let layout = PipelineLayout::parse(layers, *pp, text).map_err(ConfigError::PipelineLayout)?;
+            let stages = layout.stages();
+            let allowed = format!(
+                "a layout of pp·vpp = {} stages, not of {stages} (parallel.vpp = {})",
+                pp * vpp,
+                layout.virtual_stages()
+            );
+            require(setting, format!("{text:?}"), stages == pp * vpp, &allowed)?;
+            return Ok(layout);
+        }
         match layers_per_stage {
             None => PipelineLayout::even(layers, *pp, *vpp),
             Some(list) if list.len() != pp * vpp => {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use moe_kernels::DType;
+#[cfg(doc)]
+use moe_model::PipelineLayout;
 use moe_model::RecomputeModule;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
@@ -37,6 +39,10 @@ pub struct ParallelConfig {
     /// Layers of each of the pp·vpp stages, of which rank r has r, r + pp, …; even unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_per_stage: Option<Vec<usize>>,
+    /// The same in Megatron's notation, as in `"Et*3|(tt|)*2t|L"`: see [`PipelineLayout::parse`]. In place of
+    /// `layers_per_stage`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipeline_layout: Option<String>,
     /// Micro-batches that go through one virtual stage of a rank before the next; pp unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_group_size: Option<usize>,
@@ -60,6 +66,7 @@ impl Default for ParallelConfig {
             etp,
             vpp: 1,
             layers_per_stage: None,
+            pipeline_layout: None,
             micro_batch_group_size: None,
             order,
             dispatcher,

@@ -378,6 +378,12 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
     let uneven = with(&["parallel.vpp=2", "parallel.layers_per_stage=[1, 1, 2, 0]"]).unwrap();
     assert_eq!(uneven.pipeline().unwrap().layers(2), 2..4);
     assert_eq!(with(&["parallel.layers_per_stage=[3, 1]"]).unwrap().pipeline().unwrap().layers(0), 0..3);
+    let text = with(&["parallel.vpp=2", "parallel.pipeline_layout='E(t|)*2t*2|L'"]).unwrap();
+    assert_eq!(text.pipeline().unwrap(), uneven.pipeline().unwrap());
+    assert_eq!(RunConfig::parse(&text.to_toml().unwrap(), "written", &[] as &[&str]).unwrap(), text);
+    // More stages than layers, since two have none.
+    let thin = ["parallel.world_size=8", "parallel.pp=4", "parallel.ep=1", "model.num_hidden_layers=2"];
+    with(&[&thin[..], &["parallel.pipeline_layout='E|t|t|L'"]].concat()).unwrap();
     for (overrides, text) in [
         (
             &["parallel.pp=1", "parallel.vpp=2"][..],
@@ -412,6 +418,23 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
         (
             &["parallel.vpp=2", "parallel.layers_per_stage=[2, 0, 1, 1]"],
             "[parallel] layers_per_stage: stage 1 has no layer",
+        ),
+        (
+            &["parallel.pipeline_layout='Et|m|L'"],
+            "[parallel] pipeline_layout: column 4: prediction of several tokens (m) is not built: leave it out\n  Et|m|L\n     ^",
+        ),
+        (
+            &["parallel.pipeline_layout='Et*2|t*3L'"],
+            "[parallel] pipeline_layout: the stages have 5 layers, but the model has 4",
+        ),
+        (
+            &["parallel.pipeline_layout='Et|t|t|tL'"],
+            "parallel.pipeline_layout = \"Et|t|t|tL\", but it must be a layout of pp·vpp = 2 stages, not of 4 \
+             (parallel.vpp = 2)",
+        ),
+        (
+            &["parallel.pipeline_layout='Et*4|L'", "parallel.layers_per_stage=[4, 0]"],
+            "parallel.pipeline_layout says the same with parallel.layers_per_stage = [4, 0]: leave one of them out",
         ),
     ] {
         let error = refusal(overrides);

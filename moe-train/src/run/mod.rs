@@ -256,8 +256,9 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: f64) -> Result
         "  train on         {program} train {run}/config.toml --resume --set train.steps={steps}{refold}"
     );
     let Mapping { world_size, tp, cp, pp, ep, etp, order, .. } = config.mapping()?;
+    let ulysses = config.parallel.cp_ulysses;
     println!(
-        "  draw the folding {program} topology --world-size {world_size} --tp {tp} --cp {cp} --pp {pp} --ep {ep} \
+        "  draw the folding {program} topology --world-size {world_size} --tp {tp} --cp {cp} --cp-ulysses {ulysses} --pp {pp} --ep {ep} \
          --etp {etp} --order {order} --format svg"
     );
     Ok(())
