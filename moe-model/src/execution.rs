@@ -12,4 +12,7 @@ pub struct Execution {
     pub dispatcher: DispatcherKind,
     /// What backward makes again instead of keeping it.
     pub recompute: RecomputeModules,
+    /// Whether shared experts compute while rows are on their way to the experts, forward and backward, instead of when
+    /// they are back.
+    pub shared_expert_overlap: bool,
 }

@@ -19,7 +19,7 @@ use crate::expert_mlp_bias::ExpertMlpBias;
 use crate::layer::Layer;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
-use crate::recompute::{RecomputeModule, RecomputeModules, Rerun};
+use crate::recompute::{RecomputeModule, Rerun};
 use crate::shared::{SharedExpert, SharedExpertSaved};
 use crate::tokens::random_key;
 use crate::{Cx, Error, Execution, Result};
@@ -45,7 +45,7 @@ pub struct MoeMlp {
     mlp_bias: Option<ExpertMlpBias>,
     function: GateFunction,
     shared: Option<SharedExpert>,
-    recompute: RecomputeModules,
+    execution: Execution,
 }
 
 /// What was decided and exchanged in a forward pass: small beside activations, and never made again, so that the choice
@@ -168,7 +168,7 @@ impl MoeMlp {
             mlp_bias,
             function,
             shared,
-            recompute: execution.recompute,
+            execution,
         })
     }
 
@@ -245,7 +245,7 @@ impl MoeMlp {
     }
 
     fn keeps(&self, module: RecomputeModule) -> bool {
-        !self.recompute.contains(module)
+        !self.execution.recompute.contains(module)
     }
 
     fn fabric<'a, T: Float, D: Backend<T>>(&self, cx: &'a Cx<T, D>) -> Result<NativeFabric<'a, T, D>> {
@@ -277,16 +277,37 @@ impl MoeMlp {
         Ok(Routed { router, noise, plain_counts: seen.plain_counts, weights: routing.weights, state })
     }
 
-    /// Brings the rows of `h` to their experts.
-    fn dispatch<T: Float, D: Backend<T>>(
+    /// Brings the rows of `h` to their experts, and runs `beside` with the shared expert while they are on their way, if it
+    /// may overlap.
+    fn dispatch<T: Float, D: Backend<T>, R>(
         &self,
         h: &Tensor<T, D>,
         routed: &Routed<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Rows<T, D>> {
+        beside: impl FnOnce(&SharedExpert) -> Result<R>,
+    ) -> Result<(Rows<T, D>, Option<R>)> {
         let fabric = self.fabric(cx)?;
         let flight = self.dispatcher.to_experts_start(&fabric, h, Some(&routed.weights), &routed.state)?;
-        Ok(self.dispatcher.dispatch_finish(&fabric, flight, &routed.state)?)
+        let done = self.overlapping().map(beside).transpose()?;
+        Ok((self.dispatcher.dispatch_finish(&fabric, flight, &routed.state)?, done))
+    }
+
+    /// The shared expert, if it computes beside transfers.
+    fn overlapping(&self) -> Option<&SharedExpert> {
+        self.shared.as_ref().filter(|_| self.execution.shared_expert_overlap)
+    }
+
+    /// The shared expert's part of backward: its gradient by `h`, and what its weight gradients need.
+    fn shared_backward<T: Float, D: Backend<T>>(
+        &self,
+        expert: &SharedExpert,
+        dy: &Tensor<T, D>,
+        h: &Tensor<T, D>,
+        saved: Option<SharedExpertSaved<T, D>>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<(Tensor<T, D>, GatedMlpDeferred<T, D>)> {
+        let saved = saved.map_or_else(|| expert.rerun(h, cx), Ok)?;
+        expert.backward_input(dy, h, saved, cx)
     }
 
     /// The first product of the experts, `[rows, 2 · inner]`.
@@ -324,7 +345,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let device = cx.device.clone();
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let routed = self.route(m, &h, cx)?;
-        let rows = self.dispatch(&h, &routed, cx)?;
+        let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.forward(&h, cx))?;
         let gate_up = self.gate_up(&rows, cx)?;
         let activated = self.activate(&gate_up, &rows, cx)?;
         let [tokens, hidden] = x.shape();
@@ -338,12 +359,16 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
 
         let mut y = Tensor::uninit(&device, tokens, hidden)?;
         device.add(y.view_mut()?, x.view(), combined.view())?;
-        let mut shared = None;
-        if let Some(expert) = &self.shared {
-            let (out, saved) = expert.forward(&h, cx)?;
-            device.add_assign(y.view_mut()?, out.view())?;
-            shared = self.keeps(RecomputeModule::SharedExperts).then_some(saved);
+        if let (None, Some(expert)) = (&shared, &self.shared) {
+            shared = Some(expert.forward(&h, cx)?);
         }
+        let shared = match shared {
+            Some((out, saved)) => {
+                device.add_assign(y.view_mut()?, out.view())?;
+                self.keeps(RecomputeModule::SharedExperts).then_some(saved)
+            }
+            None => None,
+        };
         let h = self.keeps(RecomputeModule::Layernorm).then_some(h);
         let activated = self.keeps(RecomputeModule::MoeAct).then_some(activated);
         Ok((y, MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared }))
@@ -359,7 +384,14 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let device = cx.device.clone();
         let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = saved;
         let Routed { router, noise, plain_counts, state, .. } = routed;
-        let d_out = self.dispatcher.combine_backward(&self.fabric(cx)?, &dy, &state)?;
+        let flight = self.dispatcher.combine_backward_start(&self.fabric(cx)?, &dy, &state)?;
+        let (mut h, mut shared, mut by_shared) = (h, shared, None);
+        if let Some(expert) = self.overlapping() {
+            let normed = self.norm.output(h, &norm, cx)?;
+            by_shared = Some(self.shared_backward(expert, &dy, &normed, shared.take(), cx)?);
+            h = Some(normed);
+        }
+        let d_out = self.dispatcher.combine_backward_finish(&self.fabric(cx)?, flight, &state)?;
         let [n, hidden] = d_out.shape();
 
         let weight = cx.params.weight(self.down)?;
@@ -403,16 +435,19 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let input = RouterInput { sequences, jitter, ..RouterInput::new(&h, weight) };
         let d_router = self.router.backward(&device, input, &dweights, router, grad, scales)?;
         device.add_assign(dh.view_mut()?, d_router.view())?;
-        let mut deferred = None;
-        if let Some(expert) = &self.shared {
-            let saved = shared.map_or_else(|| expert.rerun(&h, cx), Ok)?;
-            let (d_shared, of_shared) = expert.backward_input(&dy, &h, saved, cx)?;
-            device.add_assign(dh.view_mut()?, d_shared.view())?;
-            deferred = Some(of_shared);
+        if let (None, Some(expert)) = (&by_shared, &self.shared) {
+            by_shared = Some(self.shared_backward(expert, &dy, &h, shared, cx)?);
         }
+        let shared = match by_shared {
+            Some((d_shared, deferred)) => {
+                device.add_assign(dh.view_mut()?, d_shared.view())?;
+                Some(deferred)
+            }
+            None => None,
+        };
         let mut dx = self.norm.backward(&dh, norm, cx)?;
         device.add_assign(dx.view_mut()?, dy.view())?;
-        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared: deferred }))
+        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared }))
     }
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
@@ -447,10 +482,12 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<Self::Saved> {
         let (h, norm) = self.norm.forward(x, cx)?;
-        let rows = self.dispatch(&h, &routed, cx)?;
+        let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.rerun(&h, cx))?;
         let gate_up = self.gate_up(&rows, cx)?;
         let activated = Some(self.activate(&gate_up, &rows, cx)?);
-        let shared = self.shared.map(|expert| expert.rerun(&h, cx)).transpose()?;
+        if let (None, Some(expert)) = (&shared, &self.shared) {
+            shared = Some(expert.rerun(&h, cx)?);
+        }
         Ok(MoeMlpSaved { norm, h: Some(h), routed, rows, gate_up, activated, shared })
     }
 }

@@ -48,6 +48,7 @@ fn time(
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
+        moe_shared_expert_overlap: false,
         recompute: Default::default(),
         seed: 0,
         global_batch_size: BATCH,

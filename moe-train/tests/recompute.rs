@@ -44,7 +44,7 @@ fn plain() -> ModelConfig {
     ModelConfig { shared_expert_intermediate_size: None, n_shared_experts, attention_bias: true, ..gated() }
 }
 
-/// Latent attention, biases wherever there can be, a router that looks at the whole step.
+/// Latent attention, biases wherever there can be, a router with noise that looks at the whole step.
 fn latent() -> ModelConfig {
     ModelConfig {
         num_key_value_heads: 12,
@@ -59,6 +59,7 @@ fn latent() -> ModelConfig {
         expert_mlp_bias: true,
         scoring_func: ScoringFunc::Sigmoid,
         moe_router_enable_expert_bias: true,
+        router_jitter_noise: 0.1,
         router_aux_loss_coef: None,
         router_aux_losses: vec![AuxLoss { scope: AuxLossScope::Global, coef: 0.05 }],
         ..plain()
@@ -152,5 +153,25 @@ fn with_latent_attention_biases_and_capacities() {
     ] {
         let setup = Setup { capacity: Some(capacity), ..case(latent(), sizes, kind) };
         check_setup::<f64>(&setup, &[SETS[0], SETS[7], SETS[8]]);
+    }
+}
+
+/// A shared expert that computes beside transfers computes the same, recomputed or not.
+#[test]
+fn shared_experts_may_overlap_with_transfers() {
+    for (model, sizes, kind) in [
+        (gated(), (1, 1, 1, 1, 1, 1, 1, 1), AllToAll),
+        (plain(), (2, 1, 1, 2, 1, 1, 1, 4), AllToAll),
+        (gated(), (2, 1, 1, 1, 2, 1, 2, 1), AllGather),
+        (latent(), (1, 2, 1, 1, 1, 1, 1, 2), AllToAll),
+        (gated(), (2, 3, 1, 1, 1, 1, 3, 2), AllToAll),
+    ] {
+        let setup = case(model, sizes, kind);
+        let reference = run::<f32>(&setup, &[]);
+        let setup = Setup { moe_shared_expert_overlap: true, ..setup };
+        for modules in [&[][..], SETS[0], SETS[6], SETS[7], SETS[8]] {
+            let overlapped = run::<f32>(&setup, modules);
+            assert_same_bits(&overlapped, &reference, &format!("{} {modules:?}", setup.folding.mapping()));
+        }
     }
 }

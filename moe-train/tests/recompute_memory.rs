@@ -7,6 +7,7 @@ mod common;
 
 use common::{DEADLINE, RandomBatches, setup, tiny_model};
 use moe_comm::{Comms, CommsBuilder, ThreadRank, ThreadWorld, World};
+use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::{Backend, Cpu, Device, Float, Tensor};
 use moe_model::RecomputeModule::{self, CoreAttn, Full, Layernorm, Mlp, Moe, MoeAct, SharedExperts};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
@@ -63,6 +64,7 @@ fn latent() -> ModelConfig {
 struct Kept<'a> {
     model: &'a ModelConfig,
     folding: &'a Folding,
+    dispatcher: DispatcherKind,
     /// Bytes of an activation, and of an accumulated number.
     t: usize,
     a: usize,
@@ -105,7 +107,7 @@ impl Kept<'_> {
 
     /// Of a layer whose experts get `expert_rows` rows on this rank.
     fn layer(&self, moe: bool, expert_rows: usize, recompute: &[RecomputeModule]) -> usize {
-        let (&Kept { model, folding, t, a }, rows) = (self, self.rows());
+        let (&Kept { model, folding, dispatcher, t, a }, rows) = (self, self.rows());
         let (tp, ep) = (folding.size(Attention::TP), folding.size(Expert::EP));
         let keeps = |modules: &[RecomputeModule]| !modules.iter().any(|module| recompute.contains(module));
         let unless = |modules: &[RecomputeModule], bytes: usize| if keeps(modules) { bytes } else { 0 };
@@ -125,10 +127,13 @@ impl Kept<'_> {
                 + unless(&[Full, Mlp, Layernorm], x);
         }
         let (e, k) = (model.num_local_experts, model.num_experts_per_tok);
-        let mut routing = rows * (e * a + k * (a + 16)) + 4 * (e + 1);
-        if folding.size(Expert::EP | Expert::ETP) > 1 {
-            routing += 4 * (2 * expert_rows + e / ep + 1);
-        }
+        let spread = folding.size(Expert::EP | Expert::ETP);
+        let choices = rows * (e * a + k * (a + 4));
+        let routing = match (dispatcher, spread) {
+            (_, 1) => choices + 4 * (3 * rows * k + e + 1),
+            (AllToAll, _) => choices + 4 * (3 * rows * k + e + 1 + 2 * expert_rows + e / ep + 1),
+            (_, _) => choices + 4 * (2 * rows * spread * k + expert_rows + e / ep + 1),
+        };
         let inner = self.size(model.expert_width(), folding.size(Expert::ETP));
         let shared = match (model.shared_expert_intermediate_size, model.n_shared_experts) {
             (Some(inner), _) => 3 * gathered * inner / tp * t + rows * (model.hidden_size + 1) * t,
@@ -155,7 +160,7 @@ where
     let mut layout = ParamLayoutBuilder::new(folding, rank);
     let full = setup.recompute.contains(Full);
     let recompute = if full { RecomputeModules::default() } else { setup.recompute };
-    let execution = Execution { dispatcher: setup.dispatcher, recompute };
+    let execution = Execution { dispatcher: setup.dispatcher, recompute, ..Execution::default() };
     let layer = Recompute { layer: Block::new(&mut layout, model, execution, 0, 0)?, enabled: full };
     let params = ParamStore::<T, Cpu>::new(layout.build(), 1, &device)?;
     let mut groups = Comms::<Cpu>::builder();
@@ -194,7 +199,8 @@ where
     let recompute = RecomputeModules::new(names, &setup.model).unwrap();
     let setup = Setup { recompute, ..setup };
     let folding = setup.folding.clone();
-    let kept = Kept { model: &setup.model, folding: &folding, t: size_of::<T>(), a: size_of::<T::Acc>() };
+    let (t, a) = (size_of::<T>(), size_of::<T::Acc>());
+    let kept = Kept { model: &setup.model, folding: &folding, dispatcher: setup.dispatcher, t, a };
     let (ranks, etp) = (folding.world_size(), folding.size(Expert::ETP));
     let expert_rows = kept.rows() * setup.model.num_experts_per_tok * etp;
     let theory = ranks * kept.layer(setup.model.is_moe_layer(0), expert_rows, names);
@@ -222,6 +228,8 @@ fn layers_keep_what_the_formulas_say_to_the_byte() {
             kept_to_the_byte::<f64>(folded(model(), sizes), names);
             kept_to_the_byte::<f32>(folded(latent(), sizes), names);
         }
+        kept_to_the_byte::<f64>(Setup { dispatcher: AllGather, ..folded(model(), sizes) }, &[]);
+        kept_to_the_byte::<f64>(Setup { dispatcher: AllGather, ..folded(model(), sizes) }, &[Moe]);
         for names in [&[][..], &[Full], &[Mlp], &[Layernorm], &[Mlp, CoreAttn, Layernorm]] {
             kept_to_the_byte::<f32>(folded(dense(), sizes), names);
         }
@@ -263,7 +271,7 @@ fn deep(model: ModelConfig, (tp, pp, etp, ep): (usize, usize, usize, usize)) -> 
 /// but the one layer whose backward pass runs.
 fn saves(setup: &Setup, names: &[RecomputeModule]) -> f64 {
     let Setup { model, folding, .. } = setup;
-    let kept = Kept { model, folding, t: 4, a: 4 };
+    let kept = Kept { model, folding, dispatcher: setup.dispatcher, t: 4, a: 4 };
     let expert_rows = kept.rows() * model.num_experts_per_tok * folding.size(Expert::ETP);
     let layer = |names| kept.layer(model.is_moe_layer(0), expert_rows, names);
     let of_layer = layer(&[]) - layer(names);
@@ -307,8 +315,9 @@ fn peaks_fall_by_what_the_formulas_say() {
 #[test]
 fn table() {
     let setup = deep(model(), (1, 1, 1, 1));
-    let kept = Kept { model: &setup.model, folding: &setup.folding, t: 4, a: 4 };
-    let expert_rows = kept.rows() * setup.model.num_experts_per_tok;
+    let Setup { model, folding, dispatcher, .. } = &setup;
+    let kept = Kept { model, folding, dispatcher: *dispatcher, t: 4, a: 4 };
+    let expert_rows = kept.rows() * model.num_experts_per_tok;
     let whole = peaks(&setup, &[])[0];
     let kib = |bytes: f64| format!("{:.1}", bytes / 1024.0);
     println!("| recompute | kept by a layer, KiB | peak, KiB | saved, KiB | by theory | measured / theory |");

@@ -254,6 +254,15 @@ impl RunConfig {
     fn check(&self) -> Result<(), ConfigError> {
         self.model.check()?;
         self.recompute()?;
+        if self.parallel.moe_shared_expert_overlap && self.model.shared_expert_width().is_none() {
+            return Err(ConfigError::Conflict {
+                setting: "parallel.moe_shared_expert_overlap",
+                problem: "has no meaning",
+                other: "a model without a shared expert".to_owned(),
+                fix: "remove it, or set model.n_shared_experts or model.shared_expert_intermediate_size"
+                    .to_owned(),
+            });
+        }
         self.check_train()?;
         self.check_capacity()?;
         self.check_forced_routing()?;

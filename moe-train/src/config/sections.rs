@@ -50,6 +50,9 @@ pub struct ParallelConfig {
     pub order: String,
     /// How tokens reach their experts.
     pub dispatcher: Dispatcher,
+    /// Whether shared experts compute while rows are on their way to the experts, forward and backward, instead of when they
+    /// are back. Changes no bit; what they computed lives longer.
+    pub moe_shared_expert_overlap: bool,
 }
 
 impl Default for ParallelConfig {
@@ -70,6 +73,7 @@ impl Default for ParallelConfig {
             micro_batch_group_size: None,
             order,
             dispatcher,
+            moe_shared_expert_overlap: false,
         }
     }
 }

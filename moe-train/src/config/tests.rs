@@ -581,3 +581,15 @@ fn moments_in_bf16_are_kept_or_refused() {
     );
     assert!(refusal(&["optimizer.exp_avg_dtype='f16'"]).contains("unknown variant `f16`, expected `bf16`"));
 }
+
+#[test]
+fn shared_experts_overlap_where_there_are_some() {
+    let on = "parallel.moe_shared_expert_overlap=true";
+    assert_eq!(
+        refusal(&[on]),
+        "parallel.moe_shared_expert_overlap has no meaning with a model without a shared expert: remove it, or set \
+         model.n_shared_experts or model.shared_expert_intermediate_size"
+    );
+    let config = with(&[on, "model.n_shared_experts=1"]).unwrap();
+    assert_eq!(RunConfig::parse(&config.to_toml().unwrap(), "resolved", &[] as &[&str]).unwrap(), config);
+}

@@ -152,6 +152,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
             Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,
         },
         capacity: config.capacity(),
+        moe_shared_expert_overlap: config.parallel.moe_shared_expert_overlap,
         recompute: config.recompute()?,
         seed: config.train.seed,
         global_batch_size: config.train.global_batch_size,

@@ -221,7 +221,8 @@ fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>]) -> Stats {
 /// The layers and parameters of one rank.
 fn build(setup: &Setup, rank: usize) -> Result<(Vec<DecoderStage>, ParamLayout)> {
     let mut params = ParamLayoutBuilder::new(&setup.folding, rank);
-    let execution = Execution { dispatcher: setup.dispatcher, recompute: setup.recompute };
+    let &Setup { dispatcher, recompute, moe_shared_expert_overlap: shared_expert_overlap, .. } = setup;
+    let execution = Execution { dispatcher, recompute, shared_expert_overlap };
     let stages = DecoderStage::of_rank(&mut params, &setup.model, execution, &setup.pipeline)?;
     Ok((stages, params.build()))
 }

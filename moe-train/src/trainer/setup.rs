@@ -28,6 +28,8 @@ pub struct Setup {
     pub dispatcher: DispatcherKind,
     /// What experts take of a micro-batch; without, nothing is dropped.
     pub capacity: Option<ExpertCapacity>,
+    /// Whether shared experts compute while rows are on their way to the experts.
+    pub moe_shared_expert_overlap: bool,
     /// What backward makes again instead of keeping it.
     pub recompute: RecomputeModules,
     /// Seed of the initial weights.

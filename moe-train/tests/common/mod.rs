@@ -111,6 +111,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
+        moe_shared_expert_overlap: false,
         recompute: RecomputeModules::default(),
         seed: 5,
         global_batch_size: 16,
