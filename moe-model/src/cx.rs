@@ -29,6 +29,10 @@ pub struct Cx<T: Float, D: Device> {
     pub capacity: Option<ExpertCapacity>,
     /// A load that training is given instead of what routers choose; none unless given.
     pub forced_routing: Option<ForcedRouting>,
+    /// Choices that routers are given instead of making them, by micro-batch and layer; none unless given.
+    pub replay: Option<Choices>,
+    /// Choices that routers made, where they are to be known.
+    pub recorded: Option<Choices>,
     /// The rank's micro-batches of this step, in order.
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
@@ -59,6 +63,8 @@ impl<T: Float, D: Device> Cx<T, D> {
             mode,
             capacity,
             forced_routing,
+            replay: None,
+            recorded: None,
             batches,
             objective,
             step_counts: BTreeMap::new(),
@@ -85,6 +91,9 @@ impl<T: Float, D: Device> Cx<T, D> {
         }
     }
 }
+
+/// The experts of this rank's tokens, `tokens · K` in the order of rows, by micro-batch of the rank and layer: before dropping.
+pub type Choices = BTreeMap<(u32, usize), Vec<i32>>;
 
 /// What passes are for: some of what a model does is for training alone, and its random choices are keyed by the step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -143,6 +143,14 @@ pub enum Error {
         /// Micro-batches of this rank.
         batches: usize,
     },
+    /// Choices are replayed, but not those of a layer and micro-batch.
+    #[error("layer {layer}: there are no choices to replay for micro-batch {micro_batch} of the rank")]
+    NotRecorded {
+        /// Global index of the layer.
+        layer: usize,
+        /// The micro-batch.
+        micro_batch: u32,
+    },
     /// A sequence cannot be cut into zig-zag chunks.
     #[error("a sequence of {seq_len} tokens is not {chunks} (2·cp) equal chunks: {seq_len} % {chunks} = {}", seq_len % chunks)]
     Chunks {

@@ -206,11 +206,21 @@ impl MoeMlp {
             Ok((key("jitter"), Tensor::from_slice(&cx.device, 1, rows, &numbers)?))
         });
         let RouterConfig { num_experts, top_k, .. } = *self.router.config();
-        let given = cx.forced_routing.map(|forced| -> Result<_> {
-            let experts = forced.choose(&ids()?, cx.objective.sequences, num_experts, top_k, key("forced"));
-            Ok(Tensor::from_slice(&cx.device, rows, top_k, &experts)?)
-        });
-        Ok(Drawn { noise: noise.transpose()?, given: given.transpose()? })
+        let given = match (&cx.replay, cx.forced_routing) {
+            (Some(choices), _) => {
+                let missing = Error::NotRecorded { layer: self.layer, micro_batch: m };
+                let experts = choices.get(&(m, self.layer)).ok_or(missing)?;
+                Some(Tensor::from_slice(&cx.device, rows, top_k, experts)?)
+            }
+            (None, Some(forced)) => {
+                let tokens = ids()?;
+                let experts =
+                    forced.choose(&tokens, cx.objective.sequences, num_experts, top_k, key("forced"));
+                Some(Tensor::from_slice(&cx.device, rows, top_k, &experts)?)
+            }
+            (None, None) => None,
+        };
+        Ok(Drawn { noise: noise.transpose()?, given })
     }
 
     fn jitter<'a, D: Device>(&self, noise: Option<&'a Noise<D>>) -> Option<Jitter<'a, D>> {
@@ -271,6 +281,9 @@ impl MoeMlp {
             .router
             .forward(&cx.device, input, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
+        if let Some(recorded) = &mut cx.recorded {
+            recorded.insert((m, self.layer), routing.experts.to_vec(&cx.device)?);
+        }
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;

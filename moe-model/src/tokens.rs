@@ -1,6 +1,7 @@
 //! What tells tokens apart whichever rank holds them, and the keys of what is random for them.
 
 use moe_kernels::{Device, Float};
+use moe_topology::{Attention, Folding};
 
 use crate::capacity::Place;
 use crate::context::positions;
@@ -25,6 +26,20 @@ pub struct TokenIds {
 }
 
 impl TokenIds {
+    /// The tokens of a micro-batch on a rank of `folding`, as its layers with experts see them: of its part over CP, its
+    /// part over TP.
+    ///
+    /// # Errors
+    /// The sequences cannot be cut so.
+    pub fn of_rank<T: Float, D: Device>(
+        folding: &Folding,
+        rank: usize,
+        batch: &MicroBatch<T, D>,
+    ) -> Result<Self> {
+        let rows = batch.seq_len * batch.batch / folding.size(Attention::TP);
+        Place::of(folding, rank).tokens(batch, rows)
+    }
+
     /// `g·S + position` of each token.
     pub fn numbers(&self) -> impl Iterator<Item = u64> {
         let len = self.seq_len as u64;
@@ -62,7 +77,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use moe_kernels::Cpu;
-    use moe_topology::{Folding, Mapping};
+    use moe_topology::Mapping;
 
     use super::*;
 
@@ -80,7 +95,7 @@ mod tests {
                     MicroBatch::<f64, _>::new(&Cpu::new(1), batch, &own, &own, &own, &weights, 0.0).unwrap();
                 own.first_sequence = first;
                 let rows = batch * seq_len / (tp * cp);
-                let ids = Place::of(&folding, rank).tokens(&own, rows).unwrap();
+                let ids = TokenIds::of_rank(&folding, rank, &own).unwrap();
                 assert_eq!((ids.tokens.len(), ids.seq_len), (rows, seq_len));
                 // Sequence-major.
                 assert!(

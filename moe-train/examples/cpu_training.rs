@@ -69,6 +69,8 @@ fn time(
         clip_grad: 1.0,
         expert_bias_update_rate: 0.0,
         forced_routing: None,
+        record_routing: None,
+        replay_routing: None,
     };
     let threads = (CORES / world_size).max(1);
     let ranks = ThreadWorld::run(world_size, Duration::from_secs(60), move |world| {

@@ -59,6 +59,20 @@ pub enum Error {
         /// Its value now.
         now: String,
     },
+    /// A routing was recorded for something else than what it is to be replayed in.
+    #[error(
+        "the routing in {} cannot be replayed: {key} was {recorded} when it was recorded and is {now} now", path.display()
+    )]
+    Replay {
+        /// The recorded step.
+        path: PathBuf,
+        /// What differs.
+        key: String,
+        /// Its value then.
+        recorded: String,
+        /// Its value now.
+        now: String,
+    },
     /// Metrics cannot be written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),

@@ -9,6 +9,6 @@ mod state;
 pub mod upcycle;
 
 pub use meta::Meta;
-pub(crate) use state::{check_tensor, read_buffers};
+pub(crate) use state::{check_tensor, publish, read_buffers};
 pub use state::{restore, restore_weights, save};
 pub use upcycle::upcycle;

@@ -30,15 +30,28 @@ pub fn save<T: Float, D: Backend<T>>(
     meta: &Meta,
 ) -> Result<PathBuf> {
     let world = trainer.cx().comms.group(Attention::ALL)?;
+    publish(&world, &trainer.cx().device, root, step, meta, |folder| write(trainer, folder, world.rank()))
+}
+
+/// Writes a folder `step-N` to `root` in the format of checkpoints: what `write` puts into the file of each rank. Collective
+/// over the world.
+pub(crate) fn publish<D: Device>(
+    world: &Comm<'_, Attention, D>,
+    device: &D,
+    root: &Path,
+    step: u64,
+    meta: &impl Serialize,
+    write: impl FnOnce(&Path) -> Result<PieceFile>,
+) -> Result<PathBuf> {
     let first = world.rank() == 0;
     let pending = first.then(|| PendingCheckpoint::create(root, step)).transpose()?;
     let folder: Option<PathBuf> = pending.as_ref().map(|pending| pending.folder().to_owned());
-    let folders: Vec<Option<PathBuf>> = share(&world, &trainer.cx().device, &folder)?;
+    let folders: Vec<Option<PathBuf>> = share(world, device, &folder)?;
     let folder =
         folders.into_iter().flatten().next().ok_or(Error::Protocol { what: "no rank made a folder" })?;
 
-    let written = write(trainer, &folder, world.rank())?;
-    let files: Vec<PieceFile> = share(&world, &trainer.cx().device, &written)?;
+    let written = write(&folder)?;
+    let files: Vec<PieceFile> = share(world, device, &written)?;
     if let Some(pending) = pending {
         let meta = serde_json::to_value(meta).map_err(|error| CheckpointError::Manifest {
             path: folder.clone(),

@@ -60,6 +60,7 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Topology(_)
         | Error::RunExists { .. }
         | Error::Resume { .. }
+        | Error::Replay { .. }
         | Error::Upcycle(_) => 2,
         Error::Data(_) => 3,
         Error::Checkpoint(_) => 4,

@@ -1,4 +1,4 @@
-//! The keys of forced routing.
+//! The keys of forced routing, and of routing that is recorded and replayed.
 
 use moe_model::ForcedRouting;
 
@@ -10,6 +10,29 @@ impl RunConfig {
         let skewed = self.train.moe_router_force_skew.map(|exponent| ForcedRouting::Skewed { exponent });
         let balanced = self.train.moe_router_force_load_balancing.then_some(ForcedRouting::Balanced);
         skewed.or(balanced)
+    }
+
+    pub(super) fn check_replay(&self) -> Result<(), ConfigError> {
+        let train = &self.train;
+        let setting = match (train.record_routing, &train.replay_routing) {
+            (false, None) => return Ok(()),
+            (true, None) => "train.record_routing",
+            (_, Some(_)) => "train.replay_routing",
+        };
+        let refused = |problem, other: &str, fix: &str| {
+            let (other, fix) = (other.to_owned(), fix.to_owned());
+            Err(ConfigError::Conflict { setting, problem, other, fix })
+        };
+        if train.replay_routing.is_some() && train.record_routing {
+            return refused("makes no sense", "train.record_routing = true", "they are the same; remove one");
+        }
+        if train.replay_routing.is_some() && self.forced_routing().is_some() {
+            return refused("contradicts itself", "forced routing", "remove one of them");
+        }
+        if self.model.moe_layers().next().is_none() {
+            return refused("has no meaning", "a model without experts", "remove it");
+        }
+        Ok(())
     }
 
     pub(super) fn check_forced_routing(&self) -> Result<(), ConfigError> {

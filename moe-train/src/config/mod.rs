@@ -266,6 +266,7 @@ impl RunConfig {
         self.check_train()?;
         self.check_capacity()?;
         self.check_forced_routing()?;
+        self.check_replay()?;
         self.check_optimizer()?;
         self.check_data()?;
         let (cp, ulysses) = (self.parallel.cp, self.parallel.cp_ulysses);

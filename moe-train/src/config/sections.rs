@@ -146,6 +146,13 @@ pub struct TrainConfig {
     /// [`ForcedRouting::Skewed`](moe_model::ForcedRouting::Skewed).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_router_force_skew: Option<f64>,
+    /// Whether the choices of routers in training are written to the folder `routing` of the run, a folder for each step.
+    #[serde(default)]
+    pub record_routing: bool,
+    /// The folder `routing` of a run whose choices are made again, instead of those of the routers: for the same samples
+    /// and number of experts, under any mapping and in any type. Weights are made of the present scores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay_routing: Option<PathBuf>,
     /// Whether the gradients of a layer are reduced over ranks as soon as its last micro-batch has added to them, while
     /// the backward pass of other layers goes on. Changes no bit.
     #[serde(default = "yes")]

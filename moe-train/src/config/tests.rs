@@ -361,6 +361,28 @@ fn forced_loads_are_refused_where_they_make_no_sense() {
 }
 
 #[test]
+fn routing_is_recorded_or_replayed_or_forced() {
+    let replay = "train.replay_routing=runs/other/routing";
+    for (overrides, refused) in [
+        (
+            &[replay, "train.record_routing=true"][..],
+            "train.replay_routing makes no sense with train.record_routing = true: they are the same; remove one",
+        ),
+        (
+            &[replay, "train.moe_router_force_skew=1"],
+            "train.replay_routing contradicts itself with forced routing: remove one of them",
+        ),
+        (
+            &["train.record_routing=true", "model.first_k_dense_replace=4"],
+            "train.record_routing has no meaning with a model without experts: remove it",
+        ),
+    ] {
+        assert_eq!(refusal(overrides), refused);
+    }
+    with(&["train.record_routing=true", "train.moe_router_force_load_balancing=true"]).unwrap();
+}
+
+#[test]
 fn later_milestones_are_refused_by_name() {
     let window = ["parallel.cp=2", "model.sliding_window=8"];
     assert_eq!(

@@ -31,6 +31,11 @@ impl RunFolder {
         self.0.join("checkpoints")
     }
 
+    /// The choices of routers, in folders `step-N`.
+    pub fn routing(&self) -> PathBuf {
+        self.0.join("routing")
+    }
+
     /// Tokens to train on.
     pub fn train_tokens(&self) -> PathBuf {
         self.0.join("data").join("train.tokens")

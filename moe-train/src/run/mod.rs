@@ -22,7 +22,7 @@ use crate::checkpoint::{Meta, check_tensor, restore_weights};
 use crate::config::{Dispatcher, RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
 use crate::optim::{Hyper, MomentDTypes};
-use crate::trainer::{RankTrainer, Setup};
+use crate::trainer::{RankTrainer, Setup, check_recorded};
 use crate::{Error, Result};
 use rank::{End, Outcome, Plan};
 
@@ -40,6 +40,10 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
             (None, initial(config)?)
         }
     };
+    if let Some(root) = &config.train.replay_routing {
+        let first = checkpoint.as_ref().map_or(0, Checkpoint::step) + 1;
+        check_recorded(root, first..config.train.steps + 1)?;
+    }
     let data = data::open(config, &folder, resume)?;
     if let Some(checkpoint) = &checkpoint {
         for path in set_aside(&folder.checkpoints(), checkpoint.step())? {
@@ -172,6 +176,8 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         groups: o.groups.clone(),
         clip_grad: o.clip_grad,
         forced_routing: config.forced_routing(),
+        record_routing: config.train.record_routing.then(|| RunFolder::new(&config.train.output).routing()),
+        replay_routing: config.train.replay_routing.clone(),
         expert_bias_update_rate: o.moe_router_bias_update_rate.unwrap_or(0.0),
     })
 }

@@ -5,9 +5,11 @@ mod report;
 mod setup;
 mod skipped;
 mod source;
+mod trace;
 
 pub use rank::RankTrainer;
 pub use report::StepReport;
 pub use setup::Setup;
 pub use skipped::SkippedSteps;
 pub use source::{BatchSource, Sequence};
+pub use trace::{check_recorded, recorded_step};

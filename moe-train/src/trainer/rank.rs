@@ -6,13 +6,14 @@ use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, TP_CP_DP};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{
-    CommTransport, CountingStage, Cx, DecoderStage, Execution, Mode, RopeTable, Stats, TypedStage,
+    Choices, CommTransport, CountingStage, Cx, DecoderStage, Execution, Mode, RopeTable, Stats, TypedStage,
 };
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
 
 use super::report::Totals;
 use super::source::HostBatch;
+use super::trace::StepTrace;
 use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
 use crate::data::BatchSizes;
@@ -105,11 +106,13 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         self.cx.mode = Mode::Train { seed: self.setup.seed, step };
         self.set_batch_size(self.batch_sizes.of_step(step))?;
         let per_rank = self.cx.objective.micro_batches / self.setup.folding.size(Attention::DP);
-        let total_weight =
-            self.load(per_rank, self.batch_sizes.cursor(step), |u| source.micro_batch(step, u))?;
+        let first = self.batch_sizes.cursor(step);
+        let total_weight = self.load(per_rank, first, |u| source.micro_batch(step, u))?;
+        self.start_trace(step, first)?;
         self.count_step()?;
         self.cx.params.zero_grads(&self.cx.device, self.setup.overlap_grad_reduce)?;
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
+        self.end_trace(step, first)?;
         self.cx.batches.clear();
 
         let grads = reduce_gradients(&mut self.cx)?;
@@ -126,6 +129,27 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             self.update_expert_biases(&totals)?;
         }
         Ok(report)
+    }
+
+    /// Reads the choices of a step, where they are replayed, and starts to note them, where they are recorded.
+    fn start_trace(&mut self, step: u64, first: u64) -> Result<()> {
+        if let Some(root) = &self.setup.replay_routing {
+            let layers: Vec<usize> = self.cx.stats.moe.iter().map(|layer| layer.layer).collect();
+            let trace = StepTrace { setup: &self.setup, rank: self.rank, step, first };
+            self.cx.replay = Some(trace.replay(root, &layers, &self.cx)?);
+        }
+        self.cx.recorded = self.setup.record_routing.is_some().then(Choices::new);
+        Ok(())
+    }
+
+    /// Writes the choices of a step, where they are recorded.
+    fn end_trace(&mut self, step: u64, first: u64) -> Result<()> {
+        self.cx.replay = None;
+        if let (Some(root), Some(choices)) = (&self.setup.record_routing, self.cx.recorded.take()) {
+            let trace = StepTrace { setup: &self.setup, rank: self.rank, step, first };
+            trace.record(root, &choices, &self.cx)?;
+        }
+        Ok(())
     }
 
     /// Moves the biases of this rank's routers by what all ranks counted.

@@ -1,5 +1,7 @@
 //! What defines a training computation, apart from data and files.
 
+use std::path::PathBuf;
+
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
 use moe_model::{ExpertCapacity, ForcedRouting, Objective, PipelineLayout, RecomputeModules};
@@ -58,6 +60,10 @@ pub struct Setup {
     pub expert_bias_update_rate: f64,
     /// A load that training is given instead of what routers choose.
     pub forced_routing: Option<ForcedRouting>,
+    /// The folder to which the choices of every step are written.
+    pub record_routing: Option<PathBuf>,
+    /// The folder from which the choices of every step are read, instead of made.
+    pub replay_routing: Option<PathBuf>,
 }
 
 impl Setup {

@@ -137,6 +137,8 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         clip_grad: 1.0,
         expert_bias_update_rate: 0.0,
         forced_routing: None,
+        record_routing: None,
+        replay_routing: None,
     }
 }
 
