@@ -19,6 +19,18 @@ pub const SHARED_KV: Axes<Attention> = Attention::TP_INNER.union(CP_DP);
 /// Ranks among which the tokens of a dispatch move.
 pub const ETP_EP: Axes<Expert> = Expert::ETP.union(Expert::EP);
 
+/// The attention groups of several instances of the distributed optimizer: those that one instance cuts its state over, and
+/// the ranks that hold the same of it.
+pub const INSTANCE_GROUPS: [Axes<Attention>; 4] = [
+    CP_DP.minus(Attention::DP_OUTER),
+    TP_CP_DP.minus(Attention::DP_OUTER),
+    SHARED_KV.minus(Attention::DP_OUTER),
+    Attention::DP_OUTER,
+];
+
+/// The same of the experts.
+pub const EXPERT_INSTANCE_GROUPS: [Axes<Expert>; 2] = [Expert::EDP_INNER, Expert::EDP_OUTER];
+
 /// The attention groups that layers and reductions call.
 pub const ATTENTION_GROUPS: [Axes<Attention>; 7] =
     [Attention::TP, Attention::CP_INNER, Attention::CP_OUTER, TP_CP, CP_DP, TP_CP_DP, SHARED_KV];

@@ -43,18 +43,27 @@ impl Placed {
     }
 
     fn reduction(&self, folding: &Folding, rank: usize) -> Reduction {
-        fn of<V: View>(placement: &Placement<V>, folding: &Folding, rank: usize) -> Reduction {
-            let axes = placement.partial();
+        fn of<V: View>(
+            placement: &Placement<V>,
+            folding: &Folding,
+            rank: usize,
+            instances: Axes<V>,
+        ) -> Reduction {
+            let instances = placement.partial().intersect(instances);
+            let several = folding.size(instances) > 1;
+            let group = if several { placement.partial().minus(instances) } else { placement.partial() };
             Reduction {
-                group: axes.into(),
-                size: folding.size(axes),
-                position: folding.coordinate(rank, axes),
+                group: group.into(),
+                size: folding.size(group),
+                position: folding.coordinate(rank, group),
+                instances: several.then(|| instances.into()),
+                instance: folding.coordinate(rank, instances),
                 tied: placement.tied_ranks(folding, rank).is_some(),
             }
         }
         match self {
-            Placed::Attention(p) => of(p, folding, rank),
-            Placed::Expert(p) => of(p, folding, rank),
+            Placed::Attention(p) => of(p, folding, rank, Attention::DP_OUTER),
+            Placed::Expert(p) => of(p, folding, rank, Expert::EDP_OUTER),
         }
     }
 }
@@ -64,12 +73,15 @@ impl Placed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment(usize);
 
-/// The group over which a gradient is partial: what a bucket is reduced over, and what its optimizer state is cut over.
+/// The group over which a gradient is partial: what a bucket is reduced over, and what its optimizer state is cut over,
+/// unless several instances of the optimizer each cut it over a part of the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Reduction {
     group: GroupKey,
     size: usize,
     position: usize,
+    instances: Option<GroupKey>,
+    instance: usize,
     tied: bool,
 }
 
@@ -182,6 +194,9 @@ impl Slot {
 pub struct BucketLayout {
     /// What its gradients are reduced over, and what its optimizer state is cut over.
     pub group: GroupKey,
+    /// With several instances of the distributed optimizer: the ranks that keep the same slice, one of each instance, over
+    /// which the sums of `group` are partial.
+    pub instances: Option<GroupKey>,
     /// True if the first and the last stage hold a copy each of what is in it: after the reduction over `group` their
     /// gradients are to be added. Both have the same slices, as nothing else is in the bucket.
     pub tied: bool,
@@ -361,7 +376,8 @@ impl<'a> ParamLayoutBuilder<'a> {
     fn blocks(&self, logical: &Logical) -> Result<Vec<(usize, Part)>> {
         let Logical { name, placement, init } = logical;
         let slice = placement.slice(self.folding, self.rank);
-        let counts = placement.counts(self.folding, self.rank);
+        let first_instance = placement.reduction(self.folding, self.rank).instance == 0;
+        let counts = first_instance && placement.counts(self.folding, self.rank);
         let part = |name: String, dims: [usize; 2], vector, rows: &Range<usize>, cols: &Range<usize>| Part {
             name,
             dims,
@@ -399,7 +415,9 @@ impl<'a> ParamLayoutBuilder<'a> {
             self.storage.iter().map(|storage| (key(storage), storage.reduction)).collect();
         let mut slots = vec![Slot { bucket: 0, offset: 0, rows: 0, cols: 0 }; self.storage.len()];
         let mut buckets = Vec::with_capacity(groups.len());
-        for (bucket, (own, Reduction { group, size, position, tied })) in groups.into_iter().enumerate() {
+        for (bucket, (own, Reduction { group, size, position, instances, tied, .. })) in
+            groups.into_iter().enumerate()
+        {
             let mut end = 0;
             let mut all = Vec::new();
             for (slot, storage) in slots.iter_mut().zip(&self.storage).filter(|(_, s)| key(s) == own) {
@@ -411,7 +429,15 @@ impl<'a> ParamLayoutBuilder<'a> {
             }
             let per_rank = end.div_ceil(size);
             let slice = position * per_rank..(position + 1) * per_rank;
-            buckets.push(BucketLayout { group, tied, users: 0, len: per_rank * size, slice, parts: all });
+            buckets.push(BucketLayout {
+                group,
+                instances,
+                tied,
+                users: 0,
+                len: per_rank * size,
+                slice,
+                parts: all,
+            });
         }
         let mut segments = Vec::with_capacity(self.segments.len());
         for storages in self.segments {

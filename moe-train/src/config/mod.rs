@@ -48,7 +48,7 @@ use std::path::Path;
 use moe_model::config::ModelConfig;
 use moe_model::{PipelineLayout, RecomputeModules};
 use moe_pipeline::generate::interleaved_1f1b;
-use moe_topology::{Attention, Constraints, Folding, Mapping};
+use moe_topology::{Attention, Constraints, Expert, Folding, Mapping};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -202,9 +202,24 @@ impl RunConfig {
     /// The equation that is broken, the values and the nearest legal mappings.
     pub fn folding(&self) -> Result<Folding, ConfigError> {
         let mapping = self.mapping()?;
-        self.constraints().fold(mapping.clone())?;
+        let whole = self.constraints().fold(mapping.clone())?;
         let split = self.model.split_tp(mapping).split(Attention::CP_INNER, self.parallel.cp_ulysses);
-        Ok(Folding::new(split)?)
+        match self.instances(&whole)? {
+            1 => Ok(Folding::new(split)?),
+            instances => Ok(Folding::new(split.optimizer_instances(instances))?),
+        }
+    }
+
+    /// The instances of the distributed optimizer, if the replicas can be cut so.
+    fn instances(&self, folding: &Folding) -> Result<usize, ConfigError> {
+        let instances = self.parallel.num_distributed_optimizer_instances;
+        let (dp, edp) = (folding.size(Attention::DP), folding.size(Expert::EDP));
+        let legal: Vec<String> =
+            (1..=dp).filter(|n| dp % n == 0 && edp % n == 0).map(|n| n.to_string()).collect();
+        let holds = legal.contains(&instances.to_string());
+        let allowed = format!("a common divisor of dp = {dp} and edp = {edp}: {}", legal.join(", "));
+        require("parallel.num_distributed_optimizer_instances", instances, holds, &allowed)?;
+        Ok(instances)
     }
 
     /// Which layers are on which pipeline rank.

@@ -46,6 +46,10 @@ pub struct ParallelConfig {
     /// Micro-batches that go through one virtual stage of a rank before the next; pp unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_group_size: Option<usize>,
+    /// Instances of the distributed optimizer, of which each has a whole copy of its state, cut over the ranks of the
+    /// instance: a common divisor of `dp` and `edp`. Reductions and gathers of weights then stay within an instance, but
+    /// for one sum of a slice over the instances.
+    pub num_distributed_optimizer_instances: usize,
     /// The axes, the one with stride 1 first.
     pub order: String,
     /// How tokens reach their experts.
@@ -71,6 +75,7 @@ impl Default for ParallelConfig {
             layers_per_stage: None,
             pipeline_layout: None,
             micro_batch_group_size: None,
+            num_distributed_optimizer_instances: 1,
             order,
             dispatcher,
             moe_shared_expert_overlap: false,

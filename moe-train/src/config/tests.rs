@@ -615,3 +615,22 @@ fn shared_experts_overlap_where_there_are_some() {
     let config = with(&[on, "model.n_shared_experts=1"]).unwrap();
     assert_eq!(RunConfig::parse(&config.to_toml().unwrap(), "resolved", &[] as &[&str]).unwrap(), config);
 }
+
+#[test]
+fn instances_of_the_optimizer_divide_the_replicas() {
+    let instances = |n: usize| format!("parallel.num_distributed_optimizer_instances={n}");
+    let folding = |overrides: &[&str]| with(overrides).unwrap().folding().unwrap();
+    // DP 4 and EDP 2, of 16 ranks.
+    let replicas = ["parallel.world_size=16", "train.global_batch_size=16", &instances(2)];
+    let two = folding(&replicas);
+    assert_eq!((two.size(Attention::DP_OUTER), two.size(Expert::EDP_OUTER)), (2, 2));
+    assert_eq!(folding(&replicas[..2]).size(Attention::DP_OUTER), 1);
+    for n in [0, 3, 4] {
+        assert_eq!(
+            refusal(&[replicas[0], replicas[1], &instances(n)]),
+            format!(
+                "parallel.num_distributed_optimizer_instances = {n}, but it must be a common divisor of dp = 4 and edp = 2: 1, 2"
+            )
+        );
+    }
+}

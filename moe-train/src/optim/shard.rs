@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use moe_comm::{Pending, Reduction};
 use moe_kernels::family::Elementwise;
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
 use moe_model::params::{BucketLayout, Part};
 use moe_topology::Attention;
@@ -20,19 +21,37 @@ pub fn sliced_parts(bucket: &BucketLayout) -> impl Iterator<Item = (&Part, Range
     })
 }
 
-/// Waits for the sums of every bucket's gradients over its group, starting those that have not started, adds those of tied
-/// weights over the two stages that hold them, and returns this rank's slices, `[1, slice]` each. Collective.
+/// Waits for the sums of every bucket's gradients over its group, starting those that have not started, adds those of all
+/// instances of the optimizer, and of tied weights those of the two stages that hold them, and returns this rank's slices, `[1, slice]` each. Collective.
 pub fn reduce_gradients<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>) -> Result<Vec<Tensor<T::Acc, D>>> {
     cx.params.start_reductions(&cx.comms)?;
-    (0..cx.params.buckets().len())
+    let sums = (0..cx.params.buckets().len())
         .map(|bucket| {
             let slice = cx.params.reduced(bucket)?;
-            match cx.params.buckets()[bucket].tied {
-                true => add_other_stage(cx, slice),
-                false => Ok(slice),
-            }
+            Ok(match cx.params.buckets()[bucket].instances {
+                Some(instances) => {
+                    Sum::Arriving(cx.comms.keyed(instances)?.start_all_reduce(&slice, Reduction::Sum)?)
+                }
+                None => Sum::Here(slice),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    sums.into_iter()
+        .zip(cx.params.buckets())
+        .map(|(sum, bucket)| {
+            let slice = match sum {
+                Sum::Here(slice) => slice,
+                Sum::Arriving(pending) => pending.wait()?,
+            };
+            if bucket.tied { add_other_stage(cx, slice) } else { Ok(slice) }
         })
         .collect()
+}
+
+/// A slice of gradients, summed over one instance of the optimizer or, on its way, over all.
+enum Sum<A: Float, D: Device> {
+    Here(Tensor<A, D>),
+    Arriving(Pending<A, D>),
 }
 
 /// Adds the slice of the other end of the pipeline, which adds this one: a sum of two is the same on both.

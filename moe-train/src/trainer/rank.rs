@@ -2,7 +2,9 @@
 
 use moe_comm::{Comms, CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Device, Float};
-use moe_model::axes::{ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, TP_CP_DP};
+use moe_model::axes::{
+    ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP,
+};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{
@@ -46,6 +48,10 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let mut communicators = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::PP);
         communicators = ATTENTION_GROUPS.into_iter().fold(communicators, CommsBuilder::attention);
         communicators = EXPERT_GROUPS.into_iter().fold(communicators, CommsBuilder::expert);
+        if setup.folding.size(Attention::DP_OUTER) > 1 {
+            communicators = INSTANCE_GROUPS.into_iter().fold(communicators, CommsBuilder::attention);
+            communicators = EXPERT_INSTANCE_GROUPS.into_iter().fold(communicators, CommsBuilder::expert);
+        }
         let comms = communicators.build(world, &device, &setup.folding)?;
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
