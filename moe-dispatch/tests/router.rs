@@ -53,6 +53,10 @@ fn tensor(rows: usize, cols: usize, values: &[f64]) -> Tensor<f64, Cpu> {
     Tensor::from_f64(&Cpu::poisoned(1), rows, cols, values).unwrap()
 }
 
+fn ints(values: &[i32]) -> Tensor<i32, Cpu> {
+    Tensor::from_slice(&Cpu::poisoned(1), 1, values.len(), values).unwrap()
+}
+
 fn with<'a>(
     x: &'a Tensor<f64, Cpu>,
     weight: &'a Tensor<f64, Cpu>,
@@ -68,13 +72,14 @@ struct Extras<'a> {
     bias: Option<&'a Tensor<f64, Cpu>>,
     jitter: Option<&'a Tensor<i64, Cpu>>,
     given: Option<&'a Tensor<i32, Cpu>>,
+    valid: Option<&'a Tensor<i32, Cpu>>,
 }
 
 impl<'a> Extras<'a> {
     fn input(self, x: &'a Tensor<f64, Cpu>, weight: &'a Tensor<f64, Cpu>) -> RouterInput<'a, f64, Cpu> {
-        let Extras { bias, jitter, given } = self;
+        let Extras { bias, jitter, given, valid } = self;
         let jitter = jitter.map(|tokens| Jitter { epsilon: 0.3, key: 77, tokens });
-        RouterInput { jitter, given, ..with(x, weight, bias, 2) }
+        RouterInput { jitter, given, valid: valid.map(Tensor::view), ..with(x, weight, bias, 2) }
     }
 }
 
@@ -115,7 +120,7 @@ proptest! {
         function in proptest::sample::select(&SCORES[..]),
         groups in proptest::sample::select(&GROUPS[..]),
         scale in proptest::sample::select(vec![1.0, 2.5]),
-        (biased, jittered, forced) in any::<(bool, bool, bool)>(),
+        (biased, jittered, forced, padded) in any::<(bool, bool, bool, bool)>(),
     ) {
         let scoring = Scoring { function, groups, scale };
         let bias = (biased && scoring.function.is_separate()).then_some(&BIAS[..]);
@@ -127,10 +132,12 @@ proptest! {
         // Slot k of token i: expert (3i + 2k) mod 5, which differ.
         let given: Vec<i32> = (0..4 * top_k).map(|j| ((3 * (j / top_k) + 2 * (j % top_k)) % 5) as i32).collect();
         let given = Tensor::from_slice(&device, 4, top_k, &given).unwrap();
+        let valid = ints(&[1, 0, 1, 1]);
         let extras = Extras {
             bias: bias.as_ref(),
             jitter: jittered.then_some(&ids),
             given: forced.then_some(&given),
+            valid: padded.then_some(&valid),
         };
         let (tokens, matrix) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let input = extras.input(&tokens, &matrix);
@@ -261,7 +268,7 @@ fn scores_in_f64_of_tokens_in_f32() {
 
         let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-        let extras = Extras { bias: bias64.as_ref(), jitter: Some(&ids), given: None };
+        let extras = Extras { bias: bias64.as_ref(), jitter: Some(&ids), given: None, valid: None };
         let input = || extras.input(&x64, &w64);
         let (want, saved, wanted) = router.forward(&device, input(), with_another_rank).unwrap();
         let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
@@ -299,7 +306,7 @@ fn noise_is_on_the_input_and_given_experts_have_present_weights() {
         .collect();
     let given = Tensor::from_slice(&device, 2, 2, &[5, 0, 3, 2]).unwrap();
     let plain = tensor(2, HIDDEN, &jittered);
-    let extras = Extras { bias: None, jitter: Some(&ids), given: Some(&given) };
+    let extras = Extras { bias: None, jitter: Some(&ids), given: Some(&given), valid: None };
     let (got, _, stats) = router.forward(&device, extras.input(&x, &weight), alone).unwrap();
     let extras = Extras { jitter: None, ..extras };
     let (want, _, wanted) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();
@@ -330,6 +337,66 @@ fn near_ties_are_told_apart_in_f64() {
         let (routing, _, _) = Router::new(config).unwrap().forward(&device, input, alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap(), [chosen]);
     }
+}
+
+/// Sequences of 3, 0 and 2 valid tokens among 3 positions each: losses, counts and choices are those of the valid tokens alone.
+#[test]
+fn padding_is_no_token() {
+    let device = Cpu::poisoned(1);
+    let element = |i: usize| ((i * i + 3 * i) as f64 * 0.37).sin();
+    let x: Vec<f64> = (0..9 * HIDDEN).map(element).collect();
+    let weight: Vec<f64> = (0..NUM_EXPERTS * HIDDEN).map(|i| element(i + 50)).collect();
+    let weight = tensor(NUM_EXPERTS, HIDDEN, &weight);
+    let valid = [1, 0, 1, 1, 0, 1, 1, 0, 0];
+    let rows = |keep: &dyn Fn(usize) -> bool| -> Vec<f64> {
+        let kept = (0..9).filter(|&i| valid[i] == 1 && keep(i));
+        kept.flat_map(|i| x[i * HIDDEN..(i + 1) * HIDDEN].to_vec()).collect()
+    };
+    for function in SCORES {
+        let router = Router::new(config(function, 2)).unwrap();
+        let run = |x: &[f64], valid: Option<&[i32]>, sequences: usize| {
+            let (x, valid) = (tensor(x.len() / HIDDEN, HIDDEN, x), valid.map(ints));
+            let valid = valid.as_ref().map(Tensor::view);
+            let input = RouterInput { valid, ..with(&x, &weight, None, sequences) };
+            let (routing, _, stats) = router.forward(&device, input, alone).unwrap();
+            (routing.experts.to_vec(&device).unwrap(), routing.weights.to_vec(&device).unwrap(), stats)
+        };
+        let (experts, weights, padded) = run(&x, Some(&valid), 3);
+        let (own_experts, own_weights, compact) = run(&rows(&|_| true), None, 1);
+        let valid_choice = |i: &usize| valid[i / 2] == 1;
+        let of_valid = (0..18).filter(valid_choice).map(|i| (experts[i], weights[i]));
+        assert!(of_valid.eq(own_experts.into_iter().zip(own_weights)), "{function:?}");
+        assert!((0..18).filter(|i| !valid_choice(i)).all(|i| (experts[i], weights[i]) == (-1, 0.0)));
+
+        assert_eq!(padded.expert_counts, compact.expert_counts);
+        assert_eq!(padded.plain_counts, compact.plain_counts);
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-13, "{function:?}: {a} and {b}");
+        padded.prob_sums.iter().zip(&compact.prob_sums).for_each(|(&a, &b)| close(a, b));
+        close(padded.aux_loss, compact.aux_loss);
+        close(padded.z_loss_sum, compact.z_loss_sum);
+        let sequences = [0, 2].map(|b| run(&rows(&|i| i % 3 == b), None, 1).2.aux_loss);
+        close(padded.sequence_aux_loss, sequences.iter().sum());
+    }
+}
+
+/// A rank whose tokens are all padding, in a step without any other: there is nothing, and nothing is divided by it.
+#[test]
+fn padding_only() {
+    let device = Cpu::poisoned(1);
+    let router = Router::new(config(ScoreFunction::SoftmaxPost, 2)).unwrap();
+    let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
+    let (x, valid) = (tensor(2, HIDDEN, &[0.5; 2 * HIDDEN]), ints(&[0, 0]));
+    let input = RouterInput { valid: Some(valid.view()), ..RouterInput::new(&x, weight.view()) };
+    let (_, saved, stats) = router.forward(&device, input, alone).unwrap();
+    assert_eq!(stats.expert_counts, [0; NUM_EXPERTS]);
+    assert_eq!((stats.aux_loss, stats.sequence_aux_loss, stats.z_loss_sum), (0.0, 0.0, 0.0));
+    let scales = RouterScales { valid_tokens: 0, step_counts: &[0; NUM_EXPERTS], ..SCALES };
+    let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[1.0; NUM_EXPERTS * HIDDEN]);
+    let dweights = tensor(1, 4, &[0.0; 4]);
+    let (input, grad) = (RouterInput::new(&x, weight.view()), dweight.view_mut().unwrap());
+    let dx = router.backward(&device, input, &dweights, saved, grad, scales).unwrap();
+    assert_eq!(dx.to_vec(&device).unwrap(), [0.0; 2 * HIDDEN]);
+    assert_eq!(dweight.to_vec(&device).unwrap(), [1.0; NUM_EXPERTS * HIDDEN]);
 }
 
 #[test]

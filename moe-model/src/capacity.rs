@@ -3,7 +3,7 @@
 use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity};
 use moe_dispatch::{RoutingOn, Shapes};
 use moe_kernels::family::DropLimit;
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::{Backend, Device, Element, Float, Tensor, View};
 use moe_topology::{Attention, Folding};
 
 use crate::axes::TP_CP;
@@ -111,6 +111,12 @@ impl Place {
     pub fn of(folding: &Folding, rank: usize) -> Self {
         let along = |axes| (folding.coordinate(rank, axes), folding.size(axes));
         Place { tp: along(Attention::TP), cp: along(Attention::CP) }
+    }
+
+    /// Of the numbers of all tokens of a context-parallel rank, `[1, n]`, those of the `rows` that this rank routes.
+    pub fn own<E: Element, D: Device>(self, all: &Tensor<E, D>, rows: usize) -> Result<View<'_, E, D>> {
+        let first = self.tp.0 * rows;
+        Ok(all.view().columns(first..first + rows)?)
     }
 
     /// A routing without the choices beyond the capacity of the context, and how many were dropped. Evaluation drops

@@ -136,6 +136,8 @@ pub struct MicroBatch<T: Float, D: Device> {
     pub ids: Tensor<i32, D>,
     /// Position of each token in its sequence, `[1, seq_len · batch]`.
     pub positions: Tensor<i32, D>,
+    /// 0 for padding, `[1, seq_len · batch]`; all tokens are valid if there is none.
+    pub valid: Option<Tensor<i32, D>>,
     /// Where the documents of the sequences lie, if they are separated.
     pub documents: Option<Documents<D>>,
     /// Targets, `[1, seq_len · batch]`.
@@ -147,7 +149,7 @@ pub struct MicroBatch<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Device> MicroBatch<T, D> {
-    /// From host vectors in sequence-major order, with 0 as the index of the first sequence and no separated documents.
+    /// From host vectors in sequence-major order, with 0 as the index of the first sequence, without padding and separated documents.
     /// `total_weight` is N, the sum of all loss weights of the step (with N = 0 the gradient of the loss is 0).
     pub fn new(
         device: &D,
@@ -167,6 +169,7 @@ impl<T: Float, D: Device> MicroBatch<T, D> {
             seq_len: rows / batch.max(1),
             ids: Tensor::from_slice(device, 1, rows, ids)?,
             positions: Tensor::from_slice(device, 1, rows, positions)?,
+            valid: None,
             documents: None,
             labels: Tensor::from_slice(device, 1, rows, labels)?,
             weights: Tensor::from_f64(device, 1, rows, weights)?,

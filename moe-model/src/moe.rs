@@ -271,12 +271,14 @@ impl MoeMlp {
     ) -> Result<Routed<T, D>> {
         let unit = cx.group(TP_CP)?;
         let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
-        let sequences = cx.batch(m)?.batch;
+        let micro_batch = cx.batch(m)?;
+        let (sequences, rows) = (micro_batch.batch, h.shape()[0]);
+        let valid = micro_batch.valid.as_ref().map(|valid| self.place.own(valid, rows)).transpose()?;
         let bias = self.bias.map(|bias| bias.values(&cx.params).view());
         let Drawn { noise, given } = self.draw(m, h.shape()[0], cx)?;
         let (jitter, weight) = (self.jitter(noise.as_ref()), cx.params.weight(self.gate)?);
         let given = given.as_ref();
-        let input = RouterInput { bias, sequences, jitter, given, ..RouterInput::new(h, weight) };
+        let input = RouterInput { bias, sequences, jitter, given, valid, ..RouterInput::new(h, weight) };
         let (routing, router, seen) = self
             .router
             .forward(&cx.device, input, sum_over_unit)

@@ -41,8 +41,9 @@ impl Router {
         if tokens == 0 {
             return Ok(Tensor::uninit(device, 0, hidden)?);
         }
-        if scales.micro_batches == 0 || scales.sequences == 0 || scales.valid_tokens == 0 {
-            return Err(Error::Router { what: format!("{tokens} tokens in a step of {scales:?}") });
+        let (_, valid) = unit.micro_batch();
+        if valid > 0 && (scales.micro_batches == 0 || scales.sequences == 0 || scales.valid_tokens == 0) {
+            return Err(Error::Router { what: format!("{valid} tokens in a step of {scales:?}") });
         }
         if self.config.global_aux_loss_coef != 0.0 && scales.step_counts.len() != num_experts {
             let (got, what) = (scales.step_counts.len(), "the load-balancing loss of the whole step");
@@ -51,7 +52,8 @@ impl Router {
         let dweights = dweights.reshape(tokens, top_k)?;
         let losses = Losses {
             aux: self.aux_gradient(&unit, scales),
-            z: self.config.z_loss_coef / scales.valid_tokens as f64,
+            // Without valid tokens no row has a gradient.
+            z: self.config.z_loss_coef / scales.valid_tokens.max(1) as f64,
         };
 
         // Products of the logits' type, as forward: rounding their gradient to T would lose the small losses.

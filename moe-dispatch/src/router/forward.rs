@@ -32,7 +32,7 @@ impl Router {
         input: RouterInput<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
-        let RouterInput { x, weight, bias, sequences, jitter, given } = input;
+        let RouterInput { x, weight, bias, sequences, jitter, given, valid } = input;
         let [tokens, _] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {
@@ -50,7 +50,7 @@ impl Router {
             Gemm::<f64>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight.view(), Op::T)?;
             let bias = bias.map(|bias| widened_f64::<T::Acc, D>(device, bias)).transpose()?;
             let (weights, chosen) =
-                self.choose(device, &logits, bias.as_ref().map(Tensor::view), given, sequences)?;
+                self.choose(device, &logits, bias.as_ref().map(Tensor::view), given, valid, sequences)?;
             (Logits::F64(logits), narrowed_f64::<T::Acc, D>(device, &weights)?, chosen)
         } else {
             let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
@@ -65,7 +65,7 @@ impl Router {
                     Gemm::<T::Acc>::gemm(device, logits, noisy, Op::N, weight, Op::T)?;
                 }
             }
-            let (weights, chosen) = self.choose(device, &logits, bias, given, sequences)?;
+            let (weights, chosen) = self.choose(device, &logits, bias, given, valid, sequences)?;
             (Logits::Acc(logits), weights, chosen)
         };
         let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum } = chosen;
@@ -102,6 +102,7 @@ impl Router {
         logits: &Tensor<R, D>,
         bias: Option<View<'_, R, D>>,
         given: Option<&Tensor<i32, D>>,
+        valid: Option<View<'_, i32, D>>,
         sequences: usize,
     ) -> Result<(Tensor<R, D>, Chosen<D>), Error> {
         let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
@@ -120,7 +121,7 @@ impl Router {
             probs: probs.view_mut()?,
             lse: lse.view_mut()?,
         };
-        let input = RouteInput { logits: logits.view(), bias, given: given.map(Tensor::view) };
+        let input = RouteInput { logits: logits.view(), bias, given: given.map(Tensor::view), valid };
         device.route(out, input, &scoring)?;
 
         let chosen = experts.to_vec(device)?;
@@ -135,7 +136,8 @@ impl Router {
 
     fn count(&self, experts: &[i32]) -> Vec<i64> {
         let mut counts = vec![0; self.config.num_experts];
-        for &expert in experts {
+        // Padding has chosen −1.
+        for &expert in experts.iter().filter(|&&expert| expert >= 0) {
             counts[expert as usize] += 1;
         }
         counts
@@ -145,7 +147,8 @@ impl Router {
     fn count_by_sequence(&self, experts: &[i32], sequences: usize) -> Vec<i64> {
         let width = self.config.num_experts + 1;
         let mut rows = vec![0; sequences * width];
-        for (i, experts) in experts.chunks_exact(self.config.top_k).enumerate() {
+        let tokens = experts.chunks_exact(self.config.top_k).enumerate();
+        for (i, experts) in tokens.filter(|(_, experts)| experts[0] >= 0) {
             let row = &mut rows[i % sequences * width..][..width];
             row[width - 1] += 1;
             for &expert in experts {

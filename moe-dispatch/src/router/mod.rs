@@ -81,6 +81,8 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     /// `[n, K]`: the choice, where it is not the router's own (forced or replayed); different experts for each token. Weights
     /// are made of the present scores, and losses count what these would choose.
     pub given: Option<&'a Tensor<i32, D>>,
+    /// `[1, n]`: 0 for padding, which is routed nowhere and is no token to any loss or count; all are valid unless given.
+    pub valid: Option<View<'a, i32, D>>,
 }
 
 /// Noise on what a router sees (not on what its experts see): each element of a token is multiplied by a number between
@@ -108,7 +110,7 @@ impl<D: Device> Jitter<'_, D> {
 impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
     /// Tokens of one sequence, by the weight alone.
     pub fn new(x: &'a Tensor<T, D>, weight: View<'a, T, D>) -> Self {
-        RouterInput { x, weight, bias: None, sequences: 1, jitter: None, given: None }
+        RouterInput { x, weight, bias: None, sequences: 1, jitter: None, given: None, valid: None }
     }
 }
 
@@ -166,7 +168,7 @@ impl UnitCounts {
 /// Numbers for the metrics of one layer and micro-batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterStats {
-    /// How often this rank's tokens chose each expert.
+    /// How often this rank's tokens chose each expert. Tokens here and in what follows are the valid ones.
     pub expert_counts: Vec<i64>,
     /// How often each expert was among the K best of this rank's tokens without bias and groups: what the load-balancing
     /// losses count.

@@ -120,6 +120,7 @@ pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     extreme_scores::<A, D>(device, tolerance);
     given_choices::<A, D>(device, tolerance);
     jitter::<A, D>(device, tolerance);
+    padding::<A, D>(device);
     refusals::<A, D>(device);
     not_a_number::<A, D>(device);
     choices::dropping::<A, D>(device);
@@ -174,6 +175,7 @@ fn route_given<A: Float<Acc = A>, D: Routing<A>>(
         logits: logits.view(),
         bias: bias.as_ref().map(Placed::view),
         given: given.as_ref().map(Placed::view),
+        valid: None,
     };
     (device.route(views, input, scoring), out)
 }
@@ -271,8 +273,13 @@ fn gradients<A: Float<Acc = A>, D: Routing<A>>(
         assert_refused("dweights", run(&mut dl, &wrong, &pa, experts));
         let none = place::<A, D>(device, &random.matrix::<A>(0, count));
         assert_refused("aux", run(&mut dl, &pdw, &none, experts));
-        for e in [-1, count as i32].into_iter().filter(|_| n > 0) {
-            assert_refused("no such expert", run(&mut dl, &pdw, &pa, &vec![e; n * k]));
+        if n > 0 {
+            assert_refused("no such expert", run(&mut dl, &pdw, &pa, &vec![count as i32; n * k]));
+        }
+        if n > 0 && k > 1 {
+            let mut mixed = experts.to_vec();
+            mixed[0] = -1;
+            assert_refused("an expert too few", run(&mut dl, &pdw, &pa, &mixed));
         }
     }
 }
@@ -373,6 +380,89 @@ fn jitter<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
         let short = place_elements::<i64, D>(device, 1, n + 1, &vec![0; n + 1], -1);
         assert_refused("other tokens", device.jitter(y.view_mut(), short.view(), key, epsilon));
         assert_refused("no epsilon", device.jitter(y.view_mut(), placed.view(), key, f64::NAN));
+    }
+}
+
+/// Tokens beside padding are what they are alone, whatever padding holds; padding is nothing, and has no gradient.
+fn padding<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
+    let mut random = Random::new(19);
+    let (n, count, k) = (400, 12, 3);
+    let logits = distinct_logits::<A>(&mut random, n, count);
+    let valid: Vec<i32> = (0..n).map(|i| i32::from(i % 7 < 4 && i != 100)).collect();
+    let is_valid = |i: usize| valid[i] != 0;
+    let spoilt = Matrix::from_fn(n, count, |i, e| if is_valid(i) { logits.at(i, e) } else { f64::NAN });
+    let rows: Vec<usize> = (0..n).filter(|&i| is_valid(i)).collect();
+    let compact = |m: &Matrix| Matrix::from_fn(rows.len(), m.cols, |i, j| m.at(rows[i], j));
+    let of_valid =
+        |ints: Vec<i32>| rows.iter().flat_map(|&i| ints[i * k..][..k].to_vec()).collect::<Vec<_>>();
+    let dw = random.matrix::<A>(n, k);
+    let aux = random.matrix::<A>(1, count);
+    for scoring in scorings(count, k) {
+        let what = |what: &str| format!("{what} beside padding, {scoring:?}");
+        let (routed, alone) = route::<A, D>(device, &compact(&logits), k, None, &scoring);
+        routed.expect("route");
+        let mut out = Routed {
+            weights: output(device, n, k),
+            experts: output_ints(device, n, k),
+            unbiased: output_ints(device, n, k),
+            probs: output(device, n, count),
+            lse: output(device, 1, n),
+        };
+        let (placed, mask) = (place::<A, D>(device, &spoilt), place_ints(device, 1, n, &valid));
+        let views = RouteOutput {
+            weights: out.weights.view_mut(),
+            experts: out.experts.view_mut(),
+            unbiased: Some(out.unbiased.view_mut()),
+            probs: out.probs.view_mut(),
+            lse: out.lse.view_mut(),
+        };
+        let input = RouteInput { valid: Some(mask.view()), ..RouteInput::new(placed.view()) };
+        device.route(views, input, &scoring).expect("route");
+        let experts = out.experts.elements();
+        for (ints, want) in [(&out.experts, &alone.experts), (&out.unbiased, &alone.unbiased)] {
+            let ints = ints.elements();
+            let padded =
+                (0..n).filter(|&i| !is_valid(i)).all(|i| ints[i * k..][..k].iter().all(|&e| e == -1));
+            assert!(padded && of_valid(ints) == want.elements(), "{}", what("experts"));
+        }
+        let [weights, probs] = [&out.weights, &out.probs].map(Placed::read);
+        assert_close(&what("weights"), &compact(&weights), &alone.weights.read(), 0.0);
+        assert_close(&what("probs"), &compact(&probs), &alone.probs.read(), 0.0);
+        assert_close(
+            &what("lse"),
+            &compact(&out.lse.read().transposed()),
+            &alone.lse.read().transposed(),
+            0.0,
+        );
+        let nothing = |m: &Matrix, i: usize| (0..m.cols).all(|j| m.at(i, j) == 0.0);
+        let lse = out.lse.read().transposed();
+        let padded = (0..n)
+            .filter(|&i| !is_valid(i))
+            .all(|i| nothing(&weights, i) && nothing(&probs, i) && nothing(&lse, i));
+        assert!(padded, "{}", what("zeros"));
+
+        let backward = |logits: &Placed<A, D>, dw: &Matrix, experts: &[i32]| {
+            let (dw, aux) = (place::<A, D>(device, dw), place::<A, D>(device, &aux));
+            let mut dl = output::<A, D>(device, dw.read().rows, count);
+            let experts = place_ints(device, experts.len() / k, k, experts);
+            device
+                .route_backward(
+                    dl.view_mut(),
+                    dw.view(),
+                    experts.view(),
+                    logits.view(),
+                    &scoring,
+                    aux.view(),
+                    0.3,
+                )
+                .expect("route_backward");
+            dl.read()
+        };
+        let got = backward(&placed, &dw, &experts);
+        let alone = place::<A, D>(device, &compact(&logits));
+        let want = backward(&alone, &compact(&dw), &of_valid(experts));
+        assert_close(&what("dlogits"), &compact(&got), &want, 0.0);
+        assert!((0..n).filter(|&i| !is_valid(i)).all(|i| nothing(&got, i)), "{}", what("gradients"));
     }
 }
 

@@ -172,12 +172,22 @@ simd! {
         groups: Option<ExpertGroups>,
         scale: T,
     ) -> Option<usize> {
-        let Tokens { logits, given } = tokens;
+        let Tokens { logits, given, valid } = tokens;
         let (count, is_separate) = (logits.cols(), function.is_separate());
         let mut groups = groups.map(GroupChoice::new);
         let (mut scores, mut biased) = (vec![T::ZERO; count], vec![T::ZERO; count]);
         for (i, logits) in logits.iter().enumerate() {
             let probs = out.probs.row(i);
+            if valid.is_some_and(|valid| valid[i] == 0) {
+                probs.fill(T::ZERO);
+                out.lse[i] = T::ZERO;
+                out.weights.row(i).fill(T::ZERO);
+                out.experts.row(i).fill(-1);
+                if let Some(unbiased) = &mut out.unbiased {
+                    unbiased.row(i).fill(-1);
+                }
+                continue;
+            }
             out.lse[i] = softmax(probs, logits);
             if !out.lse[i].is_finite() {
                 return Some(i);
@@ -230,6 +240,7 @@ simd! {
 struct Tokens<'a, T> {
     logits: Mat<'a, T>,
     given: Option<Mat<'a, i32>>,
+    valid: Option<&'a [i32]>,
 }
 
 /// What [`Routing::route_backward`] reads, for some of the tokens.
@@ -258,6 +269,10 @@ simd! {
         for (i, logits) in routed.logits.iter().enumerate() {
             let (dlogits, aux) = (dlogits.row(i), aux.row((routed.first + i) % aux.rows()));
             let (dweights, experts) = (routed.dweights.row(i), routed.experts.row(i));
+            if experts.iter().all(|&e| e < 0) {
+                dlogits.fill(T::ZERO);
+                continue;
+            }
             let lse = softmax(&mut probs, logits);
             let epsilon = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
             let mut sum = epsilon;
@@ -317,8 +332,12 @@ simd! {
 }
 
 /// Refuses a choice of other than `count` experts.
-fn check_choice(kernel: &'static str, experts: &Mat<'_, i32>, count: usize) -> Result<()> {
-    let chosen = experts.iter().flatten();
+fn check_choice<'a>(
+    kernel: &'static str,
+    experts: impl Iterator<Item = &'a [i32]> + Clone,
+    count: usize,
+) -> Result<()> {
+    let chosen = experts.flatten();
     check::argument(kernel, chosen.clone().all(|&e| e >= 0), || "a chosen expert is negative".to_owned())?;
     check::indices(kernel, "expert", chosen, count)
 }
@@ -347,7 +366,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         scoring: &Scoring,
     ) -> Result<()> {
         const KERNEL: &str = "route";
-        let RouteInput { logits, bias, given } = input;
+        let RouteInput { logits, bias, given, valid } = input;
         let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse } = out;
         let [n, count] = logits.shape();
         let [_, k] = weights.shape();
@@ -371,8 +390,12 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let given = given.map(Mat::from);
         if let Some(given) = &given {
             check::shape(KERNEL, "given", [n, k], [given.rows(), given.cols()])?;
-            check_choice(KERNEL, given, count)?;
+            check_choice(KERNEL, given.iter(), count)?;
         }
+        if let Some(valid) = &valid {
+            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
+        }
+        let valid = valid.map(|valid| Mat::from(valid).vector());
         if let Some(groups) = scoring.groups {
             check_groups(KERNEL, groups, count, k)?;
         }
@@ -396,7 +419,8 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let scale = T::from_f64(scoring.scale);
         self.for_each(tasks, |(r, out)| {
             let given = given.map(|given| given.row_range(r.clone()));
-            let tokens = Tokens { logits: logits.row_range(r.clone()), given };
+            let valid = valid.map(|valid| &valid[r.clone()]);
+            let tokens = Tokens { logits: logits.row_range(r.clone()), given, valid };
             if let Some(i) = route(out, tokens, bias, function, scoring.groups, scale) {
                 failed.fetch_min(r.start + i, Ordering::Relaxed);
             }
@@ -454,7 +478,8 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         check::shape(KERNEL, "aux", [sequences.max(1), count], aux.shape())?;
         let (dweights, experts) = (Mat::from(dweights), Mat::from(experts));
         let (logits, aux) = (Mat::from(logits), Mat::from(aux));
-        check_choice(KERNEL, &experts, count)?;
+        let padding = |row: &&[i32]| row.iter().all(|&e| e < 0);
+        check_choice(KERNEL, experts.iter().filter(|row| !padding(row)), count)?;
         let mut dlogits = MatMut::from(&mut dlogits);
         let tasks = blocks(n, rows_per_piece(8 * count))
             .map(|r| {

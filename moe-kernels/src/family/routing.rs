@@ -72,12 +72,14 @@ pub struct RouteInput<'a, A: Float, D: Device> {
     pub bias: Option<View<'a, A, D>>,
     /// `[n, K]`: the choice, if it was made already; each token's experts differ.
     pub given: Option<View<'a, i32, D>>,
+    /// `[1, n]`: 0 for padding, whatever its logits: its experts are −1, its weights, scores and log-sum-exp 0.
+    pub valid: Option<View<'a, i32, D>>,
 }
 
 impl<'a, A: Float, D: Device> RouteInput<'a, A, D> {
     /// Experts are chosen by the logits alone.
     pub fn new(logits: View<'a, A, D>) -> Self {
-        RouteInput { logits, bias: None, given: None }
+        RouteInput { logits, bias: None, given: None, valid: None }
     }
 }
 
@@ -126,7 +128,7 @@ pub trait Routing<A: Float>: Device {
     ///
     /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s + bias` (the other functions,
     /// which alone take a bias); weights are made of scores without bias.
-    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token with a NaN.
+    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) with a NaN.
     fn route(
         &self,
         out: RouteOutput<'_, A, Self>,
@@ -148,7 +150,8 @@ pub trait Routing<A: Float>: Device {
     /// Overwrites `dlogits: [n, E]` with the gradient through the weights of the choices `experts: [n, K]`
     /// (`dweights: [n, K]`), plus that of the auxiliary loss, whose derivative by `probs[i, e]` is `aux[i mod B, e]`
     /// (`[B, E]`: one row for all tokens, or one for each of `B` sequences in sequence-major order), plus that of the
-    /// z-loss, `z · lse[i]²` per token. The choice is a constant.
+    /// z-loss, `z · lse[i]²` per token. The choice is a constant. A token whose experts are all negative is padding: its
+    /// gradient is 0.
     #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn route_backward(
         &self,

@@ -33,6 +33,11 @@ impl Dataset {
         self.len
     }
 
+    /// Tokens of a sequence, S.
+    pub fn sequence_length(&self) -> usize {
+        self.sequence_length
+    }
+
     /// The file behind it.
     pub fn file(&self) -> &TokenFile {
         &self.file

@@ -116,7 +116,7 @@ impl BatchSource for TextSource {
     }
 }
 
-/// Held-out samples in file order, at most a number of batches; the last batch is filled with sequences that do not count.
+/// Held-out samples in file order, at most a number of batches; the last batch is filled with padding.
 #[derive(Debug)]
 pub struct HeldOut {
     samples: Samples,
@@ -145,9 +145,8 @@ impl HeldOut {
                 if i < self.samples.dataset.len() {
                     return self.samples.sequence(i);
                 }
-                let mut filler = self.samples.sequence(0)?;
-                filler.weights.fill(0.0);
-                Ok(filler)
+                let length = self.samples.dataset.sequence_length();
+                Ok(Sequence::unweighted(vec![0; length + 1]).padded(length))
             })
             .collect()
     }

@@ -169,7 +169,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     }
 
     /// Mean loss over `micro_batches` micro-batches of held-out sequences (a multiple of DP; fill up with sequences of
-    /// weight 0). Changes no state. Collective.
+    /// padding). Changes no state. Collective.
     pub fn evaluate(
         &mut self,
         micro_batches: usize,
@@ -236,7 +236,11 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             })
             .collect::<Result<Vec<_>>>()?;
         let own: f64 = host.iter().map(HostBatch::total_weight).sum();
-        let total = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own], Reduction::Sum)?[0];
+        let valid: usize = host.iter().map(HostBatch::valid_tokens).sum();
+        let sums = self.cx.comms.group(CP_DP)?.all_reduce_host(&[own, valid as f64], Reduction::Sum)?;
+        let total = sums[0];
+        // A sum of integers below 2^53 is exact.
+        self.cx.objective.tokens = sums[1] as usize;
         let upload = |batch: &HostBatch| batch.upload(&self.cx.device, total, folding, self.rank);
         self.cx.batches = host.iter().map(upload).collect::<Result<_>>()?;
         self.cx.stats = fresh_stats(&self.stages);

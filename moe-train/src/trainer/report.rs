@@ -126,6 +126,8 @@ impl Totals {
     ) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
         let Objective { micro_batches, sequences, tokens } = objective;
+        // Sums over no valid token are 0.
+        let tokens = tokens.max(1);
         let aux = self.aux.iter().sum::<f64>() / micro_batches as f64;
         let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences as f64;
         let global_aux = self.global_aux(setup.model.num_experts_per_tok as f64 * (tokens as f64).powi(2));

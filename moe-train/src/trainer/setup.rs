@@ -80,7 +80,7 @@ impl Setup {
         self.global_batch_size / self.micro_batch_size
     }
 
-    /// The constants of the objective in a step of `sequences` sequences.
+    /// The constants of the objective in a step of `sequences` sequences without padding.
     pub fn objective(&self, sequences: usize) -> Objective {
         let (micro_batches, tokens) = (sequences / self.micro_batch_size, sequences * self.sequence_length);
         Objective { micro_batches, sequences, tokens }
