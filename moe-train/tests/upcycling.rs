@@ -8,7 +8,7 @@ use common::checkpoints::{meta, rewrite};
 use common::{DEADLINE, Outcome, RandomBatches, assert_equal, gather, pieces, setup, tiny_model};
 use moe_comm::{Comms, ThreadWorld};
 use moe_dispatch::DispatcherKind;
-use moe_kernels::{Cpu, Tensor};
+use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::config::ScoringFunc;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
@@ -39,11 +39,18 @@ fn granular_model() -> ModelConfig {
 
 /// A checkpoint of `model` after two steps, so that no bias is 0 and no norm 1.
 fn trained(model: ModelConfig, root: &Path) -> PathBuf {
+    trained_in::<f64>(model, root)
+}
+
+fn trained_in<T: Float>(model: ModelConfig, root: &Path) -> PathBuf
+where
+    Cpu: Backend<T>,
+{
     let setup = setup(model, Mapping { world_size: 2, tp: 2, ..Mapping::default() });
     let source = RandomBatches { vocab: 37, seq_len: setup.sequence_length, micro_batch: 1 };
     let root = root.to_owned();
     let paths = ThreadWorld::run(2, DEADLINE, move |world| {
-        let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+        let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
         for step in 1..=2 {
             trainer.step(step, &source)?;
         }
@@ -186,6 +193,47 @@ fn slices_with_published_factors_are_as_the_paper_says() {
     assert_close(&logits(&path), &logits(&scaled));
     let (ours, dense) = (logits(&path), logits(&dense));
     assert!(ours.iter().zip(&dense).any(|(a, b)| (a - b).abs() > 1e-6), "a gate is not linear");
+}
+
+/// In single precision, element by element: slices of the second copy, each product rounded once, router rows alike in
+/// threes.
+#[test]
+fn single_precision_is_rounded_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = Checkpoint::open(&trained_in::<f32>(dense_model(), &folder.path().join("dense"))).unwrap();
+    let mut config = config(&granular_model());
+    config.train.dtype = moe_train::config::TrainDType::F32;
+    let root = folder.path().join("moe");
+    let path = upcycle(&dense, &config, WeightScaling::Exact, &root).unwrap().0;
+    let moe = Checkpoint::open(&path).unwrap();
+    let read = |checkpoint: &Checkpoint, name: &str| -> Vec<f32> {
+        let bytes = checkpoint.read_tensor(&format!("model.layers.2.{name}"), "param").unwrap();
+        bytes.chunks_exact(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+    };
+    let times = |x: f32, factor: f64| (f64::from(x) * factor) as f32;
+    let (hidden, width, wide) = (24, 4, 12);
+    // Expert 4: slice 1 of copy 1.
+    let (gate, up, down) = (
+        read(&dense, "mlp.gate_proj.weight"),
+        read(&dense, "mlp.up_proj.weight"),
+        read(&dense, "mlp.down_proj.weight"),
+    );
+    let expert = |name: &str| read(&moe, &format!("block_sparse_moe.experts.4.{name}"));
+    let rows = width * hidden..2 * width * hidden;
+    assert_eq!(expert("w1.weight"), gate[rows.clone()]);
+    assert!(expert("w3.weight").into_iter().eq(up[rows].iter().map(|&x| times(x, 3f64.sqrt()))));
+    let columns = (0..hidden).flat_map(|row| (width..2 * width).map(move |col| row * wide + col));
+    assert!(expert("w2.weight").into_iter().eq(columns.map(|at| times(down[at], 3f64.sqrt()))));
+    assert_eq!(expert("w2.bias"), read(&dense, "mlp.down_proj.bias"));
+    assert_eq!(expert("w1.bias"), read(&dense, "mlp.gate_proj.bias")[width..2 * width]);
+    let router = read(&moe, "block_sparse_moe.gate.weight");
+    let row = |expert: usize| &router[expert * hidden..][..hidden];
+    assert!((1..3).all(|expert| row(expert) == row(0)) && (4..6).all(|expert| row(expert) == row(3)));
+    assert_ne!(row(0), row(3));
+    assert!(
+        moe.tensor("model.layers.2.block_sparse_moe.gate.weight", "m").is_err(),
+        "no state of an optimizer"
+    );
 }
 
 /// Steps from a checkpoint's weights.
