@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{check, setup, tiny_model, train};
+use common::{assert_equal, check, setup, tiny_model, train};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
-use moe_model::ModelConfig;
+use moe_dispatch::capacity::DropPolicy;
+use moe_model::{DropUnit, ExpertCapacity, ModelConfig};
 use moe_topology::{Attention, Mapping};
 use moe_train::trainer::Setup;
 
@@ -63,6 +64,26 @@ fn dense_layers_shared_experts_and_experts_together() {
     let plain =
         ModelConfig { shared_expert_intermediate_size: None, n_shared_experts: Some(2), ..model.clone() };
     check_all(&plain, &[((3, 1, 1, 1, 3, 1), AllToAll)], |_| ());
+}
+
+/// A row without a choice is zero, but for what a bias would make of it.
+#[test]
+fn rows_that_pad_experts_have_no_part_in_biases() {
+    let model = ModelConfig { expert_mlp_bias: true, ..tiny_model() };
+    let run = |mapping, pad| {
+        let (policy, unit) = (DropPolicy::Probs, DropUnit::MICRO_BATCH);
+        let capacity = Some(ExpertCapacity { factor: 0.8, policy, unit, pad });
+        train(
+            Setup { capacity, global_batch_size: 8, micro_batch_size: 2, ..setup(model.clone(), mapping) },
+            3,
+        )
+    };
+    let exact = run(Mapping::default(), false);
+    assert!(exact.reports[0].dropped_tokens > 0);
+    for sizes in [(1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 2, 1), (1, 2, 2, 1, 2, 2)] {
+        let padded = run(mapping(sizes), true);
+        assert_equal(&padded, &exact, &setup(model.clone(), Mapping::default()), &format!("{sizes:?}"));
+    }
 }
 
 #[test]
