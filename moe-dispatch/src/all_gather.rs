@@ -1,8 +1,9 @@
 //! Dispatch by all-gather over EP×ETP.
 
-use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf, counts, own_rows};
+use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf};
 use crate::fabric::{Arrived, Fabric, Over, Transfer};
-use crate::{Routing, Sorted, SortedRows};
+use crate::sources::Sources;
+use crate::{Routing, Sorted};
 
 /// Gathers all tokens on all ranks, where each rank takes those its experts are chosen by; results return by one
 /// reduce-scatter. Moves more bytes than [`AllToAll`](crate::AllToAll) unless a token's choices cover most ranks,
@@ -24,6 +25,7 @@ pub struct AllGatherState<I> {
     rows: usize,
     /// Tokens of each rank; absent in a group of one rank.
     tokens: Option<Vec<usize>>,
+    overflowed: bool,
 }
 
 impl<I> DispatchState<I> for AllGatherState<I> {
@@ -34,6 +36,10 @@ impl<I> DispatchState<I> for AllGatherState<I> {
     fn offsets(&self) -> &I {
         &self.sorted.offsets
     }
+
+    fn overflowed(&self) -> bool {
+        self.overflowed
+    }
 }
 
 impl<F: Fabric> Dispatcher<F> for AllGather {
@@ -42,21 +48,17 @@ impl<F: Fabric> Dispatcher<F> for AllGather {
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error> {
         let (grid, num_experts) = (fabric.grid(), self.num_experts);
         let local = grid.local_experts(num_experts)?;
-        let (top_k, own) = (routing.top_k, own_rows(routing));
-        let sorted = fabric.sort_by_expert(&routing.experts, top_k, num_experts, 0..num_experts, own)?;
-        if grid.size() == 1 {
-            return Ok(AllGatherState { top_k, sorted, rows: own.total(num_experts), tokens: None });
-        }
-        let counts = counts(fabric, num_experts, &sorted.offsets, routing)?;
-        let choices: Vec<usize> = counts.tokens().iter().map(|tokens| tokens * top_k).collect();
-        let experts = fabric.all_gather_index(&routing.experts, &choices)?;
-        let gathered = match own {
-            SortedRows::Packed(_) => SortedRows::Packed(counts.expert_rows().iter().sum()),
-            SortedRows::PerExpert(rows) => SortedRows::PerExpert(rows * grid.size()),
+        let top_k = routing.top_k;
+        let Sources { experts, sorted, counts, rows: sorted_rows, overflowed } =
+            Sources::plan(fabric, num_experts, routing)?;
+        let rows = sorted_rows.total(local.len());
+        let Some(counts) = counts else {
+            return Ok(AllGatherState { top_k, sorted, rows, tokens: None, overflowed });
         };
-        let rows = gathered.total(local.len());
-        let sorted = fabric.sort_by_expert(&experts, top_k, num_experts, local, gathered)?;
-        Ok(AllGatherState { top_k, sorted, rows, tokens: Some(counts.tokens().to_vec()) })
+        let choices: Vec<usize> = counts.tokens().iter().map(|tokens| tokens * top_k).collect();
+        let experts = fabric.all_gather_index(&experts, &choices)?;
+        let sorted = fabric.sort_by_expert(&experts, top_k, num_experts, local, sorted_rows)?;
+        Ok(AllGatherState { top_k, sorted, rows, tokens: Some(counts.tokens().to_vec()), overflowed })
     }
 
     fn to_experts_start(

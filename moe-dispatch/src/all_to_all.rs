@@ -1,8 +1,9 @@
 //! Dispatch by all-to-all over EP and all-gather over ETP.
 
-use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf, counts, own_rows};
+use crate::dispatcher::{DispatchState, Dispatcher, Flight, FlightOf};
 use crate::fabric::{Arrived, Fabric, Over, Transfer};
 use crate::plan::{ChunkOrder, Splits};
+use crate::sources::Sources;
 use crate::{Routing, Sorted};
 
 /// Sends every row only where its expert is: rows are sorted by expert, travel by all-to-all over EP, are gathered
@@ -24,6 +25,7 @@ pub struct AllToAllState<I> {
     rows: usize,
     /// Absent in a group of one rank.
     exchange: Option<Exchange<I>>,
+    overflowed: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +93,10 @@ impl<I> DispatchState<I> for AllToAllState<I> {
     fn offsets(&self) -> &I {
         self.exchange.as_ref().map_or(&self.sorted.offsets, |exchange| &exchange.offsets)
     }
+
+    fn overflowed(&self) -> bool {
+        self.overflowed
+    }
 }
 
 impl<F: Fabric> Dispatcher<F> for AllToAll {
@@ -99,13 +105,13 @@ impl<F: Fabric> Dispatcher<F> for AllToAll {
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error> {
         let (grid, num_experts) = (fabric.grid(), self.num_experts);
         let local = grid.local_experts(num_experts)?;
-        let (top_k, own) = (routing.top_k, own_rows(routing));
-        let sorted = fabric.sort_by_expert(&routing.experts, top_k, num_experts, 0..num_experts, own)?;
-        if grid.size() == 1 {
-            return Ok(AllToAllState { top_k, sorted, rows: own.total(num_experts), exchange: None });
-        }
-        let counts = counts(fabric, num_experts, &sorted.offsets, routing)?;
-        let order = ChunkOrder::new(&counts.received_chunks(), local.len());
+        let top_k = routing.top_k;
+        let Sources { sorted, counts, rows, overflowed, .. } = Sources::plan(fabric, num_experts, routing)?;
+        let rows = rows.total(local.len());
+        let Some(counts) = counts else {
+            return Ok(AllToAllState { top_k, sorted, rows, exchange: None, overflowed });
+        };
+        let order = ChunkOrder::new(&counts.received_chunks(), local.len(), rows);
         let order = order.map(|order| -> Result<_, F::Error> {
             let to_experts = fabric.index(&order.to_experts)?;
             Ok(Order { to_experts, to_sources: fabric.index(&order.to_sources)? })
@@ -115,8 +121,7 @@ impl<F: Fabric> Dispatcher<F> for AllToAll {
             order: order.transpose()?,
             offsets: fabric.index(&counts.offsets())?,
         };
-        let rows = counts.expert_rows().iter().sum();
-        Ok(AllToAllState { top_k, sorted, rows, exchange: Some(exchange) })
+        Ok(AllToAllState { top_k, sorted, rows, exchange: Some(exchange), overflowed })
     }
 
     fn to_experts_start(

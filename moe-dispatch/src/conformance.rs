@@ -276,6 +276,8 @@ struct Call<F: Fabric> {
     x: F::Tensor,
     dy: F::Tensor,
     routing: Routing<F::Index, F::Weights>,
+    /// Whether a budget is too small, so that nothing is routed.
+    overflows: bool,
 }
 
 /// Expert `e` multiplies a row by this and by the probability.
@@ -313,6 +315,7 @@ impl<F: Inspect> Call<F> {
                 top_k: TOP_K,
                 shapes,
             },
+            overflows: false,
             tokens,
             skew,
             num_experts,
@@ -323,6 +326,7 @@ impl<F: Inspect> Call<F> {
     fn choices(&self, g: usize) -> [(f64, f64); TOP_K] {
         let experts = self.skew.experts(g, self.num_experts);
         std::array::from_fn(|k| match usize::try_from(experts[k]) {
+            Ok(_) if self.overflows => (0.0, 0.0),
             Ok(expert) => (weight(g, k), expert_scale(expert)),
             Err(_) => (0.0, 0.0),
         })
@@ -369,8 +373,20 @@ fn scale_rows(x: &[f64], scales: &[f64], probs: &[f64]) -> Vec<f64> {
     rows.flat_map(|(row, (scale, prob))| row.iter().map(move |x| x * scale * prob)).collect()
 }
 
+/// The most rows that a rank receives of tokens `0..tokens`; a rank alone counts its choices, also those that go nowhere.
+fn most_received<F: Inspect>(f: &F, skew: Skew, tokens: usize, num_experts: usize) -> usize {
+    let (ep, ranks) = (f.grid().ep_size(), f.grid().size());
+    let mut received = vec![0; ep];
+    for expert in (0..tokens).flat_map(|g| skew.experts(g, num_experts)) {
+        if let Ok(expert) = usize::try_from(expert) {
+            received[expert * ep / num_experts] += 1;
+        }
+    }
+    if ranks == 1 { tokens * TOP_K } else { received.into_iter().max().unwrap_or(0) }
+}
+
 /// Checks a dispatcher, forward and backward, against formulas: with uneven numbers of tokens (0 among them), several
-/// skews, choices routed nowhere, exact and fixed shapes, and calls in flight that end in another order than they started in.
+/// skews, choices routed nowhere, exact and fixed shapes, budgets, and calls in flight that end in another order than they started in.
 /// `make(num_experts)` makes the dispatcher.
 ///
 /// # Errors
@@ -392,6 +408,15 @@ pub fn dispatcher<F: Inspect, D: Dispatcher<F>>(
                 let first: usize = (0..me).map(share).sum();
                 calls.push(Call::new(f, first..first + share(me), skew, num_experts, Shapes::Exact)?);
             }
+            // A budget that is just large enough, and one that is not.
+            let share = |p: usize| 2 + p;
+            let first: usize = (0..me).map(share).sum();
+            let most = most_received(f, skew, (0..grid.size()).map(share).sum(), num_experts);
+            for (rows, overflows) in [(most, false), (most - 1, true)] {
+                let tokens = first..first + share(me);
+                let call = Call::new(f, tokens, skew, num_experts, Shapes::PerRank(rows))?;
+                calls.push(Call { overflows, ..call });
+            }
             // Two choices of a token may be the same expert.
             for (tokens, rows) in [(5, 10), (4, 9), (0, 2)] {
                 let shapes = Shapes::PerExpert(rows);
@@ -411,6 +436,10 @@ pub fn dispatcher<F: Inspect, D: Dispatcher<F>>(
                 equal("rows", batch.rows, scales.len())?;
                 let (x, probs) = (f.read_tensor(&batch.x)?, f.read_weights(&batch.probs)?);
                 equal("number of probabilities", probs.len(), batch.rows)?;
+                equal("overflow", state.overflowed(), call.overflows)?;
+                if let Shapes::PerRank(rows) = call.routing.shapes {
+                    equal("rows of a budget", batch.rows, rows)?;
+                }
                 if let Shapes::PerExpert(rows) = call.routing.shapes {
                     let sent = rows * num_experts / grid.ep_size() * grid.size();
                     equal("rows that do not depend on the choices", batch.rows, sent)?;

@@ -1,8 +1,7 @@
 //! The trait of all dispatchers.
 
 use crate::fabric::{Arrived, Fabric};
-use crate::plan::Counts;
-use crate::{Batch, Error, Routing, Shapes, SortedRows};
+use crate::{Batch, Error, Routing};
 
 /// Rows under way between tokens and experts. Owned by the caller, so that any number are in flight; it borrows
 /// nothing from the fabric unless the fabric's own [`Fabric::Pending`] does.
@@ -27,6 +26,10 @@ pub trait DispatchState<I> {
 
     /// First row of each local expert, and the end of the last one.
     fn offsets(&self) -> &I;
+
+    /// Whether more rows were chosen than a budget allows ([`Shapes::PerRank`](crate::Shapes::PerRank)), so that none was
+    /// routed; the same on all ranks of the group.
+    fn overflowed(&self) -> bool;
 }
 
 /// Brings tokens to their experts and results back, forward and backward.
@@ -51,11 +54,12 @@ pub trait Dispatcher<F: Fabric> {
     type State: DispatchState<F::Index>;
 
     /// Sorts the choices and exchanges counts: the one time per layer and micro-batch that the host waits for the
-    /// device. A group of one rank exchanges nothing and waits for nothing, nor does any with [`Shapes::PerExpert`].
+    /// device. A group of one rank exchanges nothing and waits for nothing, nor does any with
+    /// [`Shapes::PerExpert`](crate::Shapes::PerExpert).
     ///
     /// # Errors
     /// [`Error::Experts`] if EP does not divide the experts; the fabric's errors, among them that an expert has more
-    /// choices than [`Shapes::PerExpert`] has rows.
+    /// choices than it may have.
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error>;
 
     /// Starts to move the tokens' rows `x: [tokens, hidden]` to the experts that chose them, with the weights of the
@@ -215,28 +219,4 @@ pub trait Dispatcher<F: Fabric> {
     ) -> Result<(F::Tensor, F::Weights), F::Error> {
         self.dispatch_backward_finish(fabric, self.dispatch_backward_start(fabric, dx, dprobs, state)?, state)
     }
-}
-
-/// The rows into which a rank sorts its own choices.
-pub(crate) fn own_rows<I, W>(routing: &Routing<I, W>) -> SortedRows {
-    match routing.shapes {
-        Shapes::Exact => SortedRows::Packed(routing.tokens * routing.top_k),
-        Shapes::PerExpert(rows) => SortedRows::PerExpert(rows),
-    }
-}
-
-/// The rows that all ranks have for all experts, given where this rank's begin; exchanged unless they are fixed.
-pub(crate) fn counts<F: Fabric>(
-    fabric: &F,
-    num_experts: usize,
-    offsets: &F::Index,
-    routing: &Routing<F::Index, F::Weights>,
-) -> Result<Counts, F::Error> {
-    let grid = fabric.grid();
-    Ok(match routing.shapes {
-        Shapes::Exact => {
-            Counts::from_exchange(grid, num_experts, &fabric.exchange_counts(offsets, routing.tokens)?)?
-        }
-        Shapes::PerExpert(rows) => Counts::uniform(grid, num_experts, rows, routing.tokens)?,
-    })
 }

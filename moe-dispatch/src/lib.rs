@@ -66,6 +66,7 @@ pub mod fabric;
 pub mod grid;
 pub mod plan;
 pub mod routing;
+mod sources;
 pub mod token_dispatcher;
 
 pub use all_gather::{AllGather, AllGatherState};

@@ -24,6 +24,11 @@ pub enum Shapes {
     /// So many from each rank to each expert, of which those without a choice are zeros with weight 0. No expert may be
     /// chosen more often by the tokens of one rank, and all ranks have equally many tokens; no numbers are exchanged.
     PerExpert(usize),
+    /// At most so many at each expert-parallel rank, a budget: experts get this number of rows, of which the last belong to
+    /// none (fewer, if that is more than all choices). If any rank of a group would receive more, none of the group's
+    /// choices is routed anywhere, and [`overflowed`](crate::DispatchState::overflowed) says so on all of them: the result
+    /// is to be thrown away.
+    PerRank(usize),
 }
 
 /// Rows for the experts of this rank, grouped by expert in ascending order.

@@ -89,6 +89,13 @@ impl<I> DispatchState<I> for TokenDispatcherState<I> {
             TokenDispatcherState::AllGather(state) => state.offsets(),
         }
     }
+
+    fn overflowed(&self) -> bool {
+        match self {
+            TokenDispatcherState::AllToAll(state) => state.overflowed(),
+            TokenDispatcherState::AllGather(state) => state.overflowed(),
+        }
+    }
 }
 
 impl TokenDispatcher {

@@ -88,7 +88,7 @@ proptest! {
                 }
                 prop_assert_eq!(plan.received_chunks().iter().sum::<usize>(), received.len());
 
-                let order = ChunkOrder::new(&plan.received_chunks(), per_rank);
+                let order = ChunkOrder::new(&plan.received_chunks(), per_rank, received.len());
                 let sorted: Vec<Row> = match &order {
                     Some(order) => order.to_experts.iter().map(|&row| received[row as usize]).collect(),
                     None => received.clone(),
@@ -101,6 +101,19 @@ proptest! {
                     let back: Vec<Row> = order.to_sources.iter().map(|&row| sorted[row as usize]).collect();
                     prop_assert_eq!(&back, &received);
                 }
+
+                // Two rows more than arrive.
+                let longer = ChunkOrder::new(&plan.received_chunks(), per_rank, received.len() + 2);
+                let longer = longer.expect("rows are added");
+                let rows: Vec<Option<Row>> =
+                    longer.to_experts.iter().map(|&row| received.get(row as usize).copied()).collect();
+                let padded: Vec<Option<Row>> = expected.iter().copied().map(Some).chain([None; 2]).collect();
+                prop_assert_eq!(rows, padded);
+                prop_assert_eq!(longer.to_sources.len(), received.len());
+
+                let most = (0..world.ep).map(|q| world.plan(q, slice).expert_rows().iter().sum::<usize>());
+                prop_assert_eq!(plan.most_received(), most.max().unwrap());
+                prop_assert_eq!(plan.clone().without_rows().most_received(), 0);
 
                 let offsets = plan.offsets();
                 prop_assert_eq!(offsets.len(), per_rank + 1);

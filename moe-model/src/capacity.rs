@@ -1,7 +1,7 @@
 //! Dropping: which tokens compete for the places of an expert, and where each of them stands.
 
-use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity};
-use moe_dispatch::{RoutingOn, Shapes};
+use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity, expert_rank_budget};
+use moe_dispatch::{Routing, RoutingOn, Shapes};
 use moe_kernels::family::DropLimit;
 use moe_kernels::{Backend, Device, Element, Float, Tensor, View};
 use moe_topology::{Attention, Folding};
@@ -166,6 +166,22 @@ impl Place {
         let units = unit.tp * unit.cp;
         let unit_slots = seq_len * batch / units;
         Ok(Slots { slots: slots.collect(), unit_slots, units, spread: tp * cp > 1 })
+    }
+}
+
+/// A routing whose rows are bounded by the context's budget of expert ranks, which share an expert among `etp`. Evaluation
+/// has none, and neither have shapes that are fixed already.
+pub(crate) fn within_budget<T: Float, D: Backend<T>>(
+    routing: RoutingOn<T, D>,
+    etp: usize,
+    cx: &Cx<T, D>,
+) -> RoutingOn<T, D> {
+    match (cx.expert_rank_capacity, cx.mode, routing.shapes) {
+        (Some(factor), Mode::Train { .. }, Shapes::Exact) => {
+            let budget = expert_rank_budget(factor, routing.tokens, routing.top_k, etp);
+            Routing { shapes: Shapes::PerRank(budget), ..routing }
+        }
+        _ => routing,
     }
 }
 

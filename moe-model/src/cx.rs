@@ -27,6 +27,10 @@ pub struct Cx<T: Float, D: Device> {
     pub mode: Mode,
     /// What experts take of a micro-batch in training; all there is unless given.
     pub capacity: Option<ExpertCapacity>,
+    /// Rows that an expert-parallel rank may receive of a micro-batch in training, in multiples of what it would if all
+    /// experts were chosen equally often (`moe_expert_rank_capacity_factor`); any number unless given. Where a rank would
+    /// receive more, nothing is routed and [`Stats::overflowed`] is set: the step is to be made again without.
+    pub expert_rank_capacity: Option<f64>,
     /// A load that training is given instead of what routers choose; none unless given.
     pub forced_routing: Option<ForcedRouting>,
     /// Choices that routers are given instead of making them, by micro-batch and layer; none unless given.
@@ -54,7 +58,7 @@ impl<T: Float, D: Device> Cx<T, D> {
         objective: Objective,
     ) -> Self {
         let (mode, capacity, batches, stats) = (Mode::Evaluate, None, Vec::new(), Stats::default());
-        let forced_routing = None;
+        let (expert_rank_capacity, forced_routing) = (None, None);
         Cx {
             device,
             comms,
@@ -62,6 +66,7 @@ impl<T: Float, D: Device> Cx<T, D> {
             rope,
             mode,
             capacity,
+            expert_rank_capacity,
             forced_routing,
             replay: None,
             recorded: None,
@@ -191,6 +196,9 @@ pub struct Stats {
     pub loss: f64,
     /// Per MoE layer of this stage, in order.
     pub moe: Vec<MoeStats>,
+    /// Whether experts would have received more rows than [`Cx::expert_rank_capacity`] allows: on any rank of the group, and
+    /// all else is worth nothing.
+    pub overflowed: bool,
 }
 
 /// What one MoE layer saw in a step, on this rank.

@@ -2,15 +2,15 @@
 
 use moe_comm::Reduction;
 use moe_dispatch::{
-    Batch, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput, RouterSaved,
-    RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
+    Batch, DispatchState, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput,
+    RouterSaved, RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
 use crate::axes::{TP_CP, TP_CP_DP};
-use crate::capacity::Place;
+use crate::capacity::{Place, within_budget};
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
 use crate::cx::{Mode, MoeStats};
 use crate::dense::GatedMlpDeferred;
@@ -288,7 +288,9 @@ impl MoeMlp {
         }
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);
+        let routing = within_budget(routing, self.grid.etp_size(), cx);
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
+        cx.stats.overflowed |= state.overflowed();
         Ok(Routed { router, noise, plain_counts: seen.plain_counts, weights: routing.weights, state })
     }
 

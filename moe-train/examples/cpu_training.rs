@@ -49,6 +49,7 @@ fn time(
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
         moe_shared_expert_overlap: false,
+        expert_rank_capacity: None,
         recompute: Default::default(),
         seed: 0,
         global_batch_size: BATCH,

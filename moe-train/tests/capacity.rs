@@ -9,7 +9,7 @@ use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_dispatch::capacity::DropPolicy::{self, Position, Probs};
 use moe_kernels::Cpu;
 use moe_model::config::ScoringFunc;
-use moe_model::{DropUnit, ExpertCapacity, ModelConfig};
+use moe_model::{DropUnit, ExpertCapacity, ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Expert, Mapping};
 use moe_train::trainer::{BatchSource, RankTrainer, Setup};
 
@@ -177,6 +177,67 @@ fn fixed_shapes_exchange_no_counts_and_equally_many_rows() {
     // 3 layers send ⌈0.8 · 24 · 2/8⌉ = 5 rows of 24 to each of 8 experts, four times, and twice a weight beside each.
     let bytes = 3 * 5 * 8 * (4 * 24 + 2) * 8;
     assert_eq!(padded, [(0, bytes); 4], "beside {exact:?}");
+}
+
+/// Steps of which some overflow a budget and some do not.
+fn with_budget(setup: &Setup, factor: f64, steps: u64) -> (Outcome, Vec<u64>) {
+    let mut outcome = train(Setup { expert_rank_capacity: Some(factor), ..setup.clone() }, steps);
+    let reruns = outcome.reports.iter_mut().map(|report| std::mem::take(&mut report.reruns)).collect();
+    (outcome, reruns)
+}
+
+/// As if the first try had not been: balance losses of three scopes (one with a counting pass), biases that move by counts,
+/// several micro-batches and stages, dropping, gradients reduced while backward goes on.
+#[test]
+fn a_step_beyond_the_budget_of_a_rank_is_made_again_without() {
+    use moe_model::config::{AuxLoss, AuxLossScope};
+    let losses =
+        [(AuxLossScope::MicroBatch, 0.02), (AuxLossScope::Sequence, 0.01), (AuxLossScope::Global, 0.03)];
+    let model = ModelConfig {
+        scoring_func: ScoringFunc::Sigmoid,
+        moe_router_enable_expert_bias: true,
+        router_aux_loss_coef: None,
+        router_aux_losses: losses.map(|(scope, coef)| AuxLoss { scope, coef }).to_vec(),
+        ..tiny_model()
+    };
+    let mut seen = [0; 2];
+    for (sizes, kind) in [
+        ((1, 1, 1, 2, 1, 1, 2), AllToAll),
+        ((2, 1, 1, 1, 1, 1, 2), AllGather),
+        ((1, 2, 1, 1, 3, 1, 2), AllToAll),
+        ((2, 2, 1, 1, 1, 2, 2), AllToAll),
+        ((2, 1, 1, 2, 1, 1, 4), AllGather),
+        ((1, 1, 1, 4, 1, 2, 2), AllToAll),
+    ] {
+        for capacity in [None, Some(capacity(1.5, Probs))] {
+            let setup = Setup { dispatcher: kind, ..with(&model, mapping(sizes), capacity) };
+            let what = format!("{}, {kind}, {capacity:?}", mapping(sizes));
+            let free = train(setup.clone(), 3);
+            for factor in [1.0, 1.2, 1.3, 64.0] {
+                let (limited, reruns) = with_budget(&setup, factor, 3);
+                assert_same_bits(&limited, &free, &format!("{what}, factor {factor}"));
+                assert!(reruns.iter().all(|&reruns| reruns <= 1), "{what}: {reruns:?}");
+                let total: u64 = reruns.iter().sum();
+                assert!(factor < 64.0 || total == 0, "{what}: a budget for all is never exceeded");
+                assert!(factor > 1.0 || total == 3, "{what}: no load is that even");
+                (seen[0], seen[1]) = (seen[0] + total, seen[1] + 3 - total);
+            }
+        }
+    }
+    assert!(seen.iter().all(|&steps| steps > 40), "{seen:?} steps were made again and were not");
+}
+
+/// Interleaved stages, and a rank that holds all experts, for which no load is uneven.
+#[test]
+fn budgets_and_virtual_stages() {
+    let mut setup = with(&tiny_model(), mapping((1, 1, 1, 2, 1, 1, 1)), None);
+    assert_eq!(with_budget(&setup, 1.0, 2).1, [0, 0]);
+    setup = with(&ModelConfig { num_hidden_layers: 4, ..tiny_model() }, mapping((1, 1, 1, 2, 2, 1, 2)), None);
+    setup.pipeline = PipelineLayout::even(4, 2, 2).unwrap();
+    let free = train(setup.clone(), 2);
+    let (limited, reruns) = with_budget(&setup, 1.0, 2);
+    assert_same_bits(&limited, &free, "VPP2");
+    assert_eq!(reruns, [1, 1]);
 }
 
 #[test]

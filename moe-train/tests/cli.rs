@@ -193,6 +193,7 @@ fn a_run_writes_metrics_checkpoints_and_a_sample() {
         }
         assert_eq!(line["tokens"].as_u64().unwrap(), line["step"].as_u64().unwrap() * 4 * 32);
         assert_eq!(line["dropped_tokens"], 0);
+        assert_eq!(line["reruns"], 0);
         let load = line["expert_load"].as_array().unwrap();
         assert_eq!(load.len(), 2);
         for layer in load {

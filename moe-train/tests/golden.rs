@@ -103,6 +103,7 @@ fn expected(run: &Value) -> Outcome {
             global_aux_loss: step["global_aux_loss"].as_f64().unwrap_or(f64::NAN), // compared where recorded
             z_loss: get("z_loss"),
             dropped_tokens: 0,
+            reruns: 0,
             expert_load: serde_json::from_value(step["expert_load"].clone()).unwrap(),
             updated: true,
         }

@@ -54,3 +54,19 @@ pub fn expert_capacity(factor: f64, slots: usize, top_k: usize, num_experts: usi
     let x = factor * slots as f64 * top_k as f64 / num_experts as f64;
     ((x - 1e-9 * x).ceil() as usize).max(1).min(slots)
 }
+
+/// The rows that an expert-parallel rank may receive of a micro-batch, if each rank has `tokens` tokens: `factor` times what
+/// it would receive if all experts were chosen equally often, and each row goes to all `etp` ranks that share an expert
+/// (`moe_expert_rank_capacity_factor`).
+///
+/// ```
+/// use moe_dispatch::capacity::expert_rank_budget;
+///
+/// // 4 ranks of 10 tokens with 2 choices each: 80 rows for EP4, or for EP2 twice.
+/// assert_eq!(expert_rank_budget(1.0, 10, 2, 1), 20);
+/// assert_eq!(expert_rank_budget(1.25, 10, 2, 2), 50);
+/// ```
+pub fn expert_rank_budget(factor: f64, tokens: usize, top_k: usize, etp: usize) -> usize {
+    let x = factor * (etp * tokens * top_k) as f64;
+    (x - 1e-9 * x).ceil() as usize
+}

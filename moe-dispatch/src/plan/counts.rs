@@ -62,6 +62,22 @@ impl Counts {
         Counts { grid, local, num_experts, rows, tokens }.checked()
     }
 
+    /// The same tokens without any rows.
+    #[must_use]
+    pub fn without_rows(mut self) -> Self {
+        self.rows.fill(0);
+        self
+    }
+
+    /// The most rows that any rank of the group receives.
+    pub fn most_received(&self) -> usize {
+        let per_rank = self.local.len();
+        let received = |first: usize| -> usize {
+            self.rows.chunks_exact(self.num_experts).flat_map(|rows| &rows[first..first + per_rank]).sum()
+        };
+        (0..self.num_experts).step_by(per_rank).map(received).max().unwrap_or(0)
+    }
+
     /// Rows can be named by an `i32`.
     fn checked(self) -> Result<Self, Error> {
         let total = self.expert_rows().iter().sum::<usize>();

@@ -37,6 +37,7 @@ impl RunConfig {
 
     pub(super) fn check_capacity(&self) -> Result<(), ConfigError> {
         let train = &self.train;
+        self.check_rank_capacity()?;
         let parts = train.moe_token_drop_parts;
         let Some(factor) = train.moe_expert_capacity_factor else {
             for (setting, given) in [
@@ -72,5 +73,24 @@ impl RunConfig {
             }
             (_, None) => Ok(()),
         }
+    }
+
+    fn check_rank_capacity(&self) -> Result<(), ConfigError> {
+        let setting = "train.moe_expert_rank_capacity_factor";
+        let Some(factor) = self.train.moe_expert_rank_capacity_factor else { return Ok(()) };
+        let allowed = "finite and at least 1, what a rank receives if experts are chosen equally often";
+        require(setting, factor, factor >= 1.0 && factor.is_finite(), allowed)?;
+        let conflict = |other: &str, fix: &str| {
+            let (problem, other, fix) = ("has no meaning", other.to_owned(), fix.to_owned());
+            Err(ConfigError::Conflict { setting, problem, other, fix })
+        };
+        if self.model.moe_layers().next().is_none() {
+            return conflict("a model without experts", "remove it");
+        }
+        if self.train.moe_pad_expert_input_to_capacity {
+            let fix = "ranks receive equally many rows already; remove one of them";
+            return conflict("train.moe_pad_expert_input_to_capacity = true", fix);
+        }
+        Ok(())
     }
 }

@@ -143,6 +143,11 @@ pub struct TrainConfig {
     /// kept, that is up to tp·cp times as many rows.
     #[serde(default)]
     pub moe_pad_expert_input_to_capacity: bool,
+    /// Rows of a micro-batch that an expert-parallel rank may receive, in multiples of what it would if all experts were
+    /// chosen equally often: buffers of known size. Nothing is dropped for it: a step in which a rank would receive more
+    /// is made again without, and counted as `reruns`. Any number unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_expert_rank_capacity_factor: Option<f64>,
     /// Gives all experts equally many tokens, whatever routers would choose: a benchmark, see
     /// [`ForcedRouting::Balanced`](moe_model::ForcedRouting::Balanced). Evaluation is not forced.
     #[serde(default)]

@@ -247,6 +247,24 @@ fn keys_of_dropping_that_do_not_fit_are_refused() {
              give sizes for which (64/cp) % tp = 0",
         ),
         (
+            &["train.moe_expert_rank_capacity_factor=0.9"],
+            "train.moe_expert_rank_capacity_factor = 0.9, but it must be finite and at least 1, what a rank receives if \
+             experts are chosen equally often",
+        ),
+        (
+            &[
+                factor,
+                "train.moe_pad_expert_input_to_capacity=true",
+                "train.moe_expert_rank_capacity_factor=1.5",
+            ],
+            "train.moe_expert_rank_capacity_factor has no meaning with train.moe_pad_expert_input_to_capacity = true: \
+             ranks receive equally many rows already; remove one of them",
+        ),
+        (
+            &["train.moe_expert_rank_capacity_factor=1.5", "model.first_k_dense_replace=4"],
+            "train.moe_expert_rank_capacity_factor has no meaning with a model without experts: remove it",
+        ),
+        (
             &[factor, "model.first_k_dense_replace=4"],
             "train.moe_expert_capacity_factor has no meaning with a model without experts: remove it",
         ),

@@ -131,6 +131,7 @@ mod tests {
             global_aux_loss: 1.0,
             z_loss: 1.0,
             dropped_tokens: 0,
+            reruns: 0,
             skipped_steps: 0,
             expert_load: vec![vec![0.3, 0.2, 0.25, 0.25]],
         }

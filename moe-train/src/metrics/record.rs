@@ -29,6 +29,8 @@ pub struct StepRecord {
     pub z_loss: f64,
     /// Dropped (token, expert) pairs of all layers.
     pub dropped_tokens: u64,
+    /// How often the passes of the step were made again because the rows for a rank's experts were more than its budget.
+    pub reruns: u64,
     /// Steps of the run so far that were skipped because their loss or gradient was not finite.
     pub skipped_steps: u64,
     /// Share of the choices that each expert got, `[MoE layers][experts]`.
@@ -62,6 +64,7 @@ impl StepRecord {
             ("moe/global_aux_loss", Some(self.global_aux_loss)),
             ("moe/z_loss", Some(self.z_loss)),
             ("moe/dropped_tokens", Some(self.dropped_tokens as f64)),
+            ("moe/reruns", Some(self.reruns as f64)),
             ("moe/min_expert_load", spread.map(|(low, _)| low)),
             ("moe/max_expert_load", spread.map(|(_, high)| high)),
         ];

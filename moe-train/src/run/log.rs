@@ -52,6 +52,7 @@ impl Log {
             global_aux_loss: report.global_aux_loss,
             z_loss: report.z_loss,
             dropped_tokens: report.dropped_tokens,
+            reruns: report.reruns,
             skipped_steps: skipped.total,
             expert_load: report.expert_load.clone(),
         };

@@ -157,6 +157,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         },
         capacity: config.capacity(),
         moe_shared_expert_overlap: config.parallel.moe_shared_expert_overlap,
+        expert_rank_capacity: config.train.moe_expert_rank_capacity_factor,
         recompute: config.recompute()?,
         seed: config.train.seed,
         global_batch_size: config.train.global_batch_size,

@@ -1,7 +1,7 @@
 //! One rank of a training run.
 
 use moe_comm::{Comms, CommsBuilder, Reduction, World};
-use moe_kernels::{Backend, Device, Float};
+use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::axes::{
     ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP,
 };
@@ -20,6 +20,9 @@ use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
 use crate::data::BatchSizes;
 use crate::optim::{GradNorm, Optimizer, ParamGroups, ParamNames, model_tensors, reduce_gradients};
+
+/// A rank's slices of reduced gradients, by bucket.
+type Slices<T, D> = Vec<Tensor<<T as Float>::Acc, D>>;
 
 /// A rank's layers, parameters, optimizer state and communicators.
 pub struct RankTrainer<T: Float, D: Backend<T>> {
@@ -114,17 +117,21 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let per_rank = self.cx.objective.micro_batches / self.setup.folding.size(Attention::DP);
         let first = self.batch_sizes.cursor(step);
         let total_weight = self.load(per_rank, first, |u| source.micro_batch(step, u))?;
-        self.start_trace(step, first)?;
-        self.count_step()?;
-        self.cx.params.zero_grads(&self.cx.device, self.setup.overlap_grad_reduce)?;
-        execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
+        self.cx.expert_rank_capacity = self.setup.expert_rank_capacity;
+        let (mut grads, mut totals) = self.passes(step, first)?;
+        let overflowed = totals.overflowed();
+        if overflowed {
+            drop(grads);
+            self.cx.expert_rank_capacity = None;
+            self.cx.stats = fresh_stats(&self.stages);
+            (grads, totals) = self.passes(step, first)?;
+        }
         self.end_trace(step, first)?;
         self.cx.batches.clear();
 
-        let grads = reduce_gradients(&mut self.cx)?;
         let norm = GradNorm::of(&self.cx, &grads, &self.names)?;
-        let totals = Totals::reduce(&self.cx, &self.setup, self.rank)?;
         let mut report = totals.report(&self.setup, self.cx.objective, step, total_weight, norm.0);
+        report.reruns = u64::from(overflowed);
         report.updated = report.is_finite() && total_weight > 0.0;
         if report.updated {
             let scale = norm.clip_factor(self.setup.clip_grad);
@@ -135,6 +142,16 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             self.update_expert_biases(&totals)?;
         }
         Ok(report)
+    }
+
+    /// Forward and backward of all micro-batches of a step whose first sequence has the index `first`: this rank's slices of
+    /// the gradients, and what all ranks saw. Collective.
+    fn passes(&mut self, step: u64, first: u64) -> Result<(Slices<T, D>, Totals)> {
+        self.start_trace(step, first)?;
+        self.count_step()?;
+        self.cx.params.zero_grads(&self.cx.device, self.setup.overlap_grad_reduce)?;
+        execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
+        Ok((reduce_gradients(&mut self.cx)?, Totals::reduce(&self.cx, &self.setup, self.rank)?))
     }
 
     /// Reads the choices of a step, where they are replayed, and starts to note them, where they are recorded.
@@ -206,7 +223,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let stages: Vec<_> = self.stages.iter().map(|stage| CountingStage::new(stage)).collect();
         execute(&program, self.pipeline_rank(), &stages, &mut self.transport, &mut self.cx)?;
 
-        let counted = std::mem::replace(&mut self.cx.stats, fresh_stats(&self.stages)).moe;
+        let Stats { moe: counted, overflowed, .. } =
+            std::mem::replace(&mut self.cx.stats, fresh_stats(&self.stages));
+        self.cx.stats.overflowed = overflowed;
         let own: Vec<i64> = counted.iter().flat_map(|layer| layer.plain_counts.iter().copied()).collect();
         let sums = self.cx.comms.group(TP_CP_DP)?.all_reduce_host(&own, Reduction::Sum)?;
         let sums = sums.chunks_exact(self.setup.model.num_local_experts).map(<[i64]>::to_vec);
@@ -249,7 +268,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
 }
 
 fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>]) -> Stats {
-    Stats { loss: 0.0, moe: stages.iter().flat_map(|stage| stage.moe_stats()).collect() }
+    Stats { moe: stages.iter().flat_map(|stage| stage.moe_stats()).collect(), ..Stats::default() }
 }
 
 /// The layers and parameters of one rank.

@@ -32,6 +32,9 @@ pub struct StepReport {
     pub z_loss: f64,
     /// Dropped (token, expert) pairs over all layers.
     pub dropped_tokens: u64,
+    /// How often all passes were made again because an expert-parallel rank would have received more than its budget of
+    /// rows; all else is of the last time.
+    pub reruns: u64,
     /// Share of the choices that each expert got, per MoE layer.
     pub expert_load: Vec<Vec<f64>>,
     /// False if the loss or the gradient was not finite, or no token counted: weights stayed as they were.
@@ -56,6 +59,7 @@ pub(super) struct Totals {
     sequence_aux: Vec<f64>,
     z: Vec<f64>,
     dropped: f64,
+    overflows: f64,
 }
 
 impl Totals {
@@ -63,13 +67,14 @@ impl Totals {
     pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
         let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
         let width = 3 * experts + 4;
-        let mut sums = vec![0.0; 1 + layers * width];
+        let mut sums = vec![0.0; 2 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
             sums[0] = cx.stats.loss;
         }
+        sums[1] = f64::from(u8::from(cx.stats.overflowed));
         for layer in &cx.stats.moe {
-            let row = &mut sums[1 + layer.layer * width..][..width];
+            let row = &mut sums[2 + layer.layer * width..][..width];
             let counts = layer.counts.iter().map(|&count| count as f64);
             let plain = layer.plain_counts.iter().map(|&count| count as f64);
             let losses = [layer.aux, layer.sequence_aux, layer.z, layer.dropped as f64];
@@ -77,10 +82,11 @@ impl Totals {
             row.iter_mut().zip(all).for_each(|(sum, value)| *sum = value);
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;
-        let all: Vec<_> = sums[1..].chunks_exact(width).collect();
+        let all: Vec<_> = sums[2..].chunks_exact(width).collect();
         let rows = || setup.model.moe_layers().map(|layer| all[layer]);
         Ok(Totals {
             loss: sums[0],
+            overflows: sums[1],
             counts: rows().map(|row| row[..experts].to_vec()).collect(),
             plain_counts: rows().map(|row| row[experts..2 * experts].to_vec()).collect(),
             prob_sums: rows().map(|row| row[2 * experts..3 * experts].to_vec()).collect(),
@@ -89,6 +95,11 @@ impl Totals {
             z: rows().map(|row| row[3 * experts + 2]).collect(),
             dropped: rows().map(|row| row[3 * experts + 3]).sum(),
         })
+    }
+
+    /// Whether any rank would have received more rows for its experts than it may, so that the sums are worth nothing.
+    pub fn overflowed(&self) -> bool {
+        self.overflows > 0.0
     }
 
     /// Σ w·ce.
@@ -150,6 +161,7 @@ impl Totals {
             global_aux_loss: global_aux / layers,
             z_loss: z / layers,
             dropped_tokens: self.dropped as u64,
+            reruns: 0,
             expert_load: self
                 .counts
                 .iter()

@@ -32,6 +32,9 @@ pub struct Setup {
     pub capacity: Option<ExpertCapacity>,
     /// Whether shared experts compute while rows are on their way to the experts.
     pub moe_shared_expert_overlap: bool,
+    /// Rows that an expert-parallel rank may receive of a micro-batch, in multiples of what it would if all experts were
+    /// chosen equally often; any number without. A step in which a rank would receive more is made again without.
+    pub expert_rank_capacity: Option<f64>,
     /// What backward makes again instead of keeping it.
     pub recompute: RecomputeModules,
     /// Seed of the initial weights.

@@ -48,6 +48,7 @@ mod tests {
             global_aux_loss: 0.0,
             z_loss: 0.0,
             dropped_tokens: 0,
+            reruns: 0,
             expert_load: Vec::new(),
             updated: false,
         }

@@ -112,6 +112,7 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,
         moe_shared_expert_overlap: false,
+        expert_rank_capacity: None,
         recompute: RecomputeModules::default(),
         seed: 5,
         global_batch_size: 16,
