@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Outcome, assert_equal, setup, tiny_model, train};
+use moe_model::ModelConfig;
 use moe_topology::Mapping;
 use moe_train::optim::{ParamGroup, ParamGroups, model_tensors};
 use moe_train::trainer::Setup;
@@ -67,6 +68,31 @@ fn assert_moved(outcome: &Outcome) {
     let largest = |name: &str| outcome.state[name][1].iter().fold(0.0, |most: f64, m| most.max(m.abs()));
     assert_eq!(largest("model.embed_tokens.weight"), 0.0);
     assert!(largest("model.layers.0.self_attn.k_proj.weight") > 0.0);
+}
+
+/// One matrix in a group of its own, on one stage or on two, and frozen.
+#[test]
+fn tied_embeddings_are_one_tensor_of_a_group() {
+    let tied = |frozen: bool, mapping: Mapping| {
+        let model = ModelConfig { tie_word_embeddings: true, ..tiny_model() };
+        let (scale, decay) = if frozen { (None, None) } else { (Some(2.0), Some(0.5)) };
+        let groups = vec![
+            group("model.embed_tokens.weight", scale, decay, frozen),
+            group("*.gate.weight", Some(0.5), None, false),
+        ];
+        Setup { groups, global_batch_size: 8, ..setup(model, mapping) }
+    };
+    for frozen in [false, true] {
+        let one = tied(frozen, Mapping::default());
+        let (start, reference) = (train(one.clone(), 0), train(one.clone(), 2));
+        let name = "model.embed_tokens.weight";
+        assert_eq!(start.state[name] == reference.state[name], frozen);
+        for (tp, dp, pp, ep) in [(2, 2, 1, 4), (1, 2, 3, 1), (2, 2, 2, 2), (1, 4, 2, 2)] {
+            let mapping = Mapping { world_size: tp * dp * pp, tp, pp, ep, ..Mapping::default() };
+            let folded = train(tied(frozen, mapping), 2);
+            assert_equal(&folded, &reference, &one, &format!("{:?}, frozen {frozen}", (tp, dp, pp, ep)));
+        }
+    }
 }
 
 #[test]

@@ -87,6 +87,14 @@ impl JsonLines {
         line.push(b'\n');
         Ok(self.file.write_all(&line).context("write", &self.path)?)
     }
+
+    /// Returns when all lines are on the disk.
+    ///
+    /// # Errors
+    /// They cannot be written there.
+    pub fn sync(&self) -> Result<(), MetricsError> {
+        Ok(self.file.sync_data().context("write", &self.path)?)
+    }
 }
 
 /// The length of the lines before the first one of a later step, and the step of the last evaluation among them.

@@ -84,6 +84,11 @@ impl Log {
         Ok(self.progress.note(text).context("write", "standard output".as_ref())?)
     }
 
+    /// Returns when all lines of metrics are on the disk.
+    pub fn sync(&self) -> Result<()> {
+        Ok(self.lines.sync()?)
+    }
+
     /// Leaves the live line.
     pub fn end(&mut self) -> Result<()> {
         Ok(self.progress.end().context("write", "standard output".as_ref())?)

@@ -96,7 +96,7 @@ pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, de
             evaluate(&mut trainer, plan, step, &mut log)?;
         }
         if due(save_interval, step) && step < last && matches!(end, End::Complete) {
-            write(&trainer, plan, step, skipped)?;
+            write(&trainer, plan, step, skipped, &log)?;
             saved = Some(step);
         }
     }
@@ -106,7 +106,7 @@ pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, de
         _ => None,
     };
     if saved != Some(step) {
-        write(&trainer, plan, step, skipped)?;
+        write(&trainer, plan, step, skipped, &log)?;
     }
     if let Some(log) = &mut log {
         log.end()?;
@@ -138,7 +138,12 @@ fn write<T: Float, D: Backend<T>>(
     plan: &Plan,
     step: u64,
     skipped: SkippedSteps,
+    log: &Option<Log>,
 ) -> Result<()> {
+    // A checkpoint that survives a crash of the machine has the lines of its steps.
+    if let Some(log) = log {
+        log.sync()?;
+    }
     let meta = Meta {
         updates: trainer.optimizer().updates(),
         skipped,
