@@ -73,7 +73,7 @@ pub use pending::Pending;
 pub use raw::{Flight, RawComm, World};
 pub use registry::{Comms, CommsBuilder};
 pub use threads::{ThreadRank, ThreadWorld, WorldError};
-pub use typed::{Comm, Message};
+pub use typed::{Comm, Message, PendingPair};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -54,6 +54,9 @@ pub enum Message<T, D: Device> {
     },
 }
 
+/// Two messages under way, for [`Comm::start_message_pairs`].
+pub type PendingPair<A, B, D> = (Pending<A, D>, Pending<B, D>);
+
 impl<'c, V, D: Device> Comm<'c, V, D> {
     pub(crate) fn new(raw: &'c dyn RawComm<D>, device: &'c D, key: GroupKey) -> Self {
         Comm { raw, device, key, view: PhantomData }
@@ -250,19 +253,32 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
     pub fn start_messages<T: Element>(&self, messages: Vec<Message<T, D>>) -> Result<Vec<Pending<T, D>>> {
         let (mut calls, mut results) = (Vec::new(), Vec::new());
         for message in messages {
-            let (call, result) = match message {
-                Message::Send { to, tag, tensor } => {
-                    (self.sending(Collective::Send { to, tag }, &tensor)?, Expected::Sent(tensor))
-                }
-                Message::Recv { from, tag, rows, cols } => {
-                    self.receiving(Collective::Recv { from, tag, count: rows * cols }, rows, cols)?
-                }
-            };
+            let (call, result) = self.message(message)?;
             calls.push(call);
             results.push(result);
         }
         let flights = self.raw.start_batch(calls)?;
         Ok(flights.into_iter().zip(results).map(|(flight, result)| Pending { flight, result }).collect())
+    }
+
+    /// As [`start_messages`](Self::start_messages), where each message is followed by a second one of another type, between
+    /// the same ranks.
+    pub fn start_message_pairs<A: Element, B: Element>(
+        &self,
+        pairs: Vec<(Message<A, D>, Message<B, D>)>,
+    ) -> Result<Vec<PendingPair<A, B, D>>> {
+        let (mut calls, mut results) = (Vec::new(), Vec::new());
+        for (first, second) in pairs {
+            let ((first, of_first), (second, of_second)) = (self.message(first)?, self.message(second)?);
+            calls.extend([first, second]);
+            results.push((of_first, of_second));
+        }
+        let mut flights = self.raw.start_batch(calls)?.into_iter();
+        let pairs = results.into_iter().map(|(first, second)| {
+            let first = Pending { flight: flights.next()?, result: first };
+            Some((first, Pending { flight: flights.next()?, result: second }))
+        });
+        Ok(pairs.flatten().collect())
     }
 
     /// The elementwise reduction of all ranks' `x`. For small control data: it goes over the device and waits.
@@ -301,6 +317,17 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
             Expected::Received { rows, cols }
         };
         Ok(Pending { flight: self.raw.start(call)?, result })
+    }
+
+    fn message<T: Element>(&self, message: Message<T, D>) -> Result<(Call<D>, Expected<T, D>)> {
+        Ok(match message {
+            Message::Send { to, tag, tensor } => {
+                (self.sending(Collective::Send { to, tag }, &tensor)?, Expected::Sent(tensor))
+            }
+            Message::Recv { from, tag, rows, cols } => {
+                self.receiving(Collective::Recv { from, tag, count: rows * cols }, rows, cols)?
+            }
+        })
     }
 
     fn sending<T: Element>(&self, op: Collective, x: &Tensor<T, D>) -> Result<Call<D>> {

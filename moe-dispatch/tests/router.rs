@@ -8,8 +8,14 @@ use proptest::prelude::*;
 
 const HIDDEN: usize = 4;
 const NUM_EXPERTS: usize = 6;
-const SCALES: RouterScales<'static> =
-    RouterScales { micro_batches: 3, sequences: 7, valid_tokens: 29, step_counts: &[9, 0, 21, 7, 4, 17] };
+const SCALES: RouterScales<'static> = RouterScales {
+    micro_batches: 3,
+    sequences: 7,
+    valid_tokens: 29,
+    step_counts: &[9, 0, 21, 7, 4, 17],
+    model_counts: &[5, 12, 0, 8, 3, 10],
+    moe_layers: 3,
+};
 const SCORES: [ScoreFunction; 7] = [
     ScoreFunction::SoftmaxPost,
     ScoreFunction::SoftmaxPre { normalize: false },
@@ -35,6 +41,7 @@ fn config(scoring: impl Into<Scoring>, top_k: usize) -> RouterConfig {
         aux_loss_coef: 0.7,
         sequence_aux_loss_coef: 0.4,
         global_aux_loss_coef: 0.9,
+        model_aux_loss_coef: 0.6,
         z_loss_coef: 0.2,
     }
 }
@@ -83,7 +90,7 @@ impl<'a> Extras<'a> {
     }
 }
 
-/// `Σ dweights ⊙ weights` plus this rank's part of the four losses, and the choice.
+/// `Σ dweights ⊙ weights` plus this rank's part of the five losses, and the choice.
 fn objective(
     router: &Router,
     x: &[f64],
@@ -95,14 +102,25 @@ fn objective(
     let x = tensor(x.len() / HIDDEN, HIDDEN, x);
     let weight = tensor(NUM_EXPERTS, HIDDEN, weight);
     let input = extras.input(&x, &weight);
-    let (routing, _, stats) = router.forward(&device, input, with_another_rank).unwrap();
+    let (routing, saved, stats) = router.forward(&device, input, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
-    let RouterConfig { aux_loss_coef, sequence_aux_loss_coef, global_aux_loss_coef, z_loss_coef, .. } =
-        *router.config();
+    let RouterConfig {
+        aux_loss_coef,
+        sequence_aux_loss_coef,
+        global_aux_loss_coef,
+        model_aux_loss_coef,
+        z_loss_coef,
+        ..
+    } = *router.config();
     let of_step: f64 = SCALES.step_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    let of_model: f64 = SCALES.model_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    // 4 tokens here, 5 of each of two sequences elsewhere, 3 layers.
+    let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * 14.0 * 3.0 * 14.0);
+    assert!((router.model_aux_loss(&saved, SCALES) - model_loss).abs() < 1e-14);
     let divisor = (router.config().top_k * 29 * 29) as f64;
     let objective = main
         + global_aux_loss_coef * NUM_EXPERTS as f64 * of_step / divisor
+        + model_aux_loss_coef * model_loss / SCALES.micro_batches as f64
         + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
         + sequence_aux_loss_coef * stats.sequence_aux_loss / SCALES.sequences as f64
         + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64;
@@ -505,7 +523,11 @@ fn what_cannot_be_is_refused() {
         let uneven = router.forward(&device, with(&x, &weight, None, sequences), alone);
         assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
     }
-    for scales in [RouterScales { valid_tokens: 0, ..SCALES }, RouterScales { step_counts: &[], ..SCALES }] {
+    for scales in [
+        RouterScales { valid_tokens: 0, ..SCALES },
+        RouterScales { step_counts: &[], ..SCALES },
+        RouterScales { model_counts: &[1], ..SCALES },
+    ] {
         let input = || RouterInput::new(&x, weight.view());
         let (_, saved, _) = router.forward(&device, input(), alone).unwrap();
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);

@@ -44,7 +44,10 @@ pub struct Cx<T: Float, D: Device> {
     /// Choices that the load-balancing loss of the whole step counts, of each expert by layer, over all micro-batches and all
     /// ranks of the stage; empty where every rank has one micro-batch, whose layers add up their own.
     pub step_counts: BTreeMap<usize, Vec<i64>>,
-    /// What the forward passes of this step saw.
+    /// Choices that the load-balancing loss over all layers counts, of each expert, of the micro-batch whose pass is being
+    /// made: in a forward pass of the layers so far, in a backward pass of all layers. Empty without that loss.
+    pub choices: Vec<i64>,
+    /// What the passes of this step saw.
     pub stats: Stats,
 }
 
@@ -73,6 +76,7 @@ impl<T: Float, D: Device> Cx<T, D> {
             batches,
             objective,
             step_counts: BTreeMap::new(),
+            choices: Vec::new(),
             stats,
         }
     }
@@ -218,6 +222,8 @@ pub struct MoeStats {
     pub aux: f64,
     /// The same over sequences.
     pub sequence_aux: f64,
+    /// This layer's and rank's part of Σ over micro-batches of the load-balancing loss over all layers; known after backward.
+    pub model_aux: f64,
     /// Σ over this rank's tokens of logsumexp².
     pub z: f64,
 }

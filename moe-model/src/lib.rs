@@ -108,7 +108,7 @@ pub use pipeline::PipelineLayout;
 pub use recompute::{RecomputeModule, RecomputeModules};
 pub use rope::RopeTable;
 pub use stage::{CountingStage, DecoderStage, TypedStage};
-pub use transport::CommTransport;
+pub use transport::{Activation, CommTransport};
 
 /// The README's example runs as a test.
 #[cfg(doctest)]

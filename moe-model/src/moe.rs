@@ -32,6 +32,8 @@ use crate::{Cx, Error, Execution, Result};
 #[derive(Debug, Clone)]
 pub struct MoeMlp {
     layer: usize,
+    /// Layers with experts of the model, M.
+    moe_layers: usize,
     norm: RmsNorm,
     gate: ParamId,
     router: Router,
@@ -147,6 +149,7 @@ impl MoeMlp {
             aux_loss_coef: config.aux_loss_coef(AuxLossScope::MicroBatch),
             sequence_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Sequence),
             global_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Global),
+            model_aux_loss_coef: config.aux_loss_coef(AuxLossScope::Model),
             z_loss_coef: config.router_z_loss_coef,
         })?;
         let grid = Grid::of(params.folding(), params.rank())?;
@@ -155,6 +158,7 @@ impl MoeMlp {
         let (function, shared) = (config.gate_function(), SharedExpert::new(params, config, layer, stage)?);
         Ok(MoeMlp {
             layer,
+            moe_layers: config.moe_layers().count(),
             norm,
             gate,
             router,
@@ -288,6 +292,9 @@ impl MoeMlp {
         }
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);
+        if !cx.choices.is_empty() {
+            cx.choices.iter_mut().zip(router.choices()).for_each(|(sum, count)| *sum += count);
+        }
         let routing = within_budget(routing, self.grid.etp_size(), cx);
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
         cx.stats.overflowed |= state.overflowed();
@@ -445,7 +452,12 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             sequences: cx.objective.sequences as u64,
             valid_tokens: cx.objective.tokens as u64,
             step_counts: &step_counts,
+            model_counts: &cx.choices,
+            moe_layers: self.moe_layers as u64,
         };
+        if let Some(own) = cx.stats.moe.iter_mut().find(|s| s.layer == self.layer) {
+            own.model_aux += self.router.model_aux_loss(&router, scales);
+        }
         let sequences = cx.batch(m)?.batch;
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
         let jitter = self.jitter(noise.as_ref());

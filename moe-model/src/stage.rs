@@ -15,12 +15,15 @@ use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
 use crate::pipeline::PipelineLayout;
 use crate::recompute::{Recompute, RecomputeModule};
+use crate::transport::Activation;
 use crate::{Cx, Error, Execution, Result};
 
 /// The layers of one stage of a [`PipelineLayout`], with the embedding on the first stage and the head on the last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
 #[derive(Debug)]
 pub struct DecoderStage {
     stage: usize,
+    /// Experts whose choices are counted over all layers, 0 without a loss that needs it.
+    choices: usize,
     embedding: Option<TokenEmbedding>,
     blocks: Vec<Recompute<Block>>,
     head: Option<Head>,
@@ -31,7 +34,8 @@ type SavedBlocks<T, D> = Vec<<Recompute<Block> as Layer<T, D>>::Saved>;
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
     blocks: SavedBlocks<T, D>,
-    head: Option<HeadSaved<T, D>>,
+    /// With the micro-batch's choices over all layers.
+    head: Option<(HeadSaved<T, D>, Vec<i64>)>,
 }
 
 /// What the weight gradients need.
@@ -42,7 +46,7 @@ pub struct StageDeferred<T: Float, D: Backend<T>> {
 }
 
 /// The gradient of a stage's input, if another stage gets it, and what the weight gradients still need.
-type WentBack<T, D> = (Option<Tensor<T, D>>, StageDeferred<T, D>);
+type WentBack<T, D> = (Option<Activation<T, D>>, StageDeferred<T, D>);
 
 /// Whether weight gradients follow the input gradient layer by layer, or are for a later call.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +90,7 @@ impl DecoderStage {
                     })
                     .collect::<Result<Vec<_>>>()?;
                 let head = last.then(|| Head::new(params, config, owner)).transpose()?;
-                Ok(DecoderStage { stage, embedding, blocks, head })
+                Ok(DecoderStage { stage, choices: config.choices_of_all_layers(), embedding, blocks, head })
             })
             .collect()
     }
@@ -108,16 +112,22 @@ impl DecoderStage {
         })
     }
 
-    /// What the first block gets: from the embedding, or `x`.
+    /// What the first block gets: from the embedding, or `x`. The context goes on to count choices where `x` left off.
     fn input<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        x: Option<Tensor<T, D>>,
+        x: Option<Activation<T, D>>,
         cx: &mut Cx<T, D>,
     ) -> Result<Tensor<T, D>> {
         match (&self.embedding, x) {
-            (Some(embedding), None) => embedding.forward(m, cx),
-            (None, Some(x)) => Ok(x),
+            (Some(embedding), None) => {
+                cx.choices = vec![0; self.choices];
+                embedding.forward(m, cx)
+            }
+            (None, Some(Activation { x, choices })) => {
+                cx.choices = choices;
+                Ok(x)
+            }
             (Some(_), Some(_)) => Err(self.error("the first stage takes no activation")),
             (None, None) => Err(self.error("a later stage needs the activation of the one before")),
         }
@@ -127,9 +137,9 @@ impl DecoderStage {
     fn body<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        x: Option<Tensor<T, D>>,
+        x: Option<Activation<T, D>>,
         cx: &mut Cx<T, D>,
-    ) -> Result<(Tensor<T, D>, SavedBlocks<T, D>)> {
+    ) -> Result<(Activation<T, D>, SavedBlocks<T, D>)> {
         let mut x = self.input(m, x, cx)?;
         let mut saved = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
@@ -137,21 +147,22 @@ impl DecoderStage {
             x = y;
             saved.push(kept);
         }
-        Ok((x, saved))
+        Ok((Activation { x, choices: std::mem::take(&mut cx.choices) }, saved))
     }
 
     /// The gradient of the input, layer by layer, and what the weight gradients still need: nothing if they are added now.
     fn back<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        dy: Option<Tensor<T, D>>,
+        dy: Option<Activation<T, D>>,
         saved: StageSaved<T, D>,
         cx: &mut Cx<T, D>,
         weights: When,
     ) -> Result<WentBack<T, D>> {
         let mut rest = StageDeferred { embedding: None, blocks: Vec::new(), head: None };
         let mut dx = match (&self.head, saved.head, dy) {
-            (Some(head), Some(saved), None) => {
+            (Some(head), Some((saved, choices)), None) => {
+                cx.choices = choices;
                 let (dx, deferred) = head.backward_input(m, saved, cx)?;
                 match weights {
                     When::Now => head.backward_weight(m, deferred, cx)?,
@@ -159,7 +170,10 @@ impl DecoderStage {
                 }
                 dx
             }
-            (None, None, Some(dy)) => dy,
+            (None, None, Some(Activation { x, choices })) => {
+                cx.choices = choices;
+                x
+            }
             _ => return Err(self.error("the last stage takes no gradient, every other one needs it")),
         };
         for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
@@ -170,7 +184,8 @@ impl DecoderStage {
             }
             dx = next;
         }
-        let Some(embedding) = &self.embedding else { return Ok((Some(dx), rest)) };
+        let choices = std::mem::take(&mut cx.choices);
+        let Some(embedding) = &self.embedding else { return Ok((Some(Activation { x: dx, choices }), rest)) };
         let rows = embedding.backward_input(&dx, cx)?;
         match weights {
             When::Now => embedding.backward_weight(m, &rows, cx)?,
@@ -184,14 +199,14 @@ impl DecoderStage {
     pub fn infer<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        x: Option<Tensor<T, D>>,
+        x: Option<Activation<T, D>>,
         cx: &mut Cx<T, D>,
-    ) -> Result<Tensor<T, D>> {
-        let (x, _) = self.body(m, x, cx)?;
-        match &self.head {
-            Some(head) => head.logits(x, cx),
-            None => Ok(x),
+    ) -> Result<Activation<T, D>> {
+        let (mut y, _) = self.body(m, x, cx)?;
+        if let Some(head) = &self.head {
+            y.x = head.logits(y.x, cx)?;
         }
+        Ok(y)
     }
 
     fn error(&self, what: &'static str) -> Error {
@@ -216,7 +231,7 @@ impl<'a, T: Float, D: Device> CountingStage<'a, T, D> {
 
 impl<T: Float, D: Backend<T>> Stage for CountingStage<'_, T, D> {
     type Cx = Cx<T, D>;
-    type Act = Tensor<T, D>;
+    type Act = Activation<T, D>;
     type Saved = ();
     type Deferred = ();
     type Error = Error;
@@ -231,7 +246,8 @@ impl<T: Float, D: Backend<T>> Stage for CountingStage<'_, T, D> {
         for block in &self.stage.blocks {
             (x, _) = block.forward(m, x, cx)?;
         }
-        Ok((self.stage.head.is_none().then_some(x), ()))
+        let y = Activation { x, choices: std::mem::take(&mut cx.choices) };
+        Ok((self.stage.head.is_none().then_some(y), ()))
     }
 
     fn backward_input(
@@ -273,7 +289,7 @@ impl<T, D> std::ops::Deref for TypedStage<T, D> {
 
 impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
     type Cx = Cx<T, D>;
-    type Act = Tensor<T, D>;
+    type Act = Activation<T, D>;
     type Saved = StageSaved<T, D>;
     type Deferred = StageDeferred<T, D>;
     type Error = Error;
@@ -284,10 +300,13 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         x: Option<Self::Act>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Option<Self::Act>, Self::Saved)> {
-        let (x, blocks) = self.stage.body(m, x, cx)?;
+        let (y, blocks) = self.stage.body(m, x, cx)?;
         match &self.stage.head {
-            Some(head) => Ok((None, StageSaved { blocks, head: Some(head.forward(m, x, cx)?) })),
-            None => Ok((Some(x), StageSaved { blocks, head: None })),
+            Some(head) => {
+                let head = Some((head.forward(m, y.x, cx)?, y.choices));
+                Ok((None, StageSaved { blocks, head }))
+            }
+            None => Ok((Some(y), StageSaved { blocks, head: None })),
         }
     }
 

@@ -115,7 +115,7 @@ where
         for stage in &self.stages {
             x = Some(stage.infer(0, x, &mut self.cx)?);
         }
-        let logits = x.ok_or(Error::Protocol { what: "a model without a stage" })?;
+        let logits = x.ok_or(Error::Protocol { what: "a model without a stage" })?.x;
         let last = logits.shape()[0] - 1;
         Ok(logits.rows(last..last + 1)?.to_f64(&self.cx.device)?)
     }

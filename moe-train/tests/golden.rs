@@ -19,7 +19,7 @@ fn two_steps_equal_pytorch() {
     }
 }
 
-/// Dense layers, shared experts, norms of heads, biases, GeGLU, a window, tied embeddings; load balancing over a step.
+/// Dense layers, shared experts, norms of heads, biases, GeGLU, a window, tied embeddings; load balancing over a step and over all layers.
 #[test]
 fn every_kind_of_layer_equals_pytorch() {
     let golden: Value = serde_json::from_str(include_str!("fixtures/golden_features.json")).unwrap();

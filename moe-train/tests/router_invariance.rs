@@ -191,6 +191,54 @@ fn the_loss_of_the_whole_step() {
     });
 }
 
+/// Choices of all layers, which are on several stages: on one rank each, on one rank alternating, on stages without experts.
+#[test]
+fn the_loss_over_all_layers() {
+    let model = ModelConfig {
+        scoring_func: ScoringFunc::Softmax,
+        n_group: 4,
+        topk_group: 2,
+        num_hidden_layers: 5,
+        mlp_only_layers: vec![1],
+        router_aux_loss_coef: None,
+        router_aux_losses: vec![AuxLoss { scope: AuxLossScope::Model, coef: 0.08 }],
+        ..tiny_model()
+    };
+    check(model.clone());
+    let foldings = [(1, 1, 2, 1, 1), (2, 2, 2, 1, 4), (1, 1, 5, 1, 1), (3, 1, 2, 1, 1)];
+    let mappings = foldings.map(|(tp, dp, pp, etp, ep)| {
+        (Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, ..Mapping::default() }, AllToAll)
+    });
+    common::check(&model, mappings, 2, |setup| {
+        (setup.global_batch_size, setup.micro_batch_size) = (8, 2);
+        let stages = setup.folding.size(Attention::PP);
+        let virtual_stages = if stages == 2 { 2 } else { 1 };
+        setup.pipeline = PipelineLayout::even(5, stages, virtual_stages).unwrap();
+    });
+}
+
+/// One layer and its choices are all layers': the loss is K times that of its micro-batches.
+#[test]
+fn a_model_of_one_layer() {
+    let run = |scope, coef| {
+        let router_aux_losses = vec![AuxLoss { scope, coef }];
+        let model = ModelConfig {
+            num_hidden_layers: 2,
+            mlp_only_layers: vec![0],
+            router_aux_loss_coef: None,
+            router_aux_losses,
+            ..tiny_model()
+        };
+        let setup = Setup { global_batch_size: 4, micro_batch_size: 2, ..setup(model, Mapping::default()) };
+        (train(setup.clone(), 2), setup)
+    };
+    let ((mut all, setup), (own, _)) = (run(AuxLossScope::Model, 0.04), run(AuxLossScope::MicroBatch, 0.08));
+    for report in &mut all.reports {
+        report.aux_loss /= 2.0;
+    }
+    assert_equal(&all, &own, &setup, "one layer");
+}
+
 /// With one micro-batch in a step, both scopes are one loss; a pass that counts leaves no trace in what is measured.
 #[test]
 fn the_step_is_a_large_micro_batch() {

@@ -105,7 +105,7 @@ fn logits(checkpoint: &Path) -> Vec<f64> {
         let ids: Vec<i32> = (0..11).map(|i| i * i * 5 % 37).collect();
         let positions: Vec<i32> = (0..11).collect();
         cx.batches = vec![MicroBatch::new(&cx.device, 1, &ids, &positions, &ids, &[0.0; 11], 0.0)?];
-        Ok::<_, moe_train::Error>(stage.infer(0, None, &mut cx)?.to_f64(&cx.device)?)
+        Ok::<_, moe_train::Error>(stage.infer(0, None, &mut cx)?.x.to_f64(&cx.device)?)
     })
     .unwrap_or_else(|error| panic!("{error}"));
     all.into_iter().next().unwrap()

@@ -1,6 +1,6 @@
 //! Point-to-point.
 
-use moe_kernels::Device;
+use moe_kernels::{Device, Tensor};
 
 use super::sample::{tensor, values};
 use super::{Outcome, expect_tensor, typed, whole};
@@ -68,6 +68,34 @@ pub(super) fn both_directions<D: Device>(world: &dyn World<D>, device: &D) -> Ou
     }
     for sent in pending {
         sent.wait()?;
+    }
+    Ok(())
+}
+
+/// Two pairs go round in one batch each, and are received in batches of their own.
+pub(super) fn pairs<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
+    let raw = whole(world)?;
+    let comm = typed(&*raw, device);
+    let (me, size) = (comm.rank(), comm.size());
+    let (to, from) = ((me + 1) % size, (me + size - 1) % size);
+    let send = |tag: u64| -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+        let (first, second) = (tensor::<f32, D>(device, tag as usize, me, [3, 5])?, [me as i64, tag as i64]);
+        let second = Tensor::from_slice(device, 1, 2, &second)?;
+        Ok((Message::Send { to, tag, tensor: first }, Message::Send { to, tag, tensor: second }))
+    };
+    let sent = comm.start_message_pairs(vec![send(0)?, send(1)?])?;
+    for tag in 0..2 {
+        let first = Message::Recv { from, tag, rows: 3, cols: 5 };
+        let second = Message::Recv { from, tag, rows: 1, cols: 2 };
+        for (first, second) in comm.start_message_pairs::<f32, i64>(vec![(first, second)])? {
+            let expected = values::<f32>(tag as usize, from, 15);
+            expect_tensor("first of a pair", device, &first.wait()?, [3, 5], &expected)?;
+            expect_tensor("second of a pair", device, &second.wait()?, [1, 2], &[from as i64, tag as i64])?;
+        }
+    }
+    for (first, second) in sent {
+        first.wait()?;
+        second.wait()?;
     }
     Ok(())
 }

@@ -42,6 +42,7 @@ pub fn cases<D: Device>() -> Vec<Case<D>> {
         ("ring of messages", messages::ring),
         ("messages to oneself", messages::to_oneself),
         ("messages in both directions", messages::both_directions),
+        ("pairs of messages", messages::pairs),
         ("awaited out of order", flights::awaited_out_of_order),
         ("several groups in flight", flights::several_groups),
         ("progress without waiting", flights::progress_without_waiting),

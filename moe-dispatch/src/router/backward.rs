@@ -1,5 +1,5 @@
 use moe_kernels::family::{Elementwise, Gemm, Op, Routing};
-use moe_kernels::{Backend, Float, Tensor, View, ViewMut};
+use moe_kernels::{Backend, Device, Float, Tensor, View, ViewMut};
 
 use super::types::{copied, narrowed, narrowed_f64, widened, widened_f64};
 use super::{Logits, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, UnitCounts};
@@ -22,8 +22,8 @@ impl Router {
     /// of the two losses are added here.
     ///
     /// # Errors
-    /// [`Error::Router`] if the scales say that the step has no tokens while this rank has, or lack the counts of a loss of
-    /// the whole step; errors of the device.
+    /// [`Error::Router`] if the scales say that the step has no tokens while this rank has, or lack the counts of a loss over
+    /// the whole step or all layers; errors of the device.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         device: &D,
@@ -34,7 +34,7 @@ impl Router {
         scales: RouterScales<'_>,
     ) -> Result<Tensor<T, D>, Error> {
         let RouterInput { x, weight, jitter, .. } = input;
-        let RouterSaved { experts, logits, unit } = saved;
+        let RouterSaved { experts, logits, unit, .. } = saved;
         let [tokens, hidden] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
 
@@ -45,9 +45,17 @@ impl Router {
         if valid > 0 && (scales.micro_batches == 0 || scales.sequences == 0 || scales.valid_tokens == 0) {
             return Err(Error::Router { what: format!("{valid} tokens in a step of {scales:?}") });
         }
-        if self.config.global_aux_loss_coef != 0.0 && scales.step_counts.len() != num_experts {
-            let (got, what) = (scales.step_counts.len(), "the load-balancing loss of the whole step");
-            return Err(Error::Router { what: format!("{what} needs {num_experts} counts, but got {got}") });
+        let RouterConfig { global_aux_loss_coef, model_aux_loss_coef, .. } = self.config;
+        for (over, coef, counts) in [
+            ("the whole step", global_aux_loss_coef, scales.step_counts),
+            ("all layers", model_aux_loss_coef, scales.model_counts),
+        ] {
+            if coef != 0.0 && counts.len() != num_experts {
+                let got = counts.len();
+                let what =
+                    format!("the load-balancing loss over {over} needs {num_experts} counts, but got {got}");
+                return Err(Error::Router { what });
+            }
         }
         let dweights = dweights.reshape(tokens, top_k)?;
         let losses = Losses {
@@ -99,6 +107,17 @@ impl Router {
         }
     }
 
+    /// This rank's and layer's part of the micro-batch's load-balancing loss over all layers, without coefficient:
+    /// `E Σ_e C_e·P_e/(M·T)²` with `C` of all layers and `P` of this rank and layer; 0 without `model_counts`.
+    pub fn model_aux_loss<T: Float, D: Device>(
+        &self,
+        saved: &RouterSaved<T, D>,
+        scales: RouterScales<'_>,
+    ) -> f64 {
+        let products = saved.prob_sums.iter().zip(scales.model_counts).map(|(p, &count)| p * count as f64);
+        model_factor(self.config.num_experts, saved.unit.micro_batch().1, scales) * products.sum::<f64>()
+    }
+
     /// The gradient of the objective by the logits, `[n, E]`, in their type.
     fn dlogits<R: Float<Acc = R>, D: Routing<R>>(
         &self,
@@ -138,10 +157,19 @@ impl Router {
         // What is the same for all sequences.
         let mut shared: Vec<f64> = all.iter().map(|&count| of_micro_batch * count as f64).collect();
         shared.iter_mut().zip(scales.step_counts).for_each(|(sum, &count)| *sum += of_step * count as f64);
+        let of_model = self.config.model_aux_loss_coef * model_factor(num_experts, tokens, scales)
+            / scales.micro_batches as f64;
+        shared.iter_mut().zip(scales.model_counts).for_each(|(sum, &count)| *sum += of_model * count as f64);
         let rows = unit.sequences().flat_map(|(own, tokens)| {
             let of_sequence = factor(self.config.sequence_aux_loss_coef, scales.sequences, tokens);
             shared.iter().zip(own).map(move |(shared, &own)| shared + of_sequence * own as f64)
         });
         rows.collect()
     }
+}
+
+/// `E/(M·T)²` for a micro-batch of `tokens` tokens, 0 without tokens or layers.
+fn model_factor(num_experts: usize, tokens: i64, scales: RouterScales<'_>) -> f64 {
+    let divisor = (scales.moe_layers as f64 * tokens as f64).powi(2);
+    if divisor == 0.0 { 0.0 } else { num_experts as f64 / divisor }
 }

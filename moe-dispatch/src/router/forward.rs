@@ -89,10 +89,10 @@ impl Router {
             z_loss_sum,
             expert_counts,
             plain_counts,
-            prob_sums: all_probs,
+            prob_sums: all_probs.clone(),
         };
         let routing = Routing { experts: experts.clone(), weights, tokens, top_k, shapes: Shapes::Exact };
-        Ok((routing, RouterSaved { experts, logits, unit }, stats))
+        Ok((routing, RouterSaved { experts, logits, unit, prob_sums: all_probs }, stats))
     }
 
     /// The choice by `logits: [n, E]`, in their type; also its weights, `[n, K]`.

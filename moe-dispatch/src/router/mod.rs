@@ -26,6 +26,8 @@ pub struct RouterConfig {
     pub sequence_aux_loss_coef: f64,
     /// Coefficient of the load-balancing loss of the whole step; 0 without.
     pub global_aux_loss_coef: f64,
+    /// Coefficient of the load-balancing loss of a micro-batch over all layers, as transformers has it; 0 without.
+    pub model_aux_loss_coef: f64,
     /// Coefficient of the z-loss (arXiv 2202.08906); 0 without.
     pub z_loss_coef: f64,
 }
@@ -42,6 +44,9 @@ pub struct RouterConfig {
 ///   *without* bias and groups: what the scores themselves say. Tokens are spread over the ranks of a TP×CP group, hence
 ///   the sum that `forward` asks for; the counts of a whole step are the caller's to add up
 ///   ([`RouterStats::plain_counts`]) and to give to `backward`.
+/// - Over all layers, in place of that: `(1/n_u) Σ_u E Σ_e C_ue·P_ue/(M·T_u)²` over micro-batches `u`, with `C` and `P` summed
+///   over the `M` layers, as transformers' `load_balancing_loss_func`; the choices of the other layers are the caller's to
+///   bring. Balanced it is `K`.
 /// - z-loss, per layer: `(1/T_v) Σ_i logsumexp(logits_i)²` over the `T_v` tokens of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Router {
@@ -60,6 +65,11 @@ pub struct RouterScales<'a> {
     /// Sum of [`RouterStats::plain_counts`] over the micro-batches of the step and all ranks of the stage; empty where
     /// the whole step has no load-balancing loss.
     pub step_counts: &'a [i64],
+    /// Choices of each expert in the micro-batch over all layers, sums of [`RouterSaved::choices`]; empty where the layers have
+    /// no load-balancing loss together.
+    pub model_counts: &'a [i64],
+    /// Layers with experts, M.
+    pub moe_layers: u64,
 }
 
 /// What [`Router::forward`] routes, and by what.
@@ -128,6 +138,16 @@ pub struct RouterSaved<T: Float, D: Device> {
     /// `[n, E]`.
     logits: Logits<T, D>,
     unit: UnitCounts,
+    /// [`RouterStats::prob_sums`].
+    prob_sums: Vec<f64>,
+}
+
+impl<T: Float, D: Device> RouterSaved<T, D> {
+    /// How often each expert was among the K best of the tokens of the micro-batch, on all its ranks: what the
+    /// load-balancing losses count.
+    pub fn choices(&self) -> Vec<i64> {
+        self.unit.micro_batch().0
+    }
 }
 
 /// Logits in the router's type.
@@ -215,6 +235,7 @@ impl Router {
             ("aux_loss_coef", config.aux_loss_coef),
             ("sequence_aux_loss_coef", config.sequence_aux_loss_coef),
             ("global_aux_loss_coef", config.global_aux_loss_coef),
+            ("model_aux_loss_coef", config.model_aux_loss_coef),
             ("z_loss_coef", config.z_loss_coef),
             ("scale", scoring.scale),
         ] {

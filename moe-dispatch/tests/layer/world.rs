@@ -137,6 +137,7 @@ where
         aux_loss_coef: p.aux_loss_coef,
         sequence_aux_loss_coef: 0.0,
         global_aux_loss_coef: 0.0,
+        model_aux_loss_coef: 0.0,
         z_loss_coef: p.z_loss_coef,
     })?;
     let (routing, saved, stats) =
@@ -192,7 +193,14 @@ where
     let (dx_experts, dweights) = dispatcher.dispatch_backward(&fabric, dx_rows, dprobs, &state)?;
     let mut drouter = Tensor::<T::Acc, Cpu>::zeros(device, p.num_experts, hidden)?;
     let (micro_batches, valid_tokens) = (p.num_units as u64, p.tokens() as u64);
-    let scales = RouterScales { micro_batches, sequences: micro_batches, valid_tokens, step_counts: &[] };
+    let scales = RouterScales {
+        micro_batches,
+        sequences: micro_batches,
+        valid_tokens,
+        step_counts: &[],
+        model_counts: &[],
+        moe_layers: 1,
+    };
     let input = RouterInput::new(&x, router_weight.view());
     let dx_router = router.backward(device, input, &dweights, saved, drouter.view_mut()?, scales)?;
     let mut dx = Tensor::<T, Cpu>::uninit(device, n, hidden)?;

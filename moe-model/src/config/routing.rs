@@ -40,8 +40,8 @@ pub enum AuxLossScope {
     /// The whole step. Its gradient needs all choices before the first backward pass: with one micro-batch per
     /// data-parallel rank they are added up at no cost, with several a forward pass over all of them comes first.
     Global,
-    /// All layers of a micro-batch together, as in transformers; [`check`](ModelConfig::check) refuses it, since its
-    /// counts would have to travel through the pipeline.
+    /// All layers of a micro-batch together, in place of losses of each layer, as in transformers (not divided by the number of
+    /// choices, so that balanced is K). Choices travel through the pipeline with activations, their sums with gradients.
     Model,
 }
 
@@ -104,6 +104,11 @@ impl ModelConfig {
         losses.iter().find(|loss| loss.scope == scope).map_or(0.0, |loss| loss.coef)
     }
 
+    /// Experts whose choices are counted over all layers, for the load-balancing loss of that scope; 0 without it.
+    pub fn choices_of_all_layers(&self) -> usize {
+        if self.aux_loss_coef(AuxLossScope::Model) == 0.0 { 0 } else { self.num_local_experts }
+    }
+
     /// The part of [`check`](Self::check) that concerns the router.
     pub(super) fn check_router(&self) -> Result<(), ConfigError> {
         let unsupported = |setting, why| Err(ConfigError::Unsupported { setting, why });
@@ -140,14 +145,11 @@ impl ModelConfig {
         }
         for (n, loss) in self.router_aux_losses.iter().enumerate() {
             in_range("router_aux_losses.coef", loss.coef, 0.0..=f64::MAX, "finite and at least 0")?;
-            match loss.scope {
-                AuxLossScope::MicroBatch | AuxLossScope::Sequence | AuxLossScope::Global => {}
-                AuxLossScope::Model => {
-                    return unsupported(
-                        "router_aux_losses with scope = \"model\"",
-                        "its counts would have to travel through the pipeline; use \"micro_batch\"",
-                    );
-                }
+            if loss.scope == AuxLossScope::Model && self.router_aux_losses.len() > 1 {
+                return unsupported(
+                    "router_aux_losses with scope = \"model\" beside others",
+                    "it takes the place of the losses of each layer; leave it or the others out",
+                );
             }
             if self.router_aux_losses[..n].iter().any(|other| other.scope == loss.scope) {
                 return unsupported("router_aux_losses with a scope twice", "add up the coefficients");
@@ -267,8 +269,8 @@ mod tests {
                 "router_aux_losses.coef = -1",
             ),
             (
-                r#", "router_aux_losses": [{"scope": "model", "coef": 1.0}]"#,
-                "router_aux_losses with scope = \"model\"",
+                r#", "router_aux_losses": [{"scope": "global", "coef": 1.0}, {"scope": "model", "coef": 1.0}]"#,
+                "router_aux_losses with scope = \"model\" beside others is not supported",
             ),
             (
                 r#", "router_aux_losses": [{"scope": "sequence", "coef": 1.0}, {"scope": "sequence", "coef": 2.0}]"#,

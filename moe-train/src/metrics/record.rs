@@ -19,7 +19,8 @@ pub struct StepRecord {
     pub tokens: u64,
     /// Input tokens of the step by its wall time, without evaluation and saving.
     pub tokens_per_second: f64,
-    /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1.
+    /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1. That over all layers, if that
+    /// is asked for; balanced is then K.
     pub aux_loss: f64,
     /// The same with each sequence, not each micro-batch, as a unit.
     pub sequence_aux_loss: f64,

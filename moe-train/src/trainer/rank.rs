@@ -58,7 +58,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let comms = communicators.build(world, &device, &setup.folding)?;
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
-        let transport = CommTransport::new(world, &device, &setup.folding, [rows, setup.model.hidden_size])?;
+        let shape = [rows, setup.model.hidden_size];
+        let choices = setup.model.choices_of_all_layers();
+        let transport = CommTransport::new(world, &device, &setup.folding, shape, choices)?;
         let rope = RopeTable::of(&device, &setup.model, setup.sequence_length)?;
         let batch_sizes = setup.batch_sizes()?;
         let objective = setup.objective(batch_sizes.of_step(1));

@@ -22,7 +22,7 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Mean over MoE layers of the load-balancing loss, without its coefficient.
+    /// Mean over MoE layers of the load-balancing loss, without its coefficient; that over all layers, if that is asked for.
     pub aux_loss: f64,
     /// The same with each sequence as a unit.
     pub sequence_aux_loss: f64,
@@ -57,6 +57,7 @@ pub(super) struct Totals {
     prob_sums: Vec<Vec<f64>>,
     aux: Vec<f64>,
     sequence_aux: Vec<f64>,
+    model_aux: f64,
     z: Vec<f64>,
     dropped: f64,
     overflows: f64,
@@ -66,7 +67,7 @@ impl Totals {
     /// Adds up what all ranks saw. Collective over the world.
     pub fn reduce<T: Float, D: Backend<T>>(cx: &Cx<T, D>, setup: &Setup, rank: usize) -> Result<Self> {
         let (layers, experts) = (setup.model.num_hidden_layers, setup.model.num_local_experts);
-        let width = 3 * experts + 4;
+        let width = 3 * experts + 5;
         let mut sums = vec![0.0; 2 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
@@ -77,7 +78,7 @@ impl Totals {
             let row = &mut sums[2 + layer.layer * width..][..width];
             let counts = layer.counts.iter().map(|&count| count as f64);
             let plain = layer.plain_counts.iter().map(|&count| count as f64);
-            let losses = [layer.aux, layer.sequence_aux, layer.z, layer.dropped as f64];
+            let losses = [layer.aux, layer.sequence_aux, layer.z, layer.dropped as f64, layer.model_aux];
             let all = counts.chain(plain).chain(layer.prob_sums.iter().copied()).chain(losses);
             row.iter_mut().zip(all).for_each(|(sum, value)| *sum = value);
         }
@@ -94,6 +95,7 @@ impl Totals {
             sequence_aux: rows().map(|row| row[3 * experts + 1]).collect(),
             z: rows().map(|row| row[3 * experts + 2]).collect(),
             dropped: rows().map(|row| row[3 * experts + 3]).sum(),
+            model_aux: rows().map(|row| row[3 * experts + 4]).sum(),
         })
     }
 
@@ -141,6 +143,7 @@ impl Totals {
         let tokens = tokens.max(1);
         let aux = self.aux.iter().sum::<f64>() / micro_batches as f64;
         let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences as f64;
+        let model_aux = self.model_aux / micro_batches as f64;
         let global_aux = self.global_aux(setup.model.num_experts_per_tok as f64 * (tokens as f64).powi(2));
         let z = self.z.iter().sum::<f64>() / tokens as f64;
         // Loss weights whose sum is not a number are a fault, not the absence of tokens.
@@ -149,6 +152,7 @@ impl Totals {
         let losses = model.aux_loss_coef(AuxLossScope::MicroBatch) * aux
             + model.aux_loss_coef(AuxLossScope::Sequence) * sequence_aux
             + model.aux_loss_coef(AuxLossScope::Global) * global_aux
+            + model.aux_loss_coef(AuxLossScope::Model) * model_aux
             + model.router_z_loss_coef * z;
         StepReport {
             step,
@@ -156,7 +160,7 @@ impl Totals {
             total_loss: loss.map(|l| l + losses),
             grad_norm,
             lr: setup.lr.at(step),
-            aux_loss: aux / layers,
+            aux_loss: if model.choices_of_all_layers() > 0 { model_aux } else { aux / layers },
             sequence_aux_loss: sequence_aux / layers,
             global_aux_loss: global_aux / layers,
             z_loss: z / layers,

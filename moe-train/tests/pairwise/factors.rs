@@ -259,6 +259,7 @@ pub const FACTORS: &[Factor] = &[
             Level("none", &["model.router_aux_loss_coef=0.0"]),
             Level("sequence", &["model.router_aux_losses=[{scope = \"sequence\", coef = 0.05}]"]),
             Level("global", &["model.router_aux_losses=[{scope = \"global\", coef = 0.07}]"]),
+            Level("model", &["model.router_aux_losses=[{scope = \"model\", coef = 0.06}]"]),
             Level(
                 "three scopes",
                 &[
