@@ -70,7 +70,7 @@ fn config(model: &ModelConfig) -> RunConfig {
 
 fn upcycled(dense: &Path, model: &ModelConfig, scaling: WeightScaling, root: &Path) -> PathBuf {
     let dense = Checkpoint::open(dense).unwrap();
-    upcycle(&dense, &config(model), scaling, root).unwrap_or_else(|error| panic!("{error}")).0
+    upcycle(&dense, &config(model), scaling, None, root).unwrap_or_else(|error| panic!("{error}")).0
 }
 
 /// The logits of a checkpoint's model after each of some tokens.
@@ -195,6 +195,42 @@ fn slices_with_published_factors_are_as_the_paper_says() {
     assert!(ours.iter().zip(&dense).any(|(a, b)| (a - b).abs() > 1e-6), "a gate is not linear");
 }
 
+/// The routers of another checkpoint, unless they would choose parts of copies.
+#[test]
+fn a_router_can_be_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = trained(dense_model(), &folder.path().join("dense"));
+    let model = granular_model();
+    let mut other = config(&model);
+    other.train.seed = 77;
+    let open = |path: &Path| Checkpoint::open(path).unwrap();
+    let make = |config: &RunConfig, router: Option<&Checkpoint>, root: &str| {
+        upcycle(&open(&dense), config, WeightScaling::Exact, router, &folder.path().join(root))
+    };
+    let given = open(&make(&other, None, "given").unwrap().0);
+    let plain = open(&make(&config(&model), None, "plain").unwrap().0);
+    let with = open(&make(&config(&model), Some(&given), "with").unwrap().0);
+    let router = |checkpoint: &Checkpoint| {
+        checkpoint.read_tensor("model.layers.1.block_sparse_moe.gate.weight", "param").unwrap()
+    };
+    assert!(router(&with) == router(&given) && router(&with) != router(&plain));
+    assert_close(&logits(with.path()), &logits(&dense));
+
+    let split = rewrite(given.path(), &folder.path().join("split"), |name, _, mut bytes| {
+        if name == "model.layers.1.block_sparse_moe.gate.weight" {
+            bytes[4 * 24 * 8] ^= 1; // expert 4, the second slice of the second copy
+        }
+        Some(bytes)
+    });
+    let error = make(&config(&model), Some(&open(&split)), "refused").unwrap_err().to_string();
+    assert!(
+        error.starts_with("model.layers.1.block_sparse_moe.gate.weight: the rows of experts 3 and 4 differ"),
+        "{error}"
+    );
+    // No such routers.
+    assert!(make(&config(&model), Some(&open(&dense)), "none").is_err());
+}
+
 /// In single precision, element by element: slices of the second copy, each product rounded once, router rows alike in
 /// threes.
 #[test]
@@ -204,7 +240,7 @@ fn single_precision_is_rounded_once() {
     let mut config = config(&granular_model());
     config.train.dtype = moe_train::config::TrainDType::F32;
     let root = folder.path().join("moe");
-    let path = upcycle(&dense, &config, WeightScaling::Exact, &root).unwrap().0;
+    let path = upcycle(&dense, &config, WeightScaling::Exact, None, &root).unwrap().0;
     let moe = Checkpoint::open(&path).unwrap();
     let read = |checkpoint: &Checkpoint, name: &str| -> Vec<f32> {
         let bytes = checkpoint.read_tensor(&format!("model.layers.2.{name}"), "param").unwrap();
@@ -333,7 +369,7 @@ fn what_cannot_be_upcycled_is_refused_with_the_reason() {
     single.train.dtype = moe_train::config::TrainDType::F32;
     let root = folder.path().join("out");
     let dense = Checkpoint::open(&path).unwrap();
-    let error = upcycle(&dense, &single, WeightScaling::Published, &root).unwrap_err().to_string();
+    let error = upcycle(&dense, &single, WeightScaling::Published, None, &root).unwrap_err().to_string();
     assert!(error.contains("f64 there and") && error.contains("f32 in this run"), "{error}");
     assert!(!root.join("step-0").exists() && std::fs::read_dir(&root).unwrap().next().is_none());
 }

@@ -77,6 +77,18 @@ pub enum UpcycleError {
         /// Why.
         why: &'static str,
     },
+    /// Slices of one copy would not be chosen together.
+    #[error(
+        "{tensor}: the rows of experts {} and {expert} differ, which are slices of one copy of the dense network: they \
+         must be alike, so that a token's choice is whole copies",
+        expert - 1
+    )]
+    Router {
+        /// The router's weight.
+        tensor: String,
+        /// The first expert whose row is not that of the one before.
+        expert: usize,
+    },
     /// The wanted model has a part that the dense one has nothing for.
     #[error("{setting} cannot be upcycled: {why}")]
     Unsupported {
@@ -192,7 +204,8 @@ fn weight_of_choices(model: &ModelConfig) -> f64 {
 }
 
 /// Writes the checkpoint `root/step-0` of the model of `config`, made of the dense model of `dense`, and returns its
-/// folder and how it was made. The router starts at random, from `train.seed`; there is no state of an optimizer in it.
+/// folder and how it was made. Routers are those of the checkpoint `router`, or start at random, from `train.seed`; there is
+/// no state of an optimizer in it.
 ///
 /// # Errors
 /// [`UpcycleError`], a configuration of another element type, a damaged checkpoint, or one at `root/step-0` already.
@@ -200,6 +213,7 @@ pub fn upcycle(
     dense: &Checkpoint,
     config: &RunConfig,
     scaling: WeightScaling,
+    router: Option<&Checkpoint>,
     root: &Path,
 ) -> Result<(PathBuf, Plan)> {
     let model = &config.model;
@@ -207,7 +221,7 @@ pub fn upcycle(
     let (layout, seed, dtype) = (whole_layout(model)?, config.train.seed, config.train.dtype.master());
     let pending = PendingCheckpoint::create(root, 0)?;
     let mut writer = PieceWriter::create(pending.folder(), 0)?;
-    let source = Source { dense, plan, seed, dtype };
+    let source = Source { dense, router, plan, seed, dtype };
     for part in layout.buckets().iter().flat_map(|bucket| &bucket.parts) {
         let spec = whole(part.name.clone(), Moment::Master.name(), dtype, part.dims);
         writer.write(spec, &source.tensor(part)?)?;
@@ -234,6 +248,7 @@ fn whole(tensor: String, kind: &str, dtype: DType, dims: [usize; 2]) -> PieceSpe
 /// What the tensors of the wanted model are made of.
 struct Source<'a> {
     dense: &'a Checkpoint,
+    router: Option<&'a Checkpoint>,
     plan: Plan,
     seed: u64,
     dtype: DType,
@@ -244,7 +259,7 @@ impl Source<'_> {
     fn tensor(&self, part: &Part) -> Result<Vec<u8>> {
         let layer = part.name.split_once(".block_sparse_moe.");
         match layer.map(|(layer, rest)| (layer, rest.split('.').collect::<Vec<_>>())) {
-            Some((_, name)) if name == ["gate", "weight"] => Ok(self.router(part)),
+            Some((_, name)) if name == ["gate", "weight"] => self.router(part),
             Some((layer, name)) => match (name.as_slice(), name.get(1).and_then(|e| e.parse().ok())) {
                 (&["experts", _, projection, kind], Some(expert)) => {
                     self.expert(part, layer, expert, projection, kind)
@@ -262,15 +277,27 @@ impl Source<'_> {
         Ok(self.dense.read_tensor(&part.name, kind)?)
     }
 
-    /// At random, the rows of a copy's slices alike.
-    fn router(&self, part: &Part) -> Vec<u8> {
-        let (stream, [rows, cols]) = (Stream::new(self.seed, &part.name, part.init), part.dims);
-        let rows = (0..rows).map(|expert| expert / self.plan.granularity * cols);
+    /// As given, or at random, the rows of a copy's slices alike.
+    fn router(&self, part: &Part) -> Result<Vec<u8>> {
+        let (granularity, [rows, cols]) = (self.plan.granularity, part.dims);
+        if let Some(given) = self.router {
+            let kind = Moment::Master.name();
+            check_tensor(given, &part.name, kind, part.dims, self.dtype)?;
+            let bytes = given.read_tensor(&part.name, kind)?;
+            let row = |expert: usize| &bytes[expert * cols * self.dtype.size()..][..cols * self.dtype.size()];
+            let differs = |&expert: &usize| expert % granularity > 0 && row(expert) != row(expert - 1);
+            return match (1..rows).find(differs) {
+                Some(expert) => Err(UpcycleError::Router { tensor: part.name.clone(), expert }.into()),
+                None => Ok(bytes),
+            };
+        }
+        let stream = Stream::new(self.seed, &part.name, part.init);
+        let rows = (0..rows).map(|expert| expert / granularity * cols);
         let elements = rows.flat_map(|first| (first..first + cols).map(|n| stream.element(n as u64)));
-        match self.dtype {
+        Ok(match self.dtype {
             DType::F64 => elements.flat_map(f64::to_le_bytes).collect(),
             _ => elements.flat_map(|x| (x as f32).to_le_bytes()).collect(),
-        }
+        })
     }
 
     /// A slice of the dense network, and its factor.

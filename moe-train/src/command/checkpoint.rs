@@ -38,6 +38,9 @@ pub enum Checkpoint {
         /// Which projections of the experts grow so that their sum is as large as the dense network's output.
         #[arg(long, value_enum, default_value_t = Scaling::Published)]
         scaling: Scaling,
+        /// A checkpoint, or a run (its newest one), whose routers to take; at random, from train.seed, unless given.
+        #[arg(long, value_name = "CHECKPOINT")]
+        router: Option<PathBuf>,
     },
 }
 
@@ -65,13 +68,15 @@ impl Checkpoint {
                 verify(list(&RunFolder::new(&path).checkpoints())?.into_iter().map(|listed| listed.path))
             }
             Checkpoint::Verify { path } => verify([path].into_iter()),
-            Checkpoint::Upcycle { dense, out, config, set, scaling } => {
+            Checkpoint::Upcycle { dense, out, config, set, scaling, router } => {
                 let config = RunConfig::load(&config, &set)?;
                 let scaling = match scaling {
                     Scaling::Published => WeightScaling::Published,
                     Scaling::Exact => WeightScaling::Exact,
                 };
-                let (path, plan) = upcycle(&open_checkpoint(&dense)?, &config, scaling, &out)?;
+                let router = router.as_deref().map(open_checkpoint).transpose()?;
+                let dense = open_checkpoint(&dense)?;
+                let (path, plan) = upcycle(&dense, &config, scaling, router.as_ref(), &out)?;
                 let Plan { granularity, copies, scale, .. } = plan;
                 println!(
                     "{} experts in each layer of experts: {copies} copies of the dense network in {granularity} slices, \
