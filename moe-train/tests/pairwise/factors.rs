@@ -306,6 +306,14 @@ pub const FACTORS: &[Factor] = &[
             ),
         ],
     },
+    Factor {
+        name: "rows of experts",
+        levels: &[
+            Level("exact", NONE),
+            Level("padded", &["train.moe_pad_expert_input_to_capacity=true"]),
+            Level("budget", &["train.moe_expert_rank_capacity_factor=1.25"]),
+        ],
+    },
     // The optimizer.
     Factor {
         name: "parameter groups",
@@ -387,6 +395,12 @@ pub struct Rule {
 }
 
 pub const RULES: &[Rule] = &[
+    Rule {
+        why: "rows are padded to a capacity",
+        refusals: &["moe_pad_expert_input_to_capacity has no meaning"],
+        factors: &["capacity", "rows of experts"],
+        holds: |c| !c.is("rows of experts", "padded") || !c.is("capacity", "none"),
+    },
     Rule {
         why: "threads of this test's world",
         refusals: &[],
