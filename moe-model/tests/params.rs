@@ -46,11 +46,12 @@ fn foldings() -> impl Strategy<Value = Folding> {
         prop::sample::select(vec![1usize, 2, 3, 6]),
         prop::sample::select(vec![1usize, 2, 4, 8]),
         any::<bool>(),
+        prop::sample::select(vec![1usize, 1, 2, 3]),
     );
-    axes.prop_filter_map("legal", |(tp, dp, pp, etp, ep, dp_last)| {
+    axes.prop_filter_map("legal", |(tp, dp, pp, etp, ep, dp_last, instances)| {
         let order = if dp_last { "tp-cp-ep-pp-dp" } else { "tp-cp-ep-dp-pp" }.parse().ok()?;
         let mapping = Mapping { world_size: tp * dp * pp, tp, pp, etp, ep, order, ..Mapping::default() };
-        Folding::new(mapping.split(Attention::TP_OUTER, tp.min(2))).ok()
+        Folding::new(mapping.split(Attention::TP_OUTER, tp.min(2)).optimizer_instances(instances)).ok()
     })
 }
 
@@ -145,18 +146,21 @@ proptest! {
     fn a_reduction_group_has_one_layout(folding in foldings(), pick in any::<usize>()) {
         let rank = pick % folding.world_size();
         for (index, bucket) in layout(&folding, rank).buckets().iter().enumerate() {
-            let peers: Vec<usize> = match (bucket.group.axes::<Attention>(), bucket.group.axes::<moe_topology::Expert>()) {
-                (Some(axes), _) => folding.group(rank, axes).iter().collect(),
-                (_, Some(axes)) => folding.group(rank, axes).iter().collect(),
-                (None, None) => unreachable!(),
-            };
-            for (position, peer) in peers.into_iter().enumerate() {
+            for (position, peer) in folding.ranks(rank, bucket.group).iter().enumerate() {
                 let other = layout(&folding, peer);
                 let other = &other.buckets()[index];
                 prop_assert_eq!(other.group, bucket.group);
                 prop_assert_eq!(&other.parts, &bucket.parts);
                 prop_assert_eq!(other.len, bucket.len);
                 prop_assert_eq!(other.slice.start, position * bucket.slice.len());
+            }
+            // Each instance of the optimizer has all of it, and what several have counts once.
+            let keepers = bucket.instances.map(|key| folding.ranks(rank, key));
+            for (instance, peer) in keepers.iter().flat_map(|ranks| ranks.iter()).enumerate() {
+                let other = layout(&folding, peer);
+                let other = &other.buckets()[index];
+                prop_assert_eq!(&other.slice, &bucket.slice);
+                prop_assert!(instance == 0 || other.parts.iter().all(|part| !part.counts));
             }
         }
     }
