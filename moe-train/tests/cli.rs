@@ -295,6 +295,65 @@ fn documents_are_separated_in_training_and_evaluation() {
 }
 
 #[test]
+fn completions_are_learnt_under_any_folding() {
+    let place = Place::new();
+    let lines = |range: std::ops::Range<usize>| -> String {
+        let line = |i: usize| {
+            format!("{{\"prompt\": \"{i}: \", \"completion\": \"{}.\"}}\n", "ab".repeat(1 + i % 9))
+        };
+        range.map(line).collect()
+    };
+    fs::create_dir(place.path("samples")).unwrap();
+    fs::write(place.path("samples/a.jsonl"), lines(0..23)).unwrap();
+    fs::write(place.path("samples/b.jsonl"), lines(23..50)).unwrap();
+    let train = |run: &str, more: &[&str]| {
+        let output = format!("train.output={run}");
+        let sets = ["data.format=prompt-completion", "data.files=[\"samples/*.jsonl\"]", &output];
+        let sets = sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>();
+        place.train(&[&sets, more].concat())
+    };
+    train("run", &[]).ok();
+    train(
+        "one",
+        &[
+            "--set",
+            "parallel.world_size=1",
+            "--set",
+            "parallel.tp=1",
+            "--set",
+            "parallel.pp=1",
+            "--set",
+            "parallel.ep=1",
+        ],
+    )
+    .ok();
+    let losses = |run: &str, key: &str| -> Vec<f64> {
+        place.metrics(run).iter().filter_map(|line| line.get(key)?.as_f64()).collect()
+    };
+    for key in ["loss", "total_loss", "grad_norm", "aux_loss", "z_loss", "val_loss"] {
+        let (folded, one) = (losses("run", key), losses("one", key));
+        assert!(!one.is_empty() && folded.len() == one.len());
+        for (x, y) in folded.iter().zip(&one) {
+            assert!((x - y).abs() <= 1e-10 * y.abs(), "{key}: {x} and {y}");
+        }
+    }
+    let eval = place.run(&["eval", "run"]).ok();
+    let val_loss = losses("run", "val_loss")[1];
+    assert!(eval.out.starts_with(&format!("step 6: validation loss {val_loss:.6} nats")), "{}", eval.out);
+
+    let before = place.hashes();
+    let refused =
+        train("run", &["--resume", "--set", "data.format=text", "--set", "data.separate_documents=true"]);
+    refused.refused(2, &["data.format was prompt-completion", "is text now"]);
+    fs::write(place.path("samples/b.jsonl"), lines(0..3) + "{\"prompt\": \"x\"}\n").unwrap();
+    train("other", &[]).refused(3, &["samples/b.jsonl:4: missing field `completion`"]);
+    fs::write(place.path("samples/b.jsonl"), lines(23..50)).unwrap();
+    train("other", &["--set", "train.sequence_length=10"])
+        .refused(3, &["samples/a.jsonl:4: 12 tokens", "at most 11"]);
+    assert_eq!(place.hashes(), before);
+}
+
+#[test]
 fn topology_prints_the_groups_of_megatron() {
     let place = Place::new();
     let arguments = "topology --world-size 128 --tp 2 --cp 1 --pp 8 --ep 8 --etp 1 --format json";

@@ -54,8 +54,9 @@ use toml::Table;
 
 pub use error::ConfigError;
 pub use sections::{
-    DataConfig, DeviceKind, Dispatcher, LrScheduleKind, NonFinite, OptimizerConfig, ParallelConfig,
-    SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope, TokenizerKind, TrainConfig, TrainDType,
+    DataConfig, DataFormat, DeviceKind, Dispatcher, LrScheduleKind, NonFinite, OptimizerConfig,
+    ParallelConfig, SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope, TokenizerKind,
+    TrainConfig, TrainDType,
 };
 
 use crate::durable::Context;
@@ -136,6 +137,8 @@ impl RunConfig {
             config.optimizer.moe_router_bias_update_rate.get_or_insert(1e-3);
         }
         config.resolve_capacity();
+        let separates = config.data.separates_documents();
+        config.data.separate_documents.get_or_insert(separates);
         config.check()?;
         Ok(config)
     }
@@ -439,6 +442,14 @@ impl RunConfig {
 
     fn check_data(&self) -> Result<(), ConfigError> {
         let held_out = self.data.held_out;
+        if self.data.format == DataFormat::PromptCompletion && self.data.separate_documents == Some(false) {
+            return Err(ConfigError::Conflict {
+                setting: "data.separate_documents",
+                problem: "cannot be false",
+                other: "data.format = \"prompt-completion\"".to_owned(),
+                fix: "samples that share a sequence must not see each other; remove it".to_owned(),
+            });
+        }
         require("data.files", "[]", !self.data.files.is_empty(), "a list of at least one pattern")?;
         require("data.held_out", held_out, held_out > 0.0 && held_out < 1.0, "above 0 and below 1")?;
         let vocab_size = self.model.vocab_size;

@@ -439,13 +439,46 @@ pub struct DataConfig {
     /// How text becomes tokens.
     #[serde(default)]
     pub tokenizer: TokenizerKind,
-    /// Attention sees the query's own document only, positions start anew in each, and no loss is taken where input and target
-    /// lie in different ones: Megatron's `reset_attention_mask`, `reset_position_ids` and `eod_mask_loss` together.
+    /// What the files hold.
     #[serde(default)]
-    pub separate_documents: bool,
+    pub format: DataFormat,
+    /// Attention sees the query's own document only, positions start anew in each, and no loss is taken where input and target
+    /// lie in different ones: Megatron's `reset_attention_mask`, `reset_position_ids` and `eod_mask_loss` together. False for
+    /// text unless given, always true for prompts with completions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separate_documents: Option<bool>,
     /// Share of the documents that is kept for evaluation.
     #[serde(default = "default_held_out")]
     pub held_out: f64,
+}
+
+impl DataConfig {
+    /// Whether documents are separated.
+    pub fn separates_documents(&self) -> bool {
+        self.separate_documents.unwrap_or(self.format == DataFormat::PromptCompletion)
+    }
+}
+
+/// What the files of `data.files` hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DataFormat {
+    /// Text, which is one stream of tokens.
+    #[default]
+    Text,
+    /// Lines of `{"prompt": "…", "completion": "…"}`; the loss counts tokens of completions. As many lines as fit whole share a
+    /// sequence, the rest of which is padding.
+    PromptCompletion,
+}
+
+impl DataFormat {
+    /// As it is written.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DataFormat::Text => "text",
+            DataFormat::PromptCompletion => "prompt-completion",
+        }
+    }
 }
 
 fn default_held_out() -> f64 {

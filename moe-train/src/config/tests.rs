@@ -652,3 +652,25 @@ fn instances_of_the_optimizer_divide_the_replicas() {
         );
     }
 }
+
+#[test]
+fn prompts_with_completions_are_separated() {
+    let format = "data.format=prompt-completion";
+    for (overrides, separates) in [
+        (&[][..], false),
+        (&["data.separate_documents=true"], true),
+        (&[format], true),
+        (&[format, "data.separate_documents=true"], true),
+    ] {
+        let config = with(overrides).unwrap();
+        assert_eq!(config.data.separate_documents, Some(separates), "{overrides:?}");
+        let text = config.to_toml().unwrap();
+        assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+    }
+    assert_eq!(
+        refusal(&[format, "data.separate_documents=false"]),
+        "data.separate_documents cannot be false with data.format = \"prompt-completion\": samples that share a sequence must \
+         not see each other; remove it"
+    );
+    assert!(refusal(&["data.format=chat"]).starts_with("[data] format: unknown variant `chat`"));
+}

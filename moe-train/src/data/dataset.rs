@@ -4,17 +4,31 @@ use std::ops::Range;
 
 use super::{DataError, TokenFile};
 
-/// Sample `i` is the tokens `iS ..= iS + S` of a file: inputs the first `S`, targets the last `S`. There are
-/// `n = ⌊(tokens − 1)/S⌋`; a tail is unused.
+/// Samples of at most S inputs, cut from a file in one of two ways.
+///
+/// - [A stream](Self::new): sample `i` is the tokens `iS ..= iS + S`, inputs the first `S`, targets the last `S`. There are
+///   `n = ⌊(tokens − 1)/S⌋`; a tail is unused.
+/// - [Packed](Self::packed): a sample is as many whole documents, in file order, as fit into `S + 1` tokens.
 #[derive(Debug)]
 pub struct Dataset {
     file: TokenFile,
     sequence_length: usize,
-    len: u64,
+    cut: Cut,
+}
+
+#[derive(Debug)]
+enum Cut {
+    Stream {
+        len: u64,
+    },
+    /// Where samples start, and where the last one ends.
+    Packed {
+        starts: Vec<u64>,
+    },
 }
 
 impl Dataset {
-    /// Samples of `sequence_length` tokens, S, at least 1.
+    /// A stream of samples of `sequence_length` tokens, S, at least 1.
     ///
     /// # Errors
     /// The file has no sample.
@@ -24,13 +38,44 @@ impl Dataset {
             let (path, tokens) = (file.path().to_owned(), file.len());
             return Err(DataError::TooShort { path, tokens, sequence_length });
         }
-        Ok(Dataset { file, sequence_length, len })
+        Ok(Dataset { file, sequence_length, cut: Cut::Stream { len } })
+    }
+
+    /// Samples of whole documents.
+    ///
+    /// # Errors
+    /// A document is longer than `sequence_length + 1` tokens, or there is none.
+    pub fn packed(file: TokenFile, sequence_length: usize) -> Result<Self, DataError> {
+        let most = sequence_length as u64 + 1;
+        let (mut starts, mut end) = (vec![0], 0);
+        for index in 0..file.documents() {
+            let document = file.document(index)?;
+            let tokens = document.end.saturating_sub(document.start);
+            if tokens > most {
+                let path = file.path().to_owned();
+                return Err(DataError::LongDocument { path, index, tokens, sequence_length });
+            }
+            let first = starts.last().copied().unwrap_or(0);
+            if document.end - first > most {
+                starts.push(document.start);
+            }
+            end = document.end;
+        }
+        if end == 0 {
+            let (path, tokens) = (file.path().to_owned(), 0);
+            return Err(DataError::TooShort { path, tokens, sequence_length });
+        }
+        starts.push(end);
+        Ok(Dataset { file, sequence_length, cut: Cut::Packed { starts } })
     }
 
     /// The number of samples, n.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> u64 {
-        self.len
+        match &self.cut {
+            Cut::Stream { len } => *len,
+            Cut::Packed { starts } => starts.len() as u64 - 1,
+        }
     }
 
     /// Tokens of a sequence, S.
@@ -43,12 +88,20 @@ impl Dataset {
         &self.file
     }
 
-    /// The `S + 1` tokens of sample `i`, below [`len`](Self::len).
+    /// The tokens of sample `i`, below [`len`](Self::len): `S + 1`, or fewer of a packed one.
     ///
     /// # Errors
     /// `i` is too large.
     pub fn sample(&self, i: u64) -> Result<Vec<u32>, DataError> {
         self.file.tokens(self.range(i))
+    }
+
+    /// Which of the tokens of sample `i` the loss counts as targets.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn mask(&self, i: u64) -> Result<Vec<bool>, DataError> {
+        self.file.mask(self.range(i))
     }
 
     /// Positions in sample `i`, from 1 to S, at which a document starts; [`len`](Self::len) is above `i`.
@@ -61,11 +114,20 @@ impl Dataset {
         Ok(self.file.document_starts(range)?.into_iter().map(|start| (start - first) as usize).collect())
     }
 
-    /// The tokens of sample `i`.
+    /// The tokens of sample `i`, outside of the file if there is no such sample.
     fn range(&self, i: u64) -> Range<u64> {
-        let s = self.sequence_length as u64;
-        let start = i.saturating_mul(s);
-        start..start.saturating_add(s + 1)
+        match &self.cut {
+            Cut::Stream { .. } => {
+                let s = self.sequence_length as u64;
+                let start = i.saturating_mul(s);
+                start..start.saturating_add(s + 1)
+            }
+            Cut::Packed { starts } => {
+                let at = |i: u64| usize::try_from(i).ok().and_then(|i| starts.get(i)).copied();
+                let end = at(i.saturating_add(1)).unwrap_or(u64::MAX);
+                at(i).unwrap_or(u64::MAX)..end
+            }
+        }
     }
 }
 
@@ -115,6 +177,42 @@ mod tests {
         let starts: Vec<_> = (0..dataset.len()).map(|i| dataset.document_starts(i).unwrap()).collect();
         // Documents start at 0, 1, 1, 2, 11, 12, 12, 12, 16.
         assert_eq!(starts, [vec![1, 2], vec![], vec![3, 4], vec![4]]);
+    }
+
+    #[test]
+    fn packed_samples_are_whole_documents() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let mut writer = TokenFileWriter::create(&path, 256).unwrap();
+        for (prompt, completion) in [(1, 2), (1, 1), (2, 3), (1, 4), (3, 1), (1, 1)] {
+            writer.completion(&vec![7; prompt], &vec![9; completion]).unwrap();
+        }
+        writer.finish().unwrap();
+        let open = || TokenFile::open(&path).unwrap();
+        // Documents of 3, 2, 5, 5, 4 and 2 tokens, of which up to 6 fit.
+        let dataset = Dataset::packed(open(), 5).unwrap();
+        let of = |i| (dataset.sample(i).unwrap(), dataset.document_starts(i).unwrap());
+        let samples: Vec<_> = (0..dataset.len()).map(of).collect();
+        let want: [(&[u32], &[usize]); 4] = [
+            (&[7, 9, 9, 7, 9], &[3]),
+            (&[7, 7, 9, 9, 9], &[]),
+            (&[7, 9, 9, 9, 9], &[]),
+            (&[7, 7, 7, 9, 7, 9], &[4]),
+        ];
+        assert!(samples.iter().zip(want).all(|((tokens, starts), want)| (&tokens[..], &starts[..]) == want));
+        assert_eq!(samples.len(), 4);
+        for i in 0..4 {
+            let learnt: Vec<bool> = dataset.sample(i).unwrap().iter().map(|&token| token == 9).collect();
+            assert_eq!(dataset.mask(i).unwrap(), learnt);
+        }
+        assert!(dataset.sample(4).is_err() && dataset.mask(u64::MAX).is_err());
+        let error = Dataset::packed(open(), 3).unwrap_err().to_string();
+        assert!(
+            error.ends_with("document 2 has 5 tokens, but a sequence takes at most 4 (sequence_length + 1)"),
+            "{error}"
+        );
+        // As a stream, the same file is masked too.
+        assert_eq!(Dataset::new(open(), 4).unwrap().mask(0).unwrap(), [false, true, true, false, true]);
     }
 
     #[test]

@@ -67,6 +67,35 @@ pub enum DataError {
         /// Tokens of the vocabulary.
         vocab_size: u64,
     },
+    /// A line of a file of prompts and completions is not one.
+    #[error("{}:{line}: {what}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// There is nothing left to train on when a sample is held out.
+    #[error("data.files has only one prompt with a completion, and whole ones are held out: give more")]
+    OneSample,
+    /// A document does not fit into a sequence.
+    #[error(
+        "{}: document {index} has {tokens} tokens, but a sequence takes at most {} (sequence_length + 1)",
+        path.display(),
+        sequence_length + 1
+    )]
+    LongDocument {
+        /// The file.
+        path: PathBuf,
+        /// The document, from 0.
+        index: u64,
+        /// Its tokens.
+        tokens: u64,
+        /// Tokens of a sequence, S.
+        sequence_length: usize,
+    },
     /// Not even one sequence fits.
     #[error("{} has {tokens} tokens, but one sequence needs {} (sequence_length + 1)", path.display(), sequence_length + 1)]
     TooShort {

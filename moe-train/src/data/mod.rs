@@ -1,10 +1,12 @@
 //! From text files to the sequences of a step.
 //!
 //! Text is found by patterns, cut into documents, tokenised, and written to two [token files](token_file): one to train
-//! on, one of held-out documents. A [`Dataset`] reads a token file as samples of `S + 1` tokens; a [`Sampler`] says which
+//! on, one of held-out documents. [Prompts with completions](prepare_completions()) become token files with a mask. A
+//! [`Dataset`] reads a token file as samples of up to `S + 1` tokens; a [`Sampler`] says which
 //! samples make up which micro-batch of which step. Both know nothing of the mapping.
 
 mod batch_sizes;
+mod completions;
 mod dataset;
 mod entropy;
 mod error;
@@ -15,6 +17,7 @@ pub mod token_file;
 mod tokenizer;
 
 pub use batch_sizes::{BatchSizes, RampUp, RampUpError};
+pub use completions::prepare_completions;
 pub use dataset::Dataset;
 pub use entropy::unigram_entropy;
 pub use error::DataError;

@@ -12,7 +12,7 @@ use crate::durable::Context;
 pub const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
 
 /// What [`prepare`] wrote.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Prepared {
     /// Documents to train on.
     pub train_documents: usize,
@@ -22,6 +22,18 @@ pub struct Prepared {
     pub held_out_documents: usize,
     /// Their tokens.
     pub held_out_tokens: u64,
+}
+
+impl Prepared {
+    /// Counts a document.
+    pub(super) fn count(&mut self, is_held_out: bool, tokens: usize) {
+        let (documents, sum) = match is_held_out {
+            true => (&mut self.held_out_documents, &mut self.held_out_tokens),
+            false => (&mut self.train_documents, &mut self.train_tokens),
+        };
+        *documents += 1;
+        *sum += tokens as u64;
+    }
 }
 
 /// The files that match any of the patterns, sorted by path, each once. Folders that match are passed over.
@@ -78,17 +90,12 @@ pub fn prepare(
 
     let mut train = TokenFileWriter::create(train_path, ByteTokenizer::VOCAB_SIZE as u32)?;
     let mut held = TokenFileWriter::create(held_out_path, ByteTokenizer::VOCAB_SIZE as u32)?;
-    let mut prepared =
-        Prepared { train_documents: 0, train_tokens: 0, held_out_documents: 0, held_out_tokens: 0 };
+    let mut prepared = Prepared::default();
     for (document, is_held_out) in documents.iter().zip(is_held_out) {
         let tokens = tokenizer.encode(&document.read()?);
-        let (writer, count, sum) = match is_held_out {
-            true => (&mut held, &mut prepared.held_out_documents, &mut prepared.held_out_tokens),
-            false => (&mut train, &mut prepared.train_documents, &mut prepared.train_tokens),
-        };
+        let writer = if is_held_out { &mut held } else { &mut train };
         writer.document(&tokens)?;
-        *count += 1;
-        *sum += tokens.len() as u64;
+        prepared.count(is_held_out, tokens.len());
     }
     train.finish()?;
     held.finish()?;
@@ -145,7 +152,7 @@ fn cut<'a>(path: &'a Path, documents: &mut Vec<Document<'a>>) -> Result<(), Data
 }
 
 /// Which of `n` documents are held out; none if there are not two.
-fn choose(n: usize, held_out: f64, seed: u64) -> Option<Vec<bool>> {
+pub(super) fn choose(n: usize, held_out: f64, seed: u64) -> Option<Vec<bool>> {
     if n < 2 {
         return None;
     }

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use super::RunFolder;
 use crate::Result;
-use crate::config::{RunConfig, TokenizerKind};
-use crate::data::{ByteTokenizer, Dataset, Sampler, TokenFile, find_files, prepare, unigram_entropy};
+use crate::config::{DataFormat, RunConfig, TokenizerKind};
+use crate::data::{
+    ByteTokenizer, Dataset, Sampler, TokenFile, find_files, prepare, prepare_completions, unigram_entropy,
+};
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
 
@@ -31,8 +33,14 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
             }
         }
         let (share, seed) = (config.data.held_out, config.train.seed);
-        let prepared =
-            prepare(&files, ByteTokenizer, share, seed, &folder.train_tokens(), &folder.held_out_tokens())?;
+        let (train, held_out) = (folder.train_tokens(), folder.held_out_tokens());
+        let prepared = match config.data.format {
+            DataFormat::Text => prepare(&files, ByteTokenizer, share, seed, &train, &held_out)?,
+            DataFormat::PromptCompletion => {
+                let length = config.train.sequence_length;
+                prepare_completions(&files, ByteTokenizer, length, share, seed, [&train, &held_out])?
+            }
+        };
         println!(
             "{} files: {} tokens to train on, {} held out ({} of {} documents)",
             files.len(),
@@ -77,12 +85,21 @@ struct Samples {
 
 impl Samples {
     fn new(file: TokenFile, config: &RunConfig) -> Result<Self> {
-        let dataset = Dataset::new(file, config.train.sequence_length)?;
-        Ok(Samples { dataset, separate_documents: config.data.separate_documents })
+        let dataset = match config.data.format {
+            DataFormat::Text => Dataset::new(file, config.train.sequence_length)?,
+            DataFormat::PromptCompletion => Dataset::packed(file, config.train.sequence_length)?,
+        };
+        Ok(Samples { dataset, separate_documents: config.data.separates_documents() })
     }
 
     fn sequence(&self, i: u64) -> Result<Sequence> {
-        let sequence = Sequence::unweighted(self.dataset.sample(i)?);
+        let (mut tokens, mask) = (self.dataset.sample(i)?, self.dataset.mask(i)?);
+        let length = self.dataset.sequence_length();
+        let padding = (length + 1).saturating_sub(tokens.len());
+        tokens.resize(length + 1, 0);
+        let mut weights: Vec<f64> = mask.iter().skip(1).map(|&learnt| f64::from(u8::from(learnt))).collect();
+        weights.resize(length, 0.0);
+        let sequence = Sequence::new(tokens, weights).padded(padding);
         Ok(match self.separate_documents {
             true => sequence.separated(self.dataset.document_starts(i)?),
             false => sequence,
@@ -98,7 +115,7 @@ pub struct TextSource {
 }
 
 impl TextSource {
-    /// The samples of a step: `n` is the tokens `n·S ..= n·S + S` of `data/train.tokens`.
+    /// The samples of a step, as [`Dataset`] counts them in `data/train.tokens`.
     pub fn samples(&self, step: u64) -> Vec<u64> {
         (self.sampler.cursor(step)..self.sampler.cursor(step + 1)).map(|g| self.sampler.sample(g)).collect()
     }
@@ -149,5 +166,58 @@ impl HeldOut {
                 Ok(Sequence::unweighted(vec![0; length + 1]).padded(length))
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::TokenFileWriter;
+
+    /// Documents of 4, 3 and 5 tokens in sequences of up to 8, and a batch of two sequences more.
+    #[test]
+    fn completions_are_packed_masked_and_padded() {
+        let config = RunConfig::parse(
+            "
+            [model]
+            vocab_size = 256
+            hidden_size = 8
+            intermediate_size = 4
+            num_hidden_layers = 1
+            num_attention_heads = 2
+            num_key_value_heads = 2
+            num_local_experts = 2
+            num_experts_per_tok = 1
+            [train]
+            steps = 1
+            global_batch_size = 4
+            micro_batch_size = 2
+            sequence_length = 7
+            output = 'unused'
+            [data]
+            format = 'prompt-completion'
+            files = ['unused']
+            ",
+            "a test",
+            &[] as &[&str],
+        )
+        .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let mut writer = TokenFileWriter::create(&path, 256).unwrap();
+        for (prompt, completion) in [(&[1, 2][..], &[3, 4][..]), (&[5], &[6, 7]), (&[8, 8, 8], &[9, 9])] {
+            writer.completion(prompt, completion).unwrap();
+        }
+        writer.finish().unwrap();
+        let held_out = open_held_out(&config, &path).unwrap();
+        assert_eq!(held_out.micro_batches(), 2);
+        let [first, second] = held_out.micro_batch(0).unwrap().try_into().unwrap();
+        assert_eq!(first.tokens, [1, 2, 3, 4, 5, 6, 7, 0]);
+        assert_eq!(first.weights, [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0]);
+        assert_eq!((first.documents, first.padding), (vec![4], 1));
+        assert_eq!(second.tokens, [8, 8, 8, 9, 9, 0, 0, 0]);
+        assert_eq!(second.weights, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]);
+        assert_eq!((second.documents, second.padding), (vec![], 3));
+        assert!(held_out.micro_batch(1).unwrap().iter().all(|sequence| sequence.padding == 7));
     }
 }

@@ -200,7 +200,8 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             ),
             ("train.micro_batch_size", train.micro_batch_size.to_string()),
             ("train.sequence_length", train.sequence_length.to_string()),
-            ("data.separate_documents", config.data.separate_documents.to_string()),
+            ("data.format", config.data.format.name().to_owned()),
+            ("data.separate_documents", config.data.separates_documents().to_string()),
         ]
     };
     for ((key, then), (_, now)) in settings(&meta.config).into_iter().zip(settings(config)) {

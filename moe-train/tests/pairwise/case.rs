@@ -63,7 +63,7 @@ impl Source {
             seq_len: config.train.sequence_length,
             micro_batch: config.train.micro_batch_size,
         };
-        Source { random, separate_documents: config.data.separate_documents }
+        Source { random, separate_documents: config.data.separates_documents() }
     }
 }
 

@@ -1,9 +1,9 @@
-//! Token files: a checksummed header, tokens of fixed width, and where documents start.
+//! Token files: a checksummed header, tokens of fixed width, where documents start, and which tokens are learnt.
 //!
 //! | at | bytes | what |
 //! |---|---|---|
 //! | 0 | 8 | magic `MOETOKEN` |
-//! | 8 | 4 | version, 1 |
+//! | 8 | 4 | version: 1, or 2 with a mask |
 //! | 12 | 4 | bytes of a token: 1, 2 or 4 |
 //! | 16 | 8 | vocabulary: all tokens are below |
 //! | 24 | 8 | tokens |
@@ -12,6 +12,7 @@
 //! | 72 | 32 | BLAKE3 of bytes 0 to 72 |
 //! | 104 | 24 | zero |
 //! | 128 | | tokens, zeros up to a multiple of 8, then `documents + 1` offsets of 8 bytes, from 0 to `tokens` |
+//! | | | version 2: a bit per token, the lowest of a byte first, 1 if the loss counts it as a target; zeros up to a multiple of 8 bytes |
 //!
 //! All numbers are little-endian.
 
@@ -23,7 +24,8 @@ pub use read::TokenFile;
 pub use write::TokenFileWriter;
 
 const MAGIC: &[u8; 8] = b"MOETOKEN";
-const VERSION: u32 = 1;
+/// Without and with a mask.
+const VERSIONS: [u32; 2] = [1, 2];
 const HEADER: usize = 128;
 
 /// What is wrong with a token file.
@@ -34,7 +36,7 @@ pub enum Fault {
     #[error("this is no token file (it does not start with \"MOETOKEN\")")]
     Foreign,
     /// A later version of this crate made it.
-    #[error("version {found} is not supported (this program reads version {VERSION})")]
+    #[error("version {found} is not supported (this program reads versions {} and {})", VERSIONS[0], VERSIONS[1])]
     Version {
         /// The version.
         found: u32,
@@ -74,6 +76,7 @@ struct Header {
     vocab_size: u64,
     tokens: u64,
     documents: u64,
+    masked: bool,
     content: [u8; 32],
 }
 
@@ -81,7 +84,7 @@ impl Header {
     fn to_bytes(self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&VERSIONS[usize::from(self.masked)].to_le_bytes());
         bytes[12..16].copy_from_slice(&(self.width as u32).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.vocab_size.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.tokens.to_le_bytes());
@@ -105,24 +108,26 @@ impl Header {
             vocab_size: u64_at(bytes, 16),
             tokens: u64_at(bytes, 24),
             documents: u64_at(bytes, 32),
+            masked: version == VERSIONS[1],
             content: std::array::from_fn(|i| bytes[40 + i]),
         };
         let intact =
             blake3::hash(&bytes[..72]).as_bytes() == &bytes[72..104] && bytes[104..] == [0; HEADER - 104];
         match version {
             _ if !intact => Err(Fault::Header),
-            VERSION if matches!(header.width, 1 | 2 | 4) => Ok(header),
-            VERSION => Err(Fault::Header),
-            found => Err(Fault::Version { found }),
+            found if !VERSIONS.contains(&found) => Err(Fault::Version { found }),
+            _ if matches!(header.width, 1 | 2 | 4) => Ok(header),
+            _ => Err(Fault::Header),
         }
     }
 
-    /// Where the document offsets start, and the length of the file; none if that is more than can be.
-    fn extent(&self) -> Option<(u64, u64)> {
+    /// Where the document offsets and the mask start, and the length of the file; none if that is more than can be.
+    fn extent(&self) -> Option<[u64; 3]> {
         let tokens = self.tokens.checked_mul(self.width as u64)?.checked_next_multiple_of(8)?;
         let index = tokens.checked_add(HEADER as u64)?;
-        let offsets = self.documents.checked_add(1)?.checked_mul(8)?;
-        Some((index, index.checked_add(offsets)?))
+        let mask = index.checked_add(self.documents.checked_add(1)?.checked_mul(8)?)?;
+        let mask_bytes = if self.masked { self.tokens.div_ceil(8).checked_next_multiple_of(8)? } else { 0 };
+        Some([index, mask, mask.checked_add(mask_bytes)?])
     }
 }
 

@@ -25,6 +25,8 @@ pub struct TokenFile {
     header: Header,
     /// Where the document offsets start.
     index: usize,
+    /// Where the mask starts, if there is one.
+    mask: Option<usize>,
 }
 
 impl TokenFile {
@@ -41,11 +43,13 @@ impl TokenFile {
         }
         let map = map(&file).context("map", path)?;
         let header = Header::from_bytes(&map).map_err(fault)?;
-        let (index, expected) = header.extent().ok_or(Fault::Header).map_err(fault)?;
-        match (usize::try_from(index), map.len() as u64 == expected) {
-            (Ok(index), true) => Ok(TokenFile { path: path.to_owned(), map, header, index }),
-            _ => Err(fault(Fault::Length { expected, found })),
+        let [index, mask, expected] = header.extent().ok_or(Fault::Header).map_err(fault)?;
+        if map.len() as u64 != expected {
+            return Err(fault(Fault::Length { expected, found }));
         }
+        // Both are inside of the mapping.
+        let (index, mask) = (index as usize, header.masked.then_some(mask as usize));
+        Ok(TokenFile { path: path.to_owned(), map, header, index, mask })
     }
 
     /// Where it is.
@@ -128,6 +132,21 @@ impl TokenFile {
         let width = self.header.width;
         let at = |token: u64| HEADER + token as usize * width;
         Ok(widen(&self.map[at(range.start)..at(range.end)], width))
+    }
+
+    /// Which of some tokens the loss counts as targets; all of them in a file without a mask.
+    ///
+    /// # Errors
+    /// As [`tokens`](Self::tokens).
+    pub fn mask(&self, range: Range<u64>) -> Result<Vec<bool>, DataError> {
+        let Some(mask) = self.mask else { return Ok(vec![true; self.tokens(range)?.len()]) };
+        let len = self.header.tokens;
+        if range.start > range.end || range.end > len {
+            let Range { start, end } = range;
+            return Err(self.fault(Fault::OutOfRange { what: "tokens", start, end, len }));
+        }
+        // All bits are inside of the mapping, so this does not overflow.
+        Ok(range.map(|i| self.map[mask + (i / 8) as usize] & (1 << (i % 8)) != 0).collect())
     }
 
     /// Calls `f` with all tokens, some at a time.

@@ -98,12 +98,13 @@ fn every_truncation_and_every_flipped_bit_is_found_and_the_file_named() {
 
 #[test]
 fn a_later_version_and_absurd_sizes_are_refused() {
-    let header = Header { width: 1, vocab_size: 256, tokens: 0, documents: 0, content: [0; 32] };
+    let header =
+        Header { width: 1, vocab_size: 256, tokens: 0, documents: 0, masked: false, content: [0; 32] };
     let mut bytes = header.to_bytes();
-    bytes[8] = 2;
+    bytes[8] = 3;
     let hash = blake3::hash(&bytes[..72]);
     bytes[72..104].copy_from_slice(hash.as_bytes());
-    assert_eq!(Header::from_bytes(&bytes), Err(Fault::Version { found: 2 }));
+    assert_eq!(Header::from_bytes(&bytes), Err(Fault::Version { found: 3 }));
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("t");
@@ -111,4 +112,49 @@ fn a_later_version_and_absurd_sizes_are_refused() {
         fs::write(&path, header.to_bytes()).unwrap();
         assert!(TokenFile::open(&path).is_err());
     }
+}
+
+#[test]
+fn a_mask_says_what_is_learnt() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t");
+    let mut writer = TokenFileWriter::create(&path, 300).unwrap();
+    // Nine tokens before the first prompt, so that bits cross a byte.
+    writer.document(&[1; 9]).unwrap();
+    writer.completion(&[2, 2], &[1]).unwrap();
+    writer.document(&[1, 1]).unwrap();
+    writer.completion(&[2; 5], &[1; 3]).unwrap();
+    assert!(writer.completion(&[2], &[300]).is_err());
+    writer.finish().unwrap();
+    let file = TokenFile::open(&path).unwrap();
+    file.verify().unwrap();
+    assert_eq!((file.len(), file.documents()), (22, 4));
+    for range in [0..22, 3..17, 8..9, 22..22] {
+        let learnt: Vec<bool> = file.tokens(range.clone()).unwrap().iter().map(|&token| token == 1).collect();
+        assert_eq!(file.mask(range).unwrap(), learnt);
+    }
+    assert!(file.mask(3..23).unwrap_err().to_string().ends_with("t: tokens 3..23 of 22"));
+    assert_eq!(fs::metadata(&path).unwrap().len(), 128 + 48 + 40 + 8);
+
+    let good = fs::read(&path).unwrap();
+    assert_eq!(good[8], 2);
+    for bit in 0..8 * good.len() {
+        let mut bad = good.clone();
+        bad[bit / 8] ^= 1 << (bit % 8);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, bad).unwrap();
+        assert!(TokenFile::open(&path).and_then(|file| file.verify()).is_err(), "bit {bit}");
+    }
+}
+
+/// Without a prompt files are what they were before there was a mask.
+#[test]
+fn files_without_a_mask_have_version_1_and_all_is_learnt() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t");
+    write(&path, 256, &[&[1, 2, 3]]);
+    assert_eq!(fs::read(&path).unwrap()[8], 1);
+    let file = TokenFile::open(&path).unwrap();
+    assert_eq!(file.mask(0..2).unwrap(), [true, true]);
+    assert!(file.mask(0..4).is_err());
 }

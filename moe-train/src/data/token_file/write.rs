@@ -19,6 +19,8 @@ pub struct TokenFileWriter {
     width: usize,
     vocab_size: u64,
     offsets: Vec<u64>,
+    /// Bits of tokens, once a document has a mask.
+    mask: Option<Vec<u8>>,
     finished: bool,
 }
 
@@ -44,22 +46,40 @@ impl TokenFileWriter {
             width,
             vocab_size: vocab_size.into(),
             offsets: vec![0],
+            mask: None,
             finished: false,
         })
     }
 
-    /// Adds a document.
+    /// Adds a document, all of whose tokens are learnt.
     ///
     /// # Errors
     /// A token is not below `vocab_size`, or the file cannot be written.
     pub fn document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
-        if let Some(&token) = tokens.iter().find(|&&token| u64::from(token) >= self.vocab_size) {
-            return Err(DataError::TokenTooLarge { token, vocab_size: self.vocab_size });
+        let first = self.tokens();
+        self.append_document(tokens)?;
+        if let Some(mask) = &mut self.mask {
+            mask_tokens(mask, first, tokens.len(), true);
         }
-        let bytes: Vec<u8> =
-            tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(self.width)).collect();
-        self.offsets.push(self.tokens() + tokens.len() as u64);
-        self.append(&bytes)
+        Ok(())
+    }
+
+    /// Adds a document that is a prompt, which is read, and its completion, which is learnt: the loss counts only tokens of the
+    /// completion as targets. The file has a mask then.
+    ///
+    /// # Errors
+    /// As [`document`](Self::document).
+    pub fn completion(&mut self, prompt: &[u32], completion: &[u32]) -> Result<(), DataError> {
+        let first = self.tokens();
+        self.append_document(&[prompt, completion].concat())?;
+        let mask = self.mask.get_or_insert_with(|| {
+            let mut mask = Vec::new();
+            mask_tokens(&mut mask, 0, first as usize, true);
+            mask
+        });
+        mask_tokens(mask, first, prompt.len(), false);
+        mask_tokens(mask, first + prompt.len() as u64, completion.len(), true);
+        Ok(())
     }
 
     /// Completes the file under its name.
@@ -72,11 +92,18 @@ impl TokenFileWriter {
         self.append(&[0; 8][..used.next_multiple_of(8) - used])?;
         let offsets: Vec<u8> = self.offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
         self.append(&offsets)?;
+        let mask = self.mask.take();
+        let masked = mask.is_some();
+        if let Some(mut mask) = mask {
+            mask.resize(mask.len().next_multiple_of(8), 0);
+            self.append(&mask)?;
+        }
         let header = Header {
             width: self.width,
             vocab_size: self.vocab_size,
             tokens,
             documents: self.offsets.len() as u64 - 1,
+            masked,
             content: self.hasher.finalize().into(),
         };
         let complete = |file: &mut BufWriter<File>| {
@@ -96,9 +123,31 @@ impl TokenFileWriter {
         self.offsets.last().copied().unwrap_or(0)
     }
 
+    fn append_document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        if let Some(&token) = tokens.iter().find(|&&token| u64::from(token) >= self.vocab_size) {
+            return Err(DataError::TokenTooLarge { token, vocab_size: self.vocab_size });
+        }
+        let bytes: Vec<u8> =
+            tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(self.width)).collect();
+        self.offsets.push(self.tokens() + tokens.len() as u64);
+        self.append(&bytes)
+    }
+
     fn append(&mut self, bytes: &[u8]) -> Result<(), DataError> {
         self.hasher.update(bytes);
         Ok(self.file.write_all(bytes).context("write", &self.temporary)?)
+    }
+}
+
+/// Appends `count` bits, from bit `first` on, which is where `mask` ends.
+fn mask_tokens(mask: &mut Vec<u8>, first: u64, count: usize, learnt: bool) {
+    for i in first..first + count as u64 {
+        if i % 8 == 0 {
+            mask.push(0);
+        }
+        if let Some(last) = mask.last_mut() {
+            *last |= u8::from(learnt) << (i % 8);
+        }
     }
 }
 
