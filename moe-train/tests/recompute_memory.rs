@@ -132,7 +132,7 @@ impl Kept<'_> {
         let routing = match (dispatcher, spread) {
             (_, 1) => choices + 4 * (3 * rows * k + e + 1),
             (AllToAll, _) => choices + 4 * (3 * rows * k + e + 1 + 2 * expert_rows + e / ep + 1),
-            (_, _) => choices + 4 * (2 * rows * spread * k + expert_rows + e / ep + 1),
+            (_, _) => choices + 4 * (3 * rows * spread * k + e / ep + 1),
         };
         let inner = self.size(model.expert_width(), folding.size(Expert::ETP));
         let shared = match (model.shared_expert_intermediate_size, model.n_shared_experts) {
@@ -204,7 +204,7 @@ where
     let (ranks, etp) = (folding.world_size(), folding.size(Expert::ETP));
     let expert_rows = kept.rows() * setup.model.num_experts_per_tok * etp;
     let theory = ranks * kept.layer(setup.model.is_moe_layer(0), expert_rows, names);
-    let (measured, of) = (setup.clone(), format!("{names:?} under {}", folding.mapping()));
+    let (measured, of) = (setup.clone(), format!("{names:?}, {}, {}", setup.dispatcher, folding.mapping()));
     let measured = ThreadWorld::run(ranks, DEADLINE, move |world| measure::<T>(&world, &measured));
     let measured = measured.unwrap_or_else(|error| panic!("{of}: {error}")).into_iter().sum::<usize>();
     assert_eq!(measured, theory, "{of}");
