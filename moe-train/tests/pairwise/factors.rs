@@ -95,8 +95,23 @@ pub const FACTORS: &[Factor] = &[
         levels: &[Level("all-to-all", NONE), Level("all-gather", &["parallel.dispatcher=all-gather"])],
     },
     // So many layers as stages need, and where they are: see `Case`.
-    Factor { name: "layers", levels: &[Level("even", NONE), Level("listed", NONE)] },
+    Factor {
+        name: "layers",
+        levels: &[Level("even", NONE), Level("listed", NONE), Level("in notation", NONE)],
+    },
     Factor { name: "micro-batch group", levels: &[Level("pp", NONE), Level("all", NONE)] },
+    Factor {
+        name: "optimizer instances",
+        levels: &[
+            Level("1", NONE),
+            Level("2", &["parallel.num_distributed_optimizer_instances=2"]),
+            Level("3", &["parallel.num_distributed_optimizer_instances=3"]),
+        ],
+    },
+    Factor {
+        name: "shared overlap",
+        levels: &[Level("no", NONE), Level("yes", &["parallel.moe_shared_expert_overlap=true"])],
+    },
     Factor {
         name: "overlap",
         levels: &[
@@ -143,6 +158,8 @@ pub const FACTORS: &[Factor] = &[
         name: "documents",
         levels: &[Level("as one", NONE), Level("separated", &["data.separate_documents=true"])],
     },
+    // Sequences that end in padding: of the source, which all settings of a run's configuration are silent about.
+    Factor { name: "padding", levels: &[Level("none", NONE), Level("some", &["source.padding=true"])] },
     // Attention.
     Factor {
         name: "kv heads",
@@ -274,6 +291,22 @@ pub const FACTORS: &[Factor] = &[
         levels: &[Level("0.01", &["model.router_z_loss_coef=0.01"]), Level("none", NONE)],
     },
     Factor {
+        name: "router type",
+        levels: &[Level("the model's", NONE), Level("f64", &["model.moe_router_dtype=f64"])],
+    },
+    Factor {
+        name: "jitter",
+        levels: &[Level("none", NONE), Level("0.1", &["model.router_jitter_noise=0.1"])],
+    },
+    Factor {
+        name: "forced routing",
+        levels: &[
+            Level("none", NONE),
+            Level("balanced", &["train.moe_router_force_load_balancing=true"]),
+            Level("skewed", &["train.moe_router_force_skew=1.5"]),
+        ],
+    },
+    Factor {
         name: "expert bias",
         levels: &[
             Level("none", NONE),
@@ -332,7 +365,14 @@ pub const FACTORS: &[Factor] = &[
 
 /// Whether a setting says how, not what is computed.
 pub fn is_mapping(setting: &str) -> bool {
-    ["parallel.", "train.overlap_", "train.recompute="].iter().any(|start| setting.starts_with(start))
+    let starts = [
+        "parallel.",
+        "train.overlap_",
+        "train.recompute=",
+        "train.moe_pad_expert_input_to_capacity=",
+        "train.moe_expert_rank_capacity_factor=",
+    ];
+    starts.iter().any(|start| setting.starts_with(start))
 }
 
 /// What a rule looks at: levels by the names of their factors.
@@ -511,6 +551,34 @@ pub const RULES: &[Rule] = &[
         refusals: &["the model has no shared expert"],
         factors: &["shared expert", "recompute"],
         holds: |c| !c.is("recompute", "shared experts") || !c.is("shared expert", "none"),
+    },
+    Rule {
+        why: "instances of the optimizer divide dp and edp",
+        refusals: &["num_distributed_optimizer_instances"],
+        factors: &["tp", "cp", "dp", "ep", "etp", "optimizer instances"],
+        holds: |c| {
+            let (dp, instances) = (c.number("dp"), c.number("optimizer instances"));
+            let edp = c.number("tp") * c.number("cp") * dp / (c.number("etp") * c.number("ep"));
+            dp % instances == 0 && edp % instances == 0
+        },
+    },
+    Rule {
+        why: "what overlaps is a shared expert",
+        refusals: &["moe_shared_expert_overlap"],
+        factors: &["shared expert", "shared overlap"],
+        holds: |c| c.is("shared overlap", "no") || !c.is("shared expert", "none"),
+    },
+    Rule {
+        why: "a bias would follow forced choices",
+        refusals: &["moe_router_force"],
+        factors: &["expert bias", "forced routing"],
+        holds: |c| c.is("expert bias", "none") || c.is("forced routing", "none"),
+    },
+    Rule {
+        why: "forced choices keep to no groups",
+        refusals: &["moe_router_force"],
+        factors: &["expert groups", "forced routing"],
+        holds: |c| c.is("expert groups", "none") || c.is("forced routing", "none"),
     },
 ];
 
