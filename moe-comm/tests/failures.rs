@@ -245,3 +245,19 @@ fn an_error_of_another_type_is_the_source() {
     assert_eq!(error.to_string(), "rank 0 failed: no such file");
     assert_eq!(error.source().unwrap().to_string(), "no such file");
 }
+
+#[test]
+fn what_a_rank_aborted_for_is_the_source() {
+    let ended = ThreadWorld::run(4, PATIENT, |world| -> Result<(), Box<dyn StdError + Send + Sync>> {
+        let comms = comms(&world)?;
+        if world.rank() == 1 {
+            comms.abort("a disk is full");
+            return Err("no space left".into());
+        }
+        Ok(comms.group(Attention::PP)?.barrier()?)
+    });
+    let error = ended.unwrap_err();
+    assert_eq!(error.rank(), Some(1));
+    assert!(error.to_string().contains("aborted: a disk is full"), "{error}");
+    assert_eq!(error.source().unwrap().to_string(), "no space left");
+}

@@ -90,6 +90,7 @@ pub use native::{NativeFabric, NativePending};
 #[cfg(feature = "native")]
 pub use router::{
     Jitter, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats, RoutingOn,
+    Sinkhorn, SumOverUnit,
 };
 
 #[cfg(all(doctest, feature = "native"))]

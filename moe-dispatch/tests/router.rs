@@ -1,6 +1,6 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
-use moe_dispatch::{Error, Jitter, Router, RouterConfig, RouterInput, RouterScales};
+use moe_dispatch::{Error, Jitter, Router, RouterConfig, RouterInput, RouterScales, Sinkhorn};
 use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
 use moe_kernels::random::uniform_pair;
 use moe_kernels::{Cpu, Tensor};
@@ -341,6 +341,64 @@ fn noise_is_on_the_input_and_given_experts_have_present_weights() {
         (stats.plain_counts, own_stats.plain_counts),
         (own_stats.expert_counts.clone(), own_stats.expert_counts)
     );
+}
+
+/// The iteration as it is written, on the tokens of two ranks; then the choices are even, and weights are the scores'.
+#[test]
+fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
+    let device = Cpu::poisoned(1);
+    let (tokens, top_k) = (24, 2);
+    // All prefer the first experts.
+    let logit = |i: usize, e: usize| ((i * 7 + e * 3) as f64).sin() - 1.3 * e as f64;
+    let logits: Vec<f64> = (0..tokens * 6).map(|j| logit(j / 6, j % 6)).collect();
+    let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
+    let weight = tensor(6, 6, &identity);
+    let whole = tensor(tokens, 6, &logits);
+    let router = Router::new(config(ScoreFunction::SoftmaxPre { normalize: false }, top_k)).unwrap();
+    let own = |numbers: &[f64]| Ok(numbers.to_vec());
+    for iterations in [1, 2, 5, 60] {
+        let mut d = [1.0; 6];
+        let x = |i: usize, e: usize| logit(i, e).exp();
+        for _ in 0..iterations {
+            let r: Vec<f64> = (0..tokens)
+                .map(|i| 1.0 / (tokens as f64 * (0..6).map(|e| d[e] * x(i, e)).sum::<f64>()))
+                .collect();
+            d = std::array::from_fn(|e| 1.0 / (6.0 * (0..tokens).map(|i| r[i] * x(i, e)).sum::<f64>()));
+        }
+        let want: Vec<i32> = (0..tokens)
+            .flat_map(|i| {
+                let mut order: Vec<usize> = (0..6).collect();
+                order.sort_by(|&a, &b| (d[b] * x(i, b)).total_cmp(&(d[a] * x(i, a))));
+                order.into_iter().take(top_k).map(|e| e as i32)
+            })
+            .collect();
+        let sinkhorn = Some(Sinkhorn { iterations, sum_over_unit: &own });
+        let input = RouterInput { sinkhorn, ..RouterInput::new(&whole, weight.view()) };
+        let (routing, _, stats) = router.forward(&device, input, alone).unwrap();
+        assert_eq!(routing.experts.to_vec(&device).unwrap(), want, "{iterations} iterations");
+        let weights = routing.weights.to_f64(&device).unwrap();
+        for (j, (w, e)) in weights.iter().zip(&want).enumerate() {
+            let i = j / top_k;
+            let p = x(i, *e as usize) / (0..6).map(|e| x(i, e)).sum::<f64>();
+            assert!((w - p).abs() < 1e-14, "weights are those of the scores");
+        }
+        if iterations == 60 {
+            assert_eq!(stats.plain_counts[4..], [0, 0]);
+            assert!(stats.expert_counts.iter().all(|count| (6..=12).contains(count)), "{stats:?}");
+        }
+    }
+    // Without tokens it still takes part; a choice that is given needs no iteration.
+    let calls = std::cell::Cell::new(0);
+    let counted = |numbers: &[f64]| {
+        calls.set(calls.get() + 1);
+        Ok(numbers.to_vec())
+    };
+    let sinkhorn = Some(Sinkhorn { iterations: 3, sum_over_unit: &counted });
+    let none = tensor(0, 6, &[]);
+    router
+        .forward(&device, RouterInput { sinkhorn, ..RouterInput::new(&none, weight.view()) }, alone)
+        .unwrap();
+    assert_eq!(calls.get(), 3);
 }
 
 /// Two logits that are one number in single precision.

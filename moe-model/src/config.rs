@@ -135,6 +135,10 @@ pub struct ModelConfig {
     /// In training, each element of what a router sees is multiplied by a random number within so much of 1; 0 unless given.
     #[serde(default)]
     pub router_jitter_noise: f64,
+    /// In training, experts are chosen by so many iterations of Sinkhorn's algorithm on a micro-batch's logits, which spread
+    /// its tokens evenly; by score unless given. See [`Sinkhorn`](moe_dispatch::Sinkhorn).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moe_router_sinkhorn_iterations: Option<usize>,
     /// Whether the chosen experts' weights are divided by their sum; true unless given.
     #[serde(default = "default_norm_topk_prob")]
     pub norm_topk_prob: bool,
@@ -530,6 +534,7 @@ mod tests {
             scoring_func: ScoringFunc::SoftmaxPost,
             moe_router_dtype: None,
             router_jitter_noise: 0.0,
+            moe_router_sinkhorn_iterations: None,
             norm_topk_prob: true,
             routed_scaling_factor: 1.0,
             n_group: 1,

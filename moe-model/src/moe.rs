@@ -3,7 +3,7 @@
 use moe_comm::Reduction;
 use moe_dispatch::{
     Batch, DispatchState, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput,
-    RouterSaved, RouterScales, RouterStats, TokenDispatcher, TokenDispatcherState,
+    RouterSaved, RouterScales, RouterStats, Sinkhorn, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -38,6 +38,8 @@ pub struct MoeMlp {
     gate: ParamId,
     router: Router,
     jitter: f64,
+    /// Iterations of Sinkhorn's algorithm in training, if it chooses the experts.
+    sinkhorn: Option<usize>,
     bias: Option<ExpertBias>,
     dispatcher: TokenDispatcher,
     grid: Grid,
@@ -163,6 +165,7 @@ impl MoeMlp {
             gate,
             router,
             jitter: config.router_jitter_noise,
+            sinkhorn: config.moe_router_sinkhorn_iterations,
             bias,
             dispatcher,
             grid,
@@ -282,7 +285,11 @@ impl MoeMlp {
         let Drawn { noise, given } = self.draw(m, h.shape()[0], cx)?;
         let (jitter, weight) = (self.jitter(noise.as_ref()), cx.params.weight(self.gate)?);
         let given = given.as_ref();
-        let input = RouterInput { bias, sequences, jitter, given, valid, ..RouterInput::new(h, weight) };
+        let sum_numbers = |numbers: &[f64]| Ok(unit.all_reduce_host(numbers, Reduction::Sum)?);
+        let iterations = self.sinkhorn.filter(|_| cx.mode != Mode::Evaluate);
+        let sinkhorn = iterations.map(|iterations| Sinkhorn { iterations, sum_over_unit: &sum_numbers });
+        let input =
+            RouterInput { bias, sequences, jitter, given, sinkhorn, valid, ..RouterInput::new(h, weight) };
         let (routing, router, seen) = self
             .router
             .forward(&cx.device, input, sum_over_unit)

@@ -187,3 +187,17 @@ fn the_first_step_can_be_made_again() {
         assert_eq!(metrics(&place), [(1, false, 0)]);
     }
 }
+
+/// A first update so large that what the routers of the second step see is no number: neither policy passes over it.
+#[test]
+fn a_nan_in_a_router_ends_the_run_naming_layer_and_token() {
+    let place = place();
+    let groups = ["--set", "optimizer.groups=[]"];
+    for policy in ["train.non_finite=stop", "train.non_finite_limit=5"] {
+        let (status, said) = train(&place, &[&groups[..], &["--set", policy]].concat());
+        assert_eq!(status, 6, "{said}");
+        assert!(said.contains("layer ") && said.contains("token "), "{said}");
+        assert_eq!(metrics(&place), [(1, true, 0)]);
+        fs::remove_dir_all(place.path().join("run")).unwrap();
+    }
+}

@@ -219,3 +219,34 @@ fn with_capacities() {
         });
     }
 }
+
+/// Padding has no part in what Sinkhorn's iterations sum, and a record says that it goes nowhere.
+#[test]
+fn padding_under_sinkhorn_and_replay() {
+    let model = ModelConfig {
+        moe_router_sinkhorn_iterations: Some(12),
+        router_aux_loss_coef: Some(0.0),
+        router_jitter_noise: 0.1,
+        ..tiny_model()
+    };
+    let with = |mapping| Setup { global_batch_size: 8, micro_batch_size: 2, ..setup(model.clone(), mapping) };
+    let one = with(Mapping::default());
+    let source = Padded::new(&one, &[5, 0, 12, 3]);
+    let folder = tempfile::tempdir().unwrap();
+    let record = Setup { record_routing: Some(folder.path().to_owned()), ..one.clone() };
+    let reference = train_on(record, 2, source.clone());
+    let replay = Setup { replay_routing: Some(folder.path().to_owned()), ..one.clone() };
+    assert_equal(&train_on(replay, 2, source.clone()), &reference, &one, "replayed");
+    for (tp, cp, pp, ep) in [(2, 1, 1, 4), (1, 2, 1, 2), (2, 1, 3, 1)] {
+        let mapping = Mapping { world_size: 2 * tp * cp * pp, tp, cp, pp, ep, ..Mapping::default() };
+        let what = format!("{mapping}");
+        assert_equal(&train_on(with(mapping), 2, source.clone()), &reference, &one, &what);
+    }
+    // Cut where padding starts, the same is left: the choice knows nothing of the rest.
+    let short =
+        Setup { sequence_length: 7, model: ModelConfig { router_jitter_noise: 0.0, ..model.clone() }, ..one };
+    let long = Setup { sequence_length: 12, ..short.clone() };
+    let source = Padded::new(&long, &[5]);
+    let (padded, cut) = (train_on(long, 2, source.clone()), train_on(short.clone(), 2, Cut(source, 7)));
+    assert_equal(&padded, &cut, &short, "5 of 12 padded");
+}

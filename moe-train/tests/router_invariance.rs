@@ -139,6 +139,36 @@ impl BatchSource for Again {
     }
 }
 
+/// The iterations sum over all ranks of a micro-batch; an evaluation chooses by score.
+#[test]
+fn sinkhorn_spreads_the_tokens_of_a_micro_batch() {
+    let model = |iterations| ModelConfig {
+        moe_router_sinkhorn_iterations: iterations,
+        scoring_func: ScoringFunc::Softmax,
+        norm_topk_prob: false,
+        router_aux_loss_coef: Some(0.0),
+        ..tiny_model()
+    };
+    check(model(Some(20)));
+    let run = |iterations| {
+        let setup = Setup { micro_batch_size: 8, ..setup(model(iterations), Mapping::default()) };
+        let ranks = ThreadWorld::run(1, common::DEADLINE, move |world| {
+            let source = RandomBatches { vocab: 37, seq_len: 12, micro_batch: 8 };
+            let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
+            let eval = trainer.evaluate(2, |u| source.micro_batch(9, u))?;
+            Ok::<_, moe_train::Error>((trainer.step(1, &source)?, eval))
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+        ranks.into_iter().next().unwrap()
+    };
+    let ((spread, eval), (plain, plain_eval)) = (run(Some(50)), run(None));
+    assert_eq!(eval, plain_eval);
+    let largest = |report: &moe_train::trainer::StepReport| {
+        report.expert_load.iter().flatten().fold(0.0, |max: f64, &load| max.max(load)) * 8.0
+    };
+    assert!(largest(&spread) < 1.35 && largest(&plain) > 1.5, "{} {}", largest(&spread), largest(&plain));
+}
+
 #[test]
 fn forced_loads() {
     for forced in [ForcedRouting::Balanced, ForcedRouting::Skewed { exponent: 1.5 }] {

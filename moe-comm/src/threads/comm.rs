@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use moe_kernels::cpu::{Cpu, CpuBuf};
@@ -37,6 +38,8 @@ impl Shared {
 pub(super) struct Presence {
     pub(super) shared: Arc<Shared>,
     pub(super) rank: usize,
+    /// Whether the world's first failure is that this rank aborted: its own error says why.
+    pub(super) aborted: AtomicBool,
 }
 
 impl Drop for Presence {
@@ -151,7 +154,9 @@ impl RawComm<Cpu> for ThreadComm {
     }
 
     fn abort(&self, why: &str) {
-        self.presence.shared.board.fail(self.presence.rank, format!("aborted: {why}"));
+        if self.presence.shared.board.fail(self.presence.rank, format!("aborted: {why}")) {
+            self.presence.aborted.store(true, Ordering::Relaxed);
+        }
     }
 }
 

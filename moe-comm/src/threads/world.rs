@@ -5,6 +5,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ type BoxError = Box<dyn StdError + Send + Sync>;
 
 enum Ended<R> {
     Value(R),
-    /// The rank's own error, if it is the world's first failure and no consequence of another.
+    /// The rank's own error, if it is the world's first failure, or what the rank aborted for, and no consequence of another.
     Failure(Option<BoxError>),
 }
 
@@ -55,7 +56,8 @@ impl ThreadWorld {
         let body = Arc::new(body);
         let (sender, receiver) = mpsc::channel();
         for rank in 0..size {
-            let presence = Arc::new(Presence { shared: shared.clone(), rank });
+            let presence =
+                Arc::new(Presence { shared: shared.clone(), rank, aborted: AtomicBool::new(false) });
             let (body, sender) = (body.clone(), sender.clone());
             let started = thread::Builder::new().name(format!("rank {rank}")).spawn(move || {
                 let ended = run_rank(&*body, &presence, size);
@@ -86,7 +88,9 @@ fn run_rank<R, E: Into<BoxError>>(
         Ok(Err(error)) => {
             let error = error.into();
             let first = board.fail(presence.rank, error.to_string());
-            Ended::Failure(first.then_some(error))
+            // An abort was the first word of the same failure.
+            let own = first || presence.aborted.load(Ordering::Relaxed);
+            Ended::Failure(own.then_some(error))
         }
         Err(panic) => {
             board.fail(presence.rank, format!("panicked: {}", message(&*panic)));
@@ -142,7 +146,7 @@ fn gather<R>(
 pub struct WorldError {
     /// What happened, where and to whom: [`Error::Poisoned`].
     pub failure: Error,
-    /// The error that the failed rank returned, if that was the first failure. Also the [`source`](StdError::source).
+    /// The error that the failed rank returned, if that, or an abort by this rank, was the first failure. Also the [`source`](StdError::source).
     pub source: Option<BoxError>,
     /// Ranks that had not ended when the others had.
     pub running: Vec<usize>,

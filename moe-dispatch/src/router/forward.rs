@@ -2,7 +2,9 @@ use moe_kernels::family::{self, Gemm, Op, Reduce, RouteInput, RouteOutput};
 use moe_kernels::{Backend, Device, Float, Tensor, View};
 
 use super::types::{copied, narrowed_f64, widened, widened_f64};
-use super::{Logits, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, UnitCounts};
+use super::{
+    Logits, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterStats, Sinkhorn, UnitCounts,
+};
 use crate::{Error, Routing, Shapes};
 
 /// What was chosen, and what that says about the rank's tokens.
@@ -15,6 +17,14 @@ struct Chosen<D: Device> {
     /// `sequences · E`.
     prob_sums: Vec<f64>,
     z_loss_sum: f64,
+}
+
+/// How experts are chosen.
+struct How<'a, D: Device> {
+    given: Option<&'a Tensor<i32, D>>,
+    sinkhorn: Option<Sinkhorn<'a>>,
+    valid: Option<View<'a, i32, D>>,
+    sequences: usize,
 }
 
 impl Router {
@@ -32,7 +42,8 @@ impl Router {
         input: RouterInput<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
-        let RouterInput { x, weight, bias, sequences, jitter, given, valid } = input;
+        let RouterInput { x, weight, bias, sequences, jitter, given, sinkhorn, valid } = input;
+        let how = How { given, sinkhorn, valid, sequences };
         let [tokens, _] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {
@@ -49,8 +60,8 @@ impl Router {
             let mut logits = Tensor::<f64, D>::zeros(device, tokens, num_experts)?;
             Gemm::<f64>::gemm_acc(device, logits.view_mut()?, x.view(), Op::N, weight.view(), Op::T)?;
             let bias = bias.map(|bias| widened_f64::<T::Acc, D>(device, bias)).transpose()?;
-            let (weights, chosen) =
-                self.choose(device, &logits, bias.as_ref().map(Tensor::view), given, valid, sequences)?;
+            let bias = bias.as_ref().map(Tensor::view);
+            let (weights, chosen) = self.choose(device, &logits, bias, how)?;
             (Logits::F64(logits), narrowed_f64::<T::Acc, D>(device, &weights)?, chosen)
         } else {
             let mut logits = Tensor::<T::Acc, D>::zeros(device, tokens, num_experts)?;
@@ -65,7 +76,7 @@ impl Router {
                     Gemm::<T::Acc>::gemm(device, logits, noisy, Op::N, weight, Op::T)?;
                 }
             }
-            let (weights, chosen) = self.choose(device, &logits, bias, given, valid, sequences)?;
+            let (weights, chosen) = self.choose(device, &logits, bias, how)?;
             (Logits::Acc(logits), weights, chosen)
         };
         let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum } = chosen;
@@ -101,12 +112,16 @@ impl Router {
         device: &D,
         logits: &Tensor<R, D>,
         bias: Option<View<'_, R, D>>,
-        given: Option<&Tensor<i32, D>>,
-        valid: Option<View<'_, i32, D>>,
-        sequences: usize,
+        how: How<'_, D>,
     ) -> Result<(Tensor<R, D>, Chosen<D>), Error> {
         let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
+        let How { given, sinkhorn, valid, sequences } = how;
         let [tokens, _] = logits.shape();
+        let spread = match (given, sinkhorn) {
+            (None, Some(sinkhorn)) => Some(self.sinkhorn(device, logits, valid, sinkhorn)?),
+            _ => None,
+        };
+        let given = given.or(spread.as_ref());
         let mut weights = Tensor::uninit(device, tokens, top_k)?;
         let mut experts = Tensor::uninit(device, tokens, top_k)?;
         // Without bias, groups and a given choice the choice itself is what the load-balancing losses count.

@@ -2,12 +2,15 @@
 
 mod backward;
 mod forward;
+mod sinkhorn;
 mod types;
 
 use moe_kernels::family::{self, ExpertGroups, Scoring};
 use moe_kernels::{DType, Device, Element, Float, Tensor, View};
 
 use crate::{Error, Routing};
+
+pub use sinkhorn::{Sinkhorn, SumOverUnit};
 
 /// What a router computes. Names in brackets are those of a Hugging Face `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,6 +96,8 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub given: Option<&'a Tensor<i32, D>>,
     /// `[1, n]`: 0 for padding, which is routed nowhere and is no token to any loss or count; all are valid unless given.
     pub valid: Option<View<'a, i32, D>>,
+    /// A choice that spreads tokens evenly, unless it is given; none unless given.
+    pub sinkhorn: Option<Sinkhorn<'a>>,
 }
 
 /// Noise on what a router sees (not on what its experts see): each element of a token is multiplied by a number between
@@ -120,7 +125,16 @@ impl<D: Device> Jitter<'_, D> {
 impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
     /// Tokens of one sequence, by the weight alone.
     pub fn new(x: &'a Tensor<T, D>, weight: View<'a, T, D>) -> Self {
-        RouterInput { x, weight, bias: None, sequences: 1, jitter: None, given: None, valid: None }
+        RouterInput {
+            x,
+            weight,
+            bias: None,
+            sequences: 1,
+            jitter: None,
+            given: None,
+            sinkhorn: None,
+            valid: None,
+        }
     }
 }
 

@@ -95,7 +95,7 @@ fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -
     let choice = (0..logits.rows).flat_map(|i| {
         let score = |e: usize| match scoring.function.is_separate() {
             true => score(scoring.function, logits.at(i, e)) + bias.map_or(0.0, |bias| bias.at(0, e)),
-            false => logits.at(i, e),
+            false => logits.at(i, e) + bias.map_or(0.0, |bias| bias.at(0, e)),
         };
         let mut scores: Vec<f64> = (0..logits.cols).map(score).collect();
         if let Some(groups) = scoring.groups {
@@ -119,6 +119,7 @@ pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
     extreme_scores::<A, D>(device, tolerance);
     given_choices::<A, D>(device, tolerance);
+    softmax_sums::<A, D>(device, tolerance);
     jitter::<A, D>(device, tolerance);
     padding::<A, D>(device);
     refusals::<A, D>(device);
@@ -211,8 +212,8 @@ fn choice<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
         // Multiples of 1/8, so that they turn the order around.
         let bias = Matrix::from_fn(1, count, |_, e| ((5 * e + 3) % 7) as f64 / 8.0 - 0.25);
         for scoring in scorings(count, k) {
-            let biases: &[Option<&Matrix>] =
-                if scoring.function.is_separate() { &[None, Some(&bias)] } else { &[None] };
+            let takes_bias = scoring.function.is_separate() || scoring.groups.is_none();
+            let biases: &[Option<&Matrix>] = if takes_bias { &[None, Some(&bias)] } else { &[None] };
             for &bias in biases {
                 let what = format!("{n} tokens, {k} of {count}, {scoring:?}, bias {}", bias.is_some());
                 let (routed, out) = route::<A, D>(device, &logits, k, bias, &scoring);
@@ -362,6 +363,32 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     refused("too few choices", &given[k..]);
 }
 
+fn softmax_sums<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(19);
+    let softmax = Scoring::from(ScoreFunction::SoftmaxPost);
+    for (n, count) in [(0, 4), (1, 1), (7, 6), (900, 17)] {
+        let (logits, bias) = (random.matrix::<A>(n, count), random.matrix::<A>(1, count));
+        let biased = Matrix::from_fn(n, count, |i, e| logits.at(i, e) + bias.at(0, e));
+        let probs = probs(&biased, &softmax);
+        let (pl, pb) = (place::<A, D>(device, &logits), place::<A, D>(device, &bias));
+        let mut sums = output::<f64, D>(device, 1, count);
+        device.softmax_sums(sums.view_mut(), pl.view(), pb.view(), None).expect("softmax_sums");
+        let want = Matrix::from_fn(1, count, |_, e| (0..n).map(|i| probs.at(i, e)).sum());
+        assert_close("sums of softmaxes", &sums.read(), &want, tolerance);
+        // Padding, also what is no number, adds nothing.
+        let mut padded = logits.clone();
+        padded.data.chunks_mut(count).step_by(3).for_each(|row| row.fill(f64::NAN));
+        let valid: Vec<i32> = (0..n).map(|i| i32::from(i % 3 != 0)).collect();
+        let (pl, pv) = (place::<A, D>(device, &padded), place_ints(device, 1, n, &valid));
+        device.softmax_sums(sums.view_mut(), pl.view(), pb.view(), Some(pv.view())).expect("softmax_sums");
+        let of_valid = |e| (0..n).filter(|i| i % 3 != 0).map(|i| probs.at(i, e)).sum();
+        let want = Matrix::from_fn(1, count, |_, e| of_valid(e));
+        assert_close("sums of softmaxes but padding", &sums.read(), &want, tolerance);
+        let short = place::<A, D>(device, &random.matrix::<A>(1, count + 1));
+        assert_refused("other bias", device.softmax_sums(sums.view_mut(), pl.view(), short.view(), None));
+    }
+}
+
 /// By the definition, element by element; the factors depend on nothing but key, token and column.
 fn jitter<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     let mut random = Random::new(18);
@@ -475,7 +502,8 @@ fn refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
     refused("no choice", 0, None, softmax);
     refused("more choices than experts", 7, None, softmax);
     let bias = Matrix::from_fn(1, 6, |_, _| 0.0);
-    refused("a bias on a softmax", 2, Some(&bias), softmax);
+    let groups = Some(ExpertGroups { count: 3, kept: 2, score_top_k: 2 });
+    refused("a bias on a softmax in groups", 2, Some(&bias), Scoring { groups, ..softmax });
     let sigmoid = Scoring::from(ScoreFunction::Sigmoid { normalize: true });
     refused("a short bias", 2, Some(&Matrix::from_fn(1, 5, |_, _| 0.0)), sigmoid);
     for (what, k, count, kept, score_top_k) in [

@@ -243,6 +243,33 @@ struct Tokens<'a, T> {
     valid: Option<&'a [i32]>,
 }
 
+simd! {
+    /// Adds the softmaxes of `logits + bias` to `sums`; returns the first token that has none.
+    fn softmax_sums<T>(
+        sums: &mut [f64],
+        logits: Mat<'_, T>,
+        bias: &[T],
+        valid: Option<&[i32]>,
+    ) -> Option<usize> {
+        let (mut biased, mut probs) = (vec![T::ZERO; bias.len()], vec![T::ZERO; bias.len()]);
+        for (i, logits) in logits.iter().enumerate() {
+            if valid.is_some_and(|valid| valid[i] == 0) {
+                continue;
+            }
+            for ((b, &x), &by) in biased.iter_mut().zip(logits).zip(bias) {
+                *b = x + by;
+            }
+            if !softmax(&mut probs, &biased).is_finite() {
+                return Some(i);
+            }
+            for (sum, &p) in sums.iter_mut().zip(&probs) {
+                *sum += p.to_f64();
+            }
+        }
+        None
+    }
+}
+
 /// What [`Routing::route_backward`] reads, for some of the tokens.
 struct Routed<'a, T> {
     /// Index of the first token.
@@ -383,19 +410,21 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let function = Function::from(scoring.function);
         if let Some(bias) = &bias {
             check::shape(KERNEL, "bias", [1, count], bias.shape())?;
-            check::argument(KERNEL, function.is_separate(), || {
-                "a bias needs scores of one logit each".to_owned()
+            check::argument(KERNEL, function.is_separate() || scoring.groups.is_none(), || {
+                "a softmax takes no bias where there are groups".to_owned()
             })?;
-        }
-        let given = given.map(Mat::from);
-        if let Some(given) = &given {
-            check::shape(KERNEL, "given", [n, k], [given.rows(), given.cols()])?;
-            check_choice(KERNEL, given.iter(), count)?;
         }
         if let Some(valid) = &valid {
             check::shape(KERNEL, "valid", [1, n], valid.shape())?;
         }
         let valid = valid.map(|valid| Mat::from(valid).vector());
+        let given = given.map(Mat::from);
+        if let Some(given) = &given {
+            check::shape(KERNEL, "given", [n, k], [given.rows(), given.cols()])?;
+            // What is given to padding is not used.
+            let used = given.iter().enumerate().filter(|(i, _)| valid.is_none_or(|valid| valid[*i] != 0));
+            check_choice(KERNEL, used.map(|(_, experts)| experts), count)?;
+        }
         if let Some(groups) = scoring.groups {
             check_groups(KERNEL, groups, count, k)?;
         }
@@ -425,6 +454,43 @@ impl<T: CpuFloat> Routing<T> for Cpu {
                 failed.fetch_min(r.start + i, Ordering::Relaxed);
             }
         })?;
+        match failed.into_inner() {
+            usize::MAX => Ok(()),
+            row => Err(Error::NotANumber { kernel: KERNEL, row }),
+        }
+    }
+
+    fn softmax_sums(
+        &self,
+        mut sums: ViewMut<'_, f64, Self>,
+        logits: View<'_, T, Self>,
+        bias: View<'_, T, Self>,
+        valid: Option<View<'_, i32, Self>>,
+    ) -> Result<()> {
+        const KERNEL: &str = "softmax_sums";
+        let [n, count] = logits.shape();
+        check::shape(KERNEL, "sums", [1, count], sums.shape())?;
+        check::shape(KERNEL, "bias", [1, count], bias.shape())?;
+        if let Some(valid) = &valid {
+            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
+        }
+        let valid = valid.map(|valid| Mat::from(valid).vector());
+        let (logits, bias) = (Mat::from(logits), Mat::from(bias).vector());
+        let pieces: Vec<_> = blocks(n, rows_per_piece(8 * count)).collect();
+        let mut parts = vec![0.0; pieces.len() * count];
+        let tasks = pieces.into_iter().zip(parts.chunks_mut(count.max(1))).collect();
+        let failed = AtomicUsize::new(usize::MAX);
+        self.for_each(tasks, |(r, part)| {
+            let valid = valid.map(|valid| &valid[r.clone()]);
+            if let Some(i) = softmax_sums(part, logits.row_range(r.clone()), bias, valid) {
+                failed.fetch_min(r.start + i, Ordering::Relaxed);
+            }
+        })?;
+        let sums = MatMut::from(&mut sums).vector();
+        sums.fill(0.0);
+        for part in parts.chunks(count.max(1)) {
+            sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        }
         match failed.into_inner() {
             usize::MAX => Ok(()),
             row => Err(Error::NotANumber { kernel: KERNEL, row }),

@@ -67,8 +67,8 @@ impl From<ScoreFunction> for Scoring {
 pub struct RouteInput<'a, A: Float, D: Device> {
     /// `[n, E]`.
     pub logits: View<'a, A, D>,
-    /// `[1, E]`, added to the scores of [separate](ScoreFunction::is_separate) score functions where they are compared,
-    /// not where they become weights.
+    /// `[1, E]`, added to the selection scores ([separate](ScoreFunction::is_separate) scores, or the logits of a softmax)
+    /// where they are compared, not where they become weights. A softmax takes none where there are groups.
     pub bias: Option<View<'a, A, D>>,
     /// `[n, K]`: the choice, if it was made already; each token's experts differ.
     pub given: Option<View<'a, i32, D>>,
@@ -126,14 +126,25 @@ pub struct DropLimit {
 pub trait Routing<A: Float>: Device {
     /// Chooses `K` experts for each of `n` tokens.
     ///
-    /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s + bias` (the other functions,
-    /// which alone take a bias); weights are made of scores without bias.
+    /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s` (the other functions), plus the
+    /// bias; weights are made of scores without bias.
     /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) with a NaN.
     fn route(
         &self,
         out: RouteOutput<'_, A, Self>,
         input: RouteInput<'_, A, Self>,
         scoring: &Scoring,
+    ) -> Result<()>;
+
+    /// `sums[e] = Σ_i softmax(logits[i] + bias)[e]`, summed in f64 in a fixed order. `logits: [n, E]`, `bias: [1, E]`,
+    /// `sums: [1, E]`. Padding, of which `valid: [1, n]` is 0, adds nothing.
+    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) without a softmax.
+    fn softmax_sums(
+        &self,
+        sums: ViewMut<'_, f64, Self>,
+        logits: View<'_, A, Self>,
+        bias: View<'_, A, Self>,
+        valid: Option<View<'_, i32, Self>>,
     ) -> Result<()>;
 
     /// Multiplies `x[i, h]` by `1 + epsilon·(2u − 1)`, with `u` the element `h` of the stream `tokens[i]` of

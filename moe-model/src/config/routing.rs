@@ -125,6 +125,7 @@ impl ModelConfig {
                  scoring_func = \"sigmoid\" or \"sqrtsoftplus\", or a load-balancing loss",
             );
         }
+        self.check_sinkhorn()?;
         let jitter = self.router_jitter_noise;
         in_range("router_jitter_noise", jitter, 0.0..=1.0 - f64::EPSILON, "at least 0 and below 1")?;
         let scale = self.routed_scaling_factor;
@@ -156,6 +157,33 @@ impl ModelConfig {
             }
         }
         Ok(())
+    }
+
+    fn check_sinkhorn(&self) -> Result<(), ConfigError> {
+        let Some(iterations) = self.moe_router_sinkhorn_iterations else { return Ok(()) };
+        let name = "moe_router_sinkhorn_iterations";
+        in_range(name, iterations as f64, 1.0..=1000.0, "from 1 to 1000")?;
+        let scopes =
+            [AuxLossScope::MicroBatch, AuxLossScope::Sequence, AuxLossScope::Global, AuxLossScope::Model];
+        let (setting, why) = if scopes.into_iter().any(|scope| self.aux_loss_coef(scope) != 0.0) {
+            (
+                "moe_router_sinkhorn_iterations with a load-balancing loss",
+                "it balances the load itself; set router_aux_loss_coef to 0",
+            )
+        } else if self.moe_router_enable_expert_bias {
+            (
+                "moe_router_sinkhorn_iterations with moe_router_enable_expert_bias",
+                "it chooses by other scores than the bias is added to; remove one of them",
+            )
+        } else if self.n_group > 1 {
+            (
+                "moe_router_sinkhorn_iterations with n_group above 1",
+                "it spreads tokens over all experts; set n_group to 1",
+            )
+        } else {
+            return Ok(());
+        };
+        Err(ConfigError::Unsupported { setting, why })
     }
 
     fn check_groups(&self) -> Result<(), ConfigError> {
@@ -245,6 +273,20 @@ mod tests {
             (
                 r#", "moe_router_enable_expert_bias": true"#,
                 "moe_router_enable_expert_bias with softmax scores",
+            ),
+            (r#", "moe_router_sinkhorn_iterations": 0"#, "moe_router_sinkhorn_iterations = 0"),
+            (
+                r#", "moe_router_sinkhorn_iterations": 9"#,
+                "moe_router_sinkhorn_iterations with a load-balancing loss",
+            ),
+            (
+                r#", "moe_router_sinkhorn_iterations": 9, "router_aux_loss_coef": 0.0, "scoring_func": "sigmoid",
+                    "moe_router_enable_expert_bias": true"#,
+                "moe_router_sinkhorn_iterations with moe_router_enable_expert_bias",
+            ),
+            (
+                r#", "moe_router_sinkhorn_iterations": 9, "router_aux_loss_coef": 0.0, "n_group": 2, "topk_group": 2"#,
+                "moe_router_sinkhorn_iterations with n_group above 1",
             ),
             (r#", "router_jitter_noise": 1.0"#, "router_jitter_noise = 1"),
             (r#", "router_jitter_noise": -0.1"#, "router_jitter_noise = -0.1"),

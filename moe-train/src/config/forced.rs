@@ -67,6 +67,10 @@ impl RunConfig {
                 "the bias would follow choices it has no part in; remove one",
             );
         }
+        if model.moe_router_sinkhorn_iterations.is_some() {
+            let other = "model.moe_router_sinkhorn_iterations";
+            return refused("contradicts itself", other, "both choose the experts; remove one");
+        }
         if model.n_group > 1 {
             let other = format!("model.n_group = {}", model.n_group);
             return refused(

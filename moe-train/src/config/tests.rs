@@ -370,6 +370,11 @@ fn forced_loads_are_refused_where_they_make_no_sense() {
              model.n_group to 1",
         ),
         (
+            &[balance, "model.moe_router_sinkhorn_iterations=8", "model.router_aux_loss_coef=0"],
+            "train.moe_router_force_load_balancing contradicts itself with model.moe_router_sinkhorn_iterations: both \
+             choose the experts; remove one",
+        ),
+        (
             &[balance, "model.first_k_dense_replace=4"],
             "train.moe_router_force_load_balancing has no meaning with a model without experts: remove it",
         ),

@@ -90,6 +90,7 @@ pub fn tiny_model() -> ModelConfig {
         scoring_func: Default::default(),
         moe_router_dtype: None,
         router_jitter_noise: 0.0,
+        moe_router_sinkhorn_iterations: None,
         norm_topk_prob: true,
         routed_scaling_factor: 1.0,
         n_group: 1,
