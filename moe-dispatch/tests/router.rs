@@ -114,8 +114,9 @@ fn objective(
     } = *router.config();
     let of_step: f64 = SCALES.step_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
     let of_model: f64 = SCALES.model_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
-    // 4 tokens here, 5 of each of two sequences elsewhere, 3 layers.
-    let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * 14.0 * 3.0 * 14.0);
+    // 4 tokens here (3 with padding), 5 of each of two sequences elsewhere, 3 layers.
+    let tokens = if extras.valid.is_some() { 13.0 } else { 14.0 };
+    let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * tokens * 3.0 * tokens);
     assert!((router.model_aux_loss(&saved, SCALES) - model_loss).abs() < 1e-14);
     let divisor = (router.config().top_k * 29 * 29) as f64;
     let objective = main
