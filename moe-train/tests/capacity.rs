@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Outcome, assert_equal, assert_same_bits, setup, tiny_model, train};
+use common::{Outcome, assert_equal, assert_same_bits, assert_same_metrics, setup, tiny_model, train};
 use moe_comm::ThreadWorld;
 use moe_comm::count::{Counted, Counters};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
@@ -11,7 +11,7 @@ use moe_kernels::Cpu;
 use moe_model::config::ScoringFunc;
 use moe_model::{DropUnit, ExpertCapacity, ModelConfig, PipelineLayout};
 use moe_topology::{Attention, Expert, Mapping};
-use moe_train::trainer::{BatchSource, RankTrainer, Setup};
+use moe_train::trainer::{BatchSource, MoeLayerReport, RankTrainer, Setup};
 
 /// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
 type Sizes = (usize, usize, usize, usize, usize, usize, usize);
@@ -62,6 +62,41 @@ fn a_micro_batch_drops_the_same_under_any_folding() {
         });
         let one = train(with(model, Mapping::default(), Some(capacity)), 2);
         assert!(dropped(&one) > 100, "{} are dropped", dropped(&one));
+    }
+}
+
+/// What is measured of a whole step is the mean over its layers with experts, or the sum, and of each layer the same under any
+/// folding.
+#[test]
+fn measurements_of_layers_make_those_of_the_step() {
+    let model = ModelConfig { num_hidden_layers: 4, mlp_only_layers: vec![1], ..tiny_model() };
+    let run = |sizes, kind| {
+        let setup = with(&model, mapping(sizes), Some(capacity(0.8, Probs)));
+        train(Setup { dispatcher: kind, ..setup }, 2)
+    };
+    let one = run((1, 1, 1, 1, 1, 1, 1), AllToAll);
+    for sizes in [(2, 1, 1, 2, 2, 2, 1), (1, 2, 1, 1, 2, 1, 2)] {
+        assert_same_metrics(&run(sizes, AllGather), &one, &format!("{}", mapping(sizes)));
+    }
+    for report in &one.reports {
+        let layers = &report.moe_layers;
+        assert!(layers.iter().map(|layer| layer.layer).eq([0, 2, 3]));
+        let mean = |value: fn(&MoeLayerReport) -> f64| layers.iter().map(value).sum::<f64>() / 3.0;
+        for (mean, whole) in [
+            (mean(|layer| layer.aux_loss), report.aux_loss),
+            (mean(|layer| layer.sequence_aux_loss), report.sequence_aux_loss),
+            (mean(|layer| layer.global_aux_loss), report.global_aux_loss),
+            (mean(|layer| layer.z_loss), report.z_loss),
+        ] {
+            assert!((mean - whole).abs() <= 1e-14 * whole, "{mean} and {whole}");
+        }
+        let dropped = layers.iter().map(|layer| layer.dropped_tokens);
+        assert_eq!(dropped.sum::<u64>(), report.dropped_tokens);
+        for (layer, load) in layers.iter().zip(&report.expert_load) {
+            let largest = load.iter().fold(0.0, |max: f64, &load| max.max(load));
+            assert!(largest > 1.0 / 8.0 && layer.max_expert_load == largest * 8.0, "{layer:?} of {load:?}");
+            assert!(layer.dropped_tokens > 0, "{layer:?}");
+        }
     }
 }
 

@@ -148,6 +148,7 @@ mod tests {
             reruns: 0,
             skipped_steps: 0,
             expert_load: vec![vec![0.75, 0.25]],
+            moe_layers: Vec::new(),
         }
     }
 

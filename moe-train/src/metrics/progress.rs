@@ -134,6 +134,7 @@ mod tests {
             reruns: 0,
             skipped_steps: 0,
             expert_load: vec![vec![0.3, 0.2, 0.25, 0.25]],
+            moe_layers: Vec::new(),
         }
     }
 

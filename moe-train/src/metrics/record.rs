@@ -1,6 +1,10 @@
 //! The lines of `metrics.jsonl`.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
+
+use crate::trainer::MoeLayerReport;
 
 /// One training step. JSON has no infinity and no NaN: they are `null`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +40,8 @@ pub struct StepRecord {
     pub skipped_steps: u64,
     /// Share of the choices that each expert got, `[MoE layers][experts]`.
     pub expert_load: Vec<Vec<f64>>,
+    /// What the losses above are the means of, and `dropped_tokens` the sum, for each MoE layer.
+    pub moe_layers: Vec<MoeLayerReport>,
 }
 
 impl StepRecord {
@@ -49,8 +55,8 @@ impl StepRecord {
         })
     }
 
-    /// The numbers that are worth a curve, with their names.
-    pub(super) fn scalars(&self) -> Vec<(&'static str, f64)> {
+    /// The numbers that are worth a curve, with their names; those of a layer as Megatron names them.
+    pub(super) fn scalars(&self) -> Vec<(Cow<'static, str>, f64)> {
         let spread = self.load_spread();
         let scalars = [
             ("train/loss", self.loss),
@@ -69,7 +75,19 @@ impl StepRecord {
             ("moe/min_expert_load", spread.map(|(low, _)| low)),
             ("moe/max_expert_load", spread.map(|(_, high)| high)),
         ];
-        scalars.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+        let whole = scalars.into_iter().filter_map(|(name, value)| Some((name.into(), value?)));
+        let layers = self.moe_layers.iter().flat_map(|layer| {
+            let scalars = [
+                ("aux_loss", layer.aux_loss),
+                ("sequence_aux_loss", layer.sequence_aux_loss),
+                ("global_aux_loss", layer.global_aux_loss),
+                ("z_loss", layer.z_loss),
+                ("max_expert_load", layer.max_expert_load),
+                ("dropped_tokens", layer.dropped_tokens as f64),
+            ];
+            scalars.map(|(name, value)| (format!("moe/{name}_layer_{}", layer.layer).into(), value))
+        });
+        whole.chain(layers).collect()
     }
 }
 
@@ -80,4 +98,53 @@ pub struct EvalRecord {
     pub step: u64,
     /// Mean loss on held-out text, nats per token.
     pub val_loss: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_have_curves_under_their_own_numbers() {
+        let layer = |layer, z_loss| MoeLayerReport {
+            layer,
+            aux_loss: 1.1,
+            sequence_aux_loss: 1.2,
+            global_aux_loss: 1.3,
+            z_loss,
+            max_expert_load: 1.5,
+            dropped_tokens: 7,
+        };
+        let record = StepRecord {
+            step: 1,
+            loss: None,
+            total_loss: None,
+            grad_norm: None,
+            lr: 0.1,
+            tokens: 1,
+            tokens_per_second: 1.0,
+            aux_loss: 1.1,
+            sequence_aux_loss: 1.2,
+            global_aux_loss: 1.3,
+            z_loss: 3.0,
+            dropped_tokens: 14,
+            reruns: 0,
+            skipped_steps: 0,
+            expert_load: Vec::new(),
+            moe_layers: vec![layer(1, 2.0), layer(3, 4.0)],
+        };
+        let scalars = record.scalars();
+        let of_layer_3: Vec<_> = scalars.iter().filter(|(name, _)| name.ends_with("_layer_3")).collect();
+        let named = |name: &str, value| (format!("moe/{name}_layer_3").into(), value);
+        let wanted = [
+            named("aux_loss", 1.1),
+            named("sequence_aux_loss", 1.2),
+            named("global_aux_loss", 1.3),
+            named("z_loss", 4.0),
+            named("max_expert_load", 1.5),
+            named("dropped_tokens", 7.0),
+        ];
+        assert_eq!(of_layer_3, wanted.each_ref());
+        assert!(scalars.contains(&("moe/z_loss_layer_1".into(), 2.0)));
+    }
 }

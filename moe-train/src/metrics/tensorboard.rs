@@ -5,6 +5,7 @@
 //! with `Summary { repeated Value value = 1 }`, `Value { string tag = 1; float simple_value = 2 }` and
 //! `SessionLog { SessionStatus status = 1 }` (tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto).
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -54,10 +55,10 @@ impl EventFile {
     /// # Errors
     /// The file cannot be written.
     pub fn eval(&mut self, record: &EvalRecord) -> Result<(), IoError> {
-        self.scalars(record.step, &[("val/loss", record.val_loss)])
+        self.scalars(record.step, &[("val/loss".into(), record.val_loss)])
     }
 
-    fn scalars(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<(), IoError> {
+    fn scalars(&mut self, step: u64, scalars: &[(Cow<'static, str>, f64)]) -> Result<(), IoError> {
         self.event(step, |event| {
             event.message(5, |summary| {
                 for (tag, value) in scalars {
@@ -213,7 +214,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut file = EventFile::create(folder.path(), 300).unwrap();
         file.eval(&EvalRecord { step: 300, val_loss: 1.5 }).unwrap();
-        file.scalars(301, &[("a", 0.25), ("b", -3.0)]).unwrap();
+        file.scalars(301, &[("a".into(), 0.25), ("b".into(), -3.0)]).unwrap();
         let bytes = fs::read(&file.path).unwrap();
         let events: Vec<_> = frames(&bytes).into_iter().map(fields).collect();
         assert_eq!(events.len(), 4);

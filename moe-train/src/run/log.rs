@@ -55,6 +55,7 @@ impl Log {
             reruns: report.reruns,
             skipped_steps: skipped.total,
             expert_load: report.expert_load.clone(),
+            moe_layers: report.moe_layers.clone(),
         };
         self.lines.write(&record)?;
         self.events.step(&record)?;

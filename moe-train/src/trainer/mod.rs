@@ -8,7 +8,7 @@ mod source;
 mod trace;
 
 pub use rank::RankTrainer;
-pub use report::StepReport;
+pub use report::{MoeLayerReport, StepReport};
 pub use setup::Setup;
 pub use skipped::SkippedSteps;
 pub use source::{BatchSource, Sequence};

@@ -5,6 +5,7 @@ use moe_kernels::{Backend, Float};
 use moe_model::config::AuxLossScope;
 use moe_model::{Cx, Objective};
 use moe_topology::{Attention, Folding};
+use serde::{Deserialize, Serialize};
 
 use super::Setup;
 use crate::Result;
@@ -37,6 +38,8 @@ pub struct StepReport {
     pub reruns: u64,
     /// Share of the choices that each expert got, per MoE layer.
     pub expert_load: Vec<Vec<f64>>,
+    /// What the means and the sum above are made of, per MoE layer.
+    pub moe_layers: Vec<MoeLayerReport>,
     /// False if the loss or the gradient was not finite, or no token counted: weights stayed as they were.
     pub updated: bool,
 }
@@ -46,6 +49,25 @@ impl StepReport {
     pub fn is_finite(&self) -> bool {
         self.grad_norm.is_finite() && self.loss.is_none_or(f64::is_finite)
     }
+}
+
+/// Measurements of one MoE layer in one step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct MoeLayerReport {
+    /// Which decoder layer it is, from 0.
+    pub layer: usize,
+    /// Load-balancing loss with each micro-batch as a unit, without its coefficient; balanced is 1.
+    pub aux_loss: f64,
+    /// The same with each sequence as a unit.
+    pub sequence_aux_loss: f64,
+    /// The same with the whole step as one unit.
+    pub global_aux_loss: f64,
+    /// The z-loss, without its coefficient.
+    pub z_loss: f64,
+    /// The largest load of an expert relative to the mean; 0 if no token was routed.
+    pub max_expert_load: f64,
+    /// Dropped (token, expert) pairs.
+    pub dropped_tokens: u64,
 }
 
 /// Sums over the world of a step's forward passes.
@@ -59,7 +81,7 @@ pub(super) struct Totals {
     sequence_aux: Vec<f64>,
     model_aux: f64,
     z: Vec<f64>,
-    dropped: f64,
+    dropped: Vec<f64>,
     overflows: f64,
 }
 
@@ -94,7 +116,7 @@ impl Totals {
             aux: rows().map(|row| row[3 * experts]).collect(),
             sequence_aux: rows().map(|row| row[3 * experts + 1]).collect(),
             z: rows().map(|row| row[3 * experts + 2]).collect(),
-            dropped: rows().map(|row| row[3 * experts + 3]).sum(),
+            dropped: rows().map(|row| row[3 * experts + 3]).collect(),
             model_aux: rows().map(|row| row[3 * experts + 4]).sum(),
         })
     }
@@ -116,16 +138,14 @@ impl Totals {
         row.map_or_else(Vec::new, |row| self.counts[row].iter().map(|&count| count as u64).collect())
     }
 
-    /// Σ over layers of `E Σ_e C_e·P_e / divisor`, both of the whole step.
-    fn global_aux(&self, divisor: f64) -> f64 {
+    /// `E Σ_e C_e·P_e` of each layer, both of the whole step.
+    fn global_aux(&self) -> Vec<f64> {
         let layers = self.plain_counts.iter().zip(&self.prob_sums);
-        let sum: f64 = layers
-            .map(|(counts, probs)| {
-                let sum: f64 = counts.iter().zip(probs).map(|(c, p)| c * p).sum();
-                counts.len() as f64 * sum
-            })
-            .sum();
-        sum / divisor
+        let of_layer = |(counts, probs): (&Vec<f64>, &Vec<f64>)| {
+            let sum: f64 = counts.iter().zip(probs).map(|(c, p)| c * p).sum();
+            counts.len() as f64 * sum
+        };
+        layers.map(of_layer).collect()
     }
 
     /// The report of a step, not updated yet.
@@ -138,14 +158,28 @@ impl Totals {
         grad_norm: f64,
     ) -> StepReport {
         let layers = self.aux.len().max(1) as f64;
-        let Objective { micro_batches, sequences, tokens } = objective;
+        let [micro_batches, sequences] = [objective.micro_batches, objective.sequences].map(|n| n as f64);
         // Sums over no valid token are 0.
-        let tokens = tokens.max(1);
-        let aux = self.aux.iter().sum::<f64>() / micro_batches as f64;
-        let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences as f64;
-        let model_aux = self.model_aux / micro_batches as f64;
-        let global_aux = self.global_aux(setup.model.num_experts_per_tok as f64 * (tokens as f64).powi(2));
-        let z = self.z.iter().sum::<f64>() / tokens as f64;
+        let tokens = objective.tokens.max(1) as f64;
+        let global_aux_of_layers = self.global_aux();
+        let global_unit = setup.model.num_experts_per_tok as f64 * tokens.powi(2);
+        let aux = self.aux.iter().sum::<f64>() / micro_batches;
+        let sequence_aux = self.sequence_aux.iter().sum::<f64>() / sequences;
+        let model_aux = self.model_aux / micro_batches;
+        let global_aux = global_aux_of_layers.iter().sum::<f64>() / global_unit;
+        let z = self.z.iter().sum::<f64>() / tokens;
+        let expert_load: Vec<Vec<f64>> = self.counts.iter().map(|counts| shares(counts)).collect();
+        let moe_layers = setup.model.moe_layers().enumerate().map(|(row, layer)| MoeLayerReport {
+            layer,
+            aux_loss: self.aux[row] / micro_batches,
+            sequence_aux_loss: self.sequence_aux[row] / sequences,
+            global_aux_loss: global_aux_of_layers[row] / global_unit,
+            z_loss: self.z[row] / tokens,
+            max_expert_load: expert_load[row].iter().copied().fold(0.0, f64::max)
+                * expert_load[row].len() as f64,
+            dropped_tokens: self.dropped[row] as u64,
+        });
+        let moe_layers = moe_layers.collect();
         // Loss weights whose sum is not a number are a fault, not the absence of tokens.
         let loss = (total_weight > 0.0 || total_weight.is_nan()).then(|| self.loss / total_weight);
         let model = &setup.model;
@@ -164,19 +198,19 @@ impl Totals {
             sequence_aux_loss: sequence_aux / layers,
             global_aux_loss: global_aux / layers,
             z_loss: z / layers,
-            dropped_tokens: self.dropped as u64,
+            dropped_tokens: self.dropped.iter().sum::<f64>() as u64,
             reruns: 0,
-            expert_load: self
-                .counts
-                .iter()
-                .map(|counts| {
-                    let sum: f64 = counts.iter().sum();
-                    counts.iter().map(|c| if sum > 0.0 { c / sum } else { 0.0 }).collect()
-                })
-                .collect(),
+            expert_load,
+            moe_layers,
             updated: false,
         }
     }
+}
+
+/// What each is of their sum; of nothing, nothing.
+fn shares(counts: &[f64]) -> Vec<f64> {
+    let sum: f64 = counts.iter().sum();
+    counts.iter().map(|c| if sum > 0.0 { c / sum } else { 0.0 }).collect()
 }
 
 fn counts_loss(folding: &Folding, rank: usize) -> bool {

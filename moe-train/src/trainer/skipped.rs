@@ -50,6 +50,7 @@ mod tests {
             dropped_tokens: 0,
             reruns: 0,
             expert_load: Vec::new(),
+            moe_layers: Vec::new(),
             updated: false,
         }
     }

@@ -14,7 +14,7 @@ use moe_model::{ModelConfig, PipelineLayout, RecomputeModules};
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
-use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup, StepReport};
+use moe_train::trainer::{BatchSource, MoeLayerReport, RankTrainer, Sequence, Setup, StepReport};
 
 /// Random tokens with uneven loss weights: some targets count nothing, some twice, whole sequences nothing at all.
 #[derive(Debug, Clone)]
@@ -177,6 +177,15 @@ pub fn assert_same_metrics(a: &Outcome, b: &Outcome, what: &str) {
             assert!((a - b).abs() <= 1e-10 * b.abs(), "{what}: {name} {a} and {b}");
         }
         assert_eq!(a.dropped_tokens, b.dropped_tokens, "{what}: dropped_tokens");
+        assert_eq!(a.moe_layers.len(), b.moe_layers.len(), "{what}");
+        for (a, b) in a.moe_layers.iter().zip(&b.moe_layers) {
+            let exact = |l: &MoeLayerReport| (l.layer, l.max_expert_load, l.dropped_tokens);
+            assert_eq!(exact(a), exact(b), "{what}");
+            let losses = |l: &MoeLayerReport| [l.aux_loss, l.sequence_aux_loss, l.global_aux_loss, l.z_loss];
+            for (x, y) in losses(a).into_iter().zip(losses(b)) {
+                assert!((x - y).abs() <= 1e-10 * y.abs(), "{what}: {a:?} and {b:?}");
+            }
+        }
     }
 }
 
