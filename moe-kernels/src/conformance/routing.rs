@@ -61,9 +61,9 @@ fn lse(logits: &Matrix, i: usize) -> f64 {
 
 fn probs(logits: &Matrix, scoring: &Scoring) -> Matrix {
     let score = |x| score(scoring.function, x);
-    Matrix::from_fn(logits.rows, logits.cols, |i, e| {
-        score(logits.at(i, e)) / (0..logits.cols).map(|j| score(logits.at(i, j))).sum::<f64>()
-    })
+    let sum_of_row = |i| (0..logits.cols).map(|e| score(logits.at(i, e))).sum::<f64>();
+    let sums: Vec<f64> = (0..logits.rows).map(sum_of_row).collect();
+    Matrix::from_fn(logits.rows, logits.cols, |i, e| score(logits.at(i, e)) / sums[i])
 }
 
 /// The weights of fixed choices.
