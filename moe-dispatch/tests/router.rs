@@ -388,6 +388,17 @@ fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
             assert!(stats.expert_counts.iter().all(|count| (6..=12).contains(count)), "{stats:?}");
         }
     }
+    // One token, alone or beside padding, has nobody to be balanced with: it chooses by score.
+    for padded in [false, true] {
+        let lone = tensor(2, 6, &[&[0.1, 0.5, -0.2, 0.7, 0.3, 0.6], &[f64::NAN; 6][..]].concat());
+        let lone = if padded { lone } else { tensor(1, 6, &lone.to_f64(&device).unwrap()[..6]) };
+        let valid = Tensor::from_slice(&device, 1, 2, &[1, 0]).unwrap();
+        let sinkhorn = Some(Sinkhorn { iterations: 5, sum_over_unit: &own });
+        let valid = padded.then(|| valid.view());
+        let input = RouterInput { sinkhorn, valid, ..RouterInput::new(&lone, weight.view()) };
+        let (routing, _, _) = router.forward(&device, input, alone).unwrap();
+        assert_eq!(routing.experts.to_vec(&device).unwrap()[..top_k], [3, 5]);
+    }
     // Without tokens it still takes part; a choice that is given needs no iteration.
     let calls = std::cell::Cell::new(0);
     let counted = |numbers: &[f64]| {

@@ -16,7 +16,8 @@ pub type SumOverUnit<'a> = &'a dyn Fn(&[f64]) -> Result<Vec<f64>, Error>;
 ///
 /// `r_i = 1 / (T·Σ_e d_e·x_ie)`, then `d_e = 1 / (E·Σ_i r_i·x_ie)`;
 ///
-/// a token's experts are those of the largest `d_e·x_ie`. The number of iterations is fixed: to stop at a tolerance would
+/// a token's experts are those of the largest `d_e·x_ie`; with `T = 1`, where all would be equal, of the largest `x_ie`. The
+/// number of iterations is fixed: to stop at a tolerance would
 /// make the choice depend on rounding. Weights are those of the scores. It is for training alone.
 #[derive(Clone, Copy)]
 pub struct Sinkhorn<'a> {
@@ -60,9 +61,10 @@ impl Router {
                 let what = format!("the sum of {num_experts} numbers came back as {}", sums.len());
                 return Err(Error::Router { what });
             }
-            // Each token's probabilities sum to 1.
+            // Each token's probabilities sum to 1. A token alone, to which all experts would soon be worth the same so that
+            // rounding would choose, chooses by score.
             let all: f64 = sums.iter().sum();
-            if all > 0.0 {
+            if all > 1.5 {
                 for (offset, sum) in offsets.iter_mut().zip(sums) {
                     *offset -= (num_experts as f64 * sum.max(f64::MIN_POSITIVE) / all).ln();
                 }

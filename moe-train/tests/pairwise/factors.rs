@@ -299,6 +299,10 @@ pub const FACTORS: &[Factor] = &[
         levels: &[Level("none", NONE), Level("0.1", &["model.router_jitter_noise=0.1"])],
     },
     Factor {
+        name: "sinkhorn",
+        levels: &[Level("none", NONE), Level("6 times", &["model.moe_router_sinkhorn_iterations=6"])],
+    },
+    Factor {
         name: "forced routing",
         levels: &[
             Level("none", NONE),
@@ -579,6 +583,30 @@ pub const RULES: &[Rule] = &[
         refusals: &["moe_router_force"],
         factors: &["expert groups", "forced routing"],
         holds: |c| c.is("expert groups", "none") || c.is("forced routing", "none"),
+    },
+    Rule {
+        why: "Sinkhorn's choice is balanced by itself",
+        refusals: &["moe_router_sinkhorn_iterations with a load-balancing loss"],
+        factors: &["balance", "sinkhorn"],
+        holds: |c| c.is("sinkhorn", "none") || c.is("balance", "none"),
+    },
+    Rule {
+        why: "Sinkhorn chooses by other scores than a bias is added to",
+        refusals: &["moe_router_sinkhorn_iterations with moe_router_enable_expert_bias"],
+        factors: &["sinkhorn", "expert bias"],
+        holds: |c| c.is("sinkhorn", "none") || c.is("expert bias", "none"),
+    },
+    Rule {
+        why: "Sinkhorn spreads tokens over all experts",
+        refusals: &["moe_router_sinkhorn_iterations with n_group above 1"],
+        factors: &["expert groups", "sinkhorn"],
+        holds: |c| c.is("sinkhorn", "none") || c.is("expert groups", "none"),
+    },
+    Rule {
+        why: "experts are chosen by Sinkhorn or forced",
+        refusals: &["moe_router_force_load_balancing contradicts", "moe_router_force_skew contradicts"],
+        factors: &["sinkhorn", "forced routing"],
+        holds: |c| c.is("sinkhorn", "none") || c.is("forced routing", "none"),
     },
 ];
 
