@@ -275,23 +275,67 @@ fn a_batch_that_grows_goes_on_from_the_middle_of_its_ramp() {
     assert_eq!(steps("run"), whole);
 }
 
+/// And what is recomputed knows of them.
 #[test]
 fn documents_are_separated_in_training_and_evaluation() {
     let place = Place::new();
-    let train = |run: &str, separate: bool| {
+    let train = |run: &str, separate: bool, recompute: &str| {
         // Samples of four documents' length: most have a boundary.
         let (output, separate) =
             (format!("train.output={run}"), format!("data.separate_documents={separate}"));
-        let sets =
-            ["train.sequence_length=2048", "train.steps=2", "train.global_batch_size=2", &output, &separate];
+        let sets = [
+            "train.sequence_length=2048",
+            "train.steps=2",
+            "train.global_batch_size=2",
+            &output,
+            &separate,
+            recompute,
+        ];
         place.train(&sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
         let val_loss = |line: &Value| line.get("val_loss")?.as_f64();
         (place.timeless(run)[0]["loss"].clone(), place.metrics(run).iter().find_map(val_loss).unwrap())
     };
-    let (together, apart) = (train("together", false), train("apart", true));
+    let keep = "train.recompute=[]";
+    let (together, apart) = (train("together", false, keep), train("apart", true, keep));
     assert!(together.0 != apart.0 && together.1 != apart.1, "{together:?} and {apart:?}");
+    let recompute = "train.recompute=[\"core_attn\", \"layernorm\", \"moe\"]";
+    train("recomputed", true, recompute);
+    assert_eq!(place.timeless("recomputed"), place.timeless("apart"));
+    let sample = place.run(&["sample", "recomputed", "--prompt", "ranks", "--tokens", "12"]).ok();
+    assert!(sample.out.starts_with("ranks"), "{}", sample.out);
     let eval = place.run(&["eval", "apart"]).ok();
     assert!(eval.out.starts_with(&format!("step 2: validation loss {:.6} nats", apart.1)), "{}", eval.out);
+}
+
+/// What full experts drop is counted, by layer too; the checkpoint is evaluated and sampled as any.
+#[test]
+fn a_run_with_capacities_counts_what_it_drops() {
+    let place = Place::new();
+    let sets = ["train.moe_expert_capacity_factor=0.75", "train.steps=3"];
+    place.train(&sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
+    let lines = place.metrics("run");
+    let steps: Vec<_> = lines.iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(steps.len(), 3);
+    for line in steps {
+        // Two layers, two choices of each of 4·32 tokens, of which at most three quarters are kept.
+        let (chosen, dropped) = (2 * 2 * 4 * 32, line["dropped_tokens"].as_u64().unwrap());
+        assert!((chosen / 4..chosen).contains(&dropped), "{line}");
+        let layers = line["moe_layers"].as_array().unwrap();
+        assert!(layers.iter().map(|layer| &layer["layer"]).eq([0, 1]), "{line}");
+        let of_layers = layers.iter().map(|layer| layer["dropped_tokens"].as_u64().unwrap());
+        assert_eq!(of_layers.sum::<u64>(), dropped, "{line}");
+        for layer in layers {
+            assert!(layer["aux_loss"].as_f64().unwrap() > 0.0 && layer["z_loss"].as_f64().unwrap() > 0.0);
+            assert!(layer["max_expert_load"].as_f64().unwrap() >= 1.0, "{line}");
+        }
+    }
+    let val_loss = lines.iter().rev().find_map(|line| line.get("val_loss")?.as_f64()).unwrap();
+    let eval = place.run(&["eval", "run"]).ok();
+    assert!(eval.out.starts_with(&format!("step 3: validation loss {val_loss:.6} nats")), "{}", eval.out);
+    place.train(&["--set", "train.output=whole", "--set", "train.steps=3"]).ok();
+    assert_ne!(place.metrics("whole")[0]["loss"], lines[0]["loss"]);
+    let sample = place.run(&["sample", "run", "--prompt", "ranks", "--tokens", "12"]).ok();
+    assert!(sample.out.starts_with("ranks"), "{}", sample.out);
 }
 
 #[test]
