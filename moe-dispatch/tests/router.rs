@@ -374,8 +374,19 @@ fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
             })
             .collect();
         let sinkhorn = Some(Sinkhorn { iterations, sum_over_unit: &own });
-        let input = RouterInput { sinkhorn, ..RouterInput::new(&whole, weight.view()) };
+        let input = RouterInput { sinkhorn, margins: true, ..RouterInput::new(&whole, weight.view()) };
         let (routing, _, stats) = router.forward(&device, input, alone).unwrap();
+        // The plan's scores as logarithms, and the choice that would be counted.
+        let gap = |score: &dyn Fn(usize) -> f64| {
+            let mut scores: Vec<f64> = (0..6).map(score).collect();
+            scores.sort_by(|a, b| b.total_cmp(a));
+            scores[top_k - 1] - scores[top_k]
+        };
+        assert_eq!(stats.margins.as_ref().map(Vec::len), Some(tokens));
+        for (i, margin) in stats.margins.iter().flatten().enumerate() {
+            let want = gap(&|e| (d[e] * x(i, e)).ln()).min(gap(&|e| logit(i, e)));
+            assert!((margin - want).abs() < 1e-12, "margin {margin} of token {i}, and {want}");
+        }
         assert_eq!(routing.experts.to_vec(&device).unwrap(), want, "{iterations} iterations");
         let weights = routing.weights.to_f64(&device).unwrap();
         for (j, (w, e)) in weights.iter().zip(&want).enumerate() {

@@ -207,7 +207,7 @@ fn rowwise(c: &mut Criterion) {
         Box::new(move || {
             let (weights, experts) = (mutable!(weights), mutable!(experts));
             let (probs, lse) = (mutable!(probs), mutable!(lse));
-            let out = RouteOutput { weights, experts, unbiased: None, probs, lse };
+            let out = RouteOutput { weights, experts, unbiased: None, probs, lse, margins: None };
             cpu.route(out, RouteInput::new(logits.view()), &ScoreFunction::SoftmaxPost.into())
                 .expect("route");
         })

@@ -138,6 +138,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
         unbiased: None,
         probs: probs.view_mut()?,
         lse: lse.view_mut()?,
+        margins: None,
     };
     cpu.route(out, RouteInput::new(x.view()), &ScoreFunction::SoftmaxPost.into())?;
     bits.keep(cpu, "weights", &weights)?;

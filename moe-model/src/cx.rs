@@ -35,8 +35,8 @@ pub struct Cx<T: Float, D: Device> {
     pub forced_routing: Option<ForcedRouting>,
     /// Choices that routers are given instead of making them, by micro-batch and layer; none unless given.
     pub replay: Option<Choices>,
-    /// Choices that routers made, where they are to be known.
-    pub recorded: Option<Choices>,
+    /// What routers chose, where it is to be known.
+    pub recorded: Option<Recorded>,
     /// The rank's micro-batches of this step, in order.
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
@@ -103,6 +103,18 @@ impl<T: Float, D: Device> Cx<T, D> {
 
 /// The experts of this rank's tokens, `tokens · K` in the order of rows, by micro-batch of the rank and layer: before dropping.
 pub type Choices = BTreeMap<(u32, usize), Vec<i32>>;
+
+/// Choices that routers made, by micro-batch of the rank and layer.
+pub type Recorded = BTreeMap<(u32, usize), RecordedRouting>;
+
+/// What a router chose for this rank's tokens of a micro-batch, in the order of rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RecordedRouting {
+    /// `tokens · K`, before dropping: as in [`Choices`].
+    pub experts: Vec<i32>,
+    /// `tokens`: by how much each choice [stands](moe_dispatch::RouterStats::margins).
+    pub margins: Vec<f64>,
+}
 
 /// What passes are for: some of what a model does is for training alone, and its random choices are keyed by the step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

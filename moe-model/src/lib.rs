@@ -99,7 +99,7 @@ pub mod transport;
 pub use block::Block;
 pub use capacity::{DropUnit, ExpertCapacity};
 pub use config::ModelConfig;
-pub use cx::{Choices, Cx, MicroBatch, Mode, MoeStats, Objective, Stats};
+pub use cx::{Choices, Cx, MicroBatch, Mode, MoeStats, Objective, Recorded, RecordedRouting, Stats};
 pub use error::{Error, Result};
 pub use execution::Execution;
 pub use forced::ForcedRouting;

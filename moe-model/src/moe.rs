@@ -12,7 +12,7 @@ use moe_topology::{Expert, Owner, Placement};
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::{Place, within_budget};
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
-use crate::cx::{Mode, MoeStats};
+use crate::cx::{Mode, MoeStats, RecordedRouting};
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
 use crate::expert_mlp_bias::ExpertMlpBias;
@@ -288,14 +288,16 @@ impl MoeMlp {
         let sum_numbers = |numbers: &[f64]| Ok(unit.all_reduce_host(numbers, Reduction::Sum)?);
         let iterations = self.sinkhorn.filter(|_| cx.mode != Mode::Evaluate);
         let sinkhorn = iterations.map(|iterations| Sinkhorn { iterations, sum_over_unit: &sum_numbers });
-        let input =
-            RouterInput { bias, sequences, jitter, given, sinkhorn, valid, ..RouterInput::new(h, weight) };
+        let margins = cx.recorded.is_some();
+        let input = RouterInput { x: h, weight, bias, sequences, jitter, given, sinkhorn, valid, margins };
         let (routing, router, seen) = self
             .router
             .forward(&cx.device, input, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
         if let Some(recorded) = &mut cx.recorded {
-            recorded.insert((m, self.layer), routing.experts.to_vec(&cx.device)?);
+            let experts = routing.experts.to_vec(&cx.device)?;
+            let margins = seen.margins.clone().unwrap_or_default();
+            recorded.insert((m, self.layer), RecordedRouting { experts, margins });
         }
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);

@@ -6,7 +6,6 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::checkpoints::tensors;
 use common::{DEADLINE, Outcome, RandomBatches, assert_equal, setup, tiny_model, train};
 use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind::{AllGather, AllToAll};
@@ -14,8 +13,9 @@ use moe_kernels::Cpu;
 use moe_model::ModelConfig;
 use moe_model::config::{AuxLoss, AuxLossScope};
 use moe_topology::{Attention, Mapping};
-use moe_train::trainer::{RankTrainer, Setup, StepReport, recorded_step};
+use moe_train::trainer::{RankTrainer, Setup, StepReport};
 use serde_json::Value;
+use tempfile::TempDir;
 
 const STEPS: u64 = 2;
 
@@ -68,10 +68,31 @@ fn what_is_recorded_and_replayed_knows_no_mapping() {
         .map(|(mapping, folder)| record(mapping, folder.path()))
         .collect();
     for step in 1..=STEPS {
-        let written = tensors(&recorded_step(folders[0].path(), step));
-        assert_eq!(written.len(), 2, "a matrix for each layer with experts");
+        let read = |folder: &TempDir| {
+            let [choices, margins] =
+                ["choices", "margins"].map(|of| common::recorded(folder.path(), step, of));
+            assert_eq!(
+                (choices.len(), margins.len()),
+                (2, 2),
+                "a matrix of each for each layer with experts"
+            );
+            let margins: Vec<f64> = margins
+                .into_values()
+                .flatten()
+                .collect::<Vec<u8>>()
+                .chunks_exact(8)
+                .map(|bytes| f64::from_le_bytes(bytes.try_into().unwrap()))
+                .collect();
+            (choices, margins)
+        };
+        let (choices, margins) = read(&folders[0]);
+        assert_eq!(margins.len(), 2 * 8 * 12);
         for (folder, mapping) in folders.iter().zip(mappings()) {
-            assert!(tensors(&recorded_step(folder.path(), step)) == written, "{mapping}");
+            let (other, others) = read(folder);
+            assert!(other == choices, "{mapping}");
+            assert_eq!(others.len(), margins.len());
+            let differ = |(a, b): (&f64, &f64)| (a - b).abs() > 1e-10;
+            assert!(!others.iter().zip(&margins).any(differ), "{mapping}: margins");
         }
     }
     // Noting changes nothing.

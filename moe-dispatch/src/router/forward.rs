@@ -17,6 +17,8 @@ struct Chosen<D: Device> {
     /// `sequences · E`.
     prob_sums: Vec<f64>,
     z_loss_sum: f64,
+    /// `n`, if asked for.
+    margins: Option<Vec<f64>>,
 }
 
 /// How experts are chosen.
@@ -25,6 +27,7 @@ struct How<'a, D: Device> {
     sinkhorn: Option<Sinkhorn<'a>>,
     valid: Option<View<'a, i32, D>>,
     sequences: usize,
+    margins: bool,
 }
 
 impl Router {
@@ -42,8 +45,8 @@ impl Router {
         input: RouterInput<'_, T, D>,
         sum_over_unit: impl FnOnce(&[i64]) -> Result<Vec<i64>, Error>,
     ) -> Result<Routed<T, D>, Error> {
-        let RouterInput { x, weight, bias, sequences, jitter, given, sinkhorn, valid } = input;
-        let how = How { given, sinkhorn, valid, sequences };
+        let RouterInput { x, weight, bias, sequences, jitter, given, sinkhorn, valid, margins } = input;
+        let how = How { given, sinkhorn, valid, sequences, margins };
         let [tokens, _] = x.shape();
         let RouterConfig { num_experts, top_k, .. } = self.config;
         if sequences == 0 || !tokens.is_multiple_of(sequences) {
@@ -79,7 +82,7 @@ impl Router {
             let (weights, chosen) = self.choose(device, &logits, bias, how)?;
             (Logits::Acc(logits), weights, chosen)
         };
-        let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum } = chosen;
+        let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum, margins } = chosen;
         let plain_counts = self.count(&counted);
         let rows = self.count_by_sequence(&counted, sequences);
         let expected = rows.len();
@@ -101,6 +104,7 @@ impl Router {
             expert_counts,
             plain_counts,
             prob_sums: all_probs.clone(),
+            margins,
         };
         let routing = Routing { experts: experts.clone(), weights, tokens, top_k, shapes: Shapes::Exact };
         Ok((routing, RouterSaved { experts, logits, unit, prob_sums: all_probs }, stats))
@@ -115,12 +119,13 @@ impl Router {
         how: How<'_, D>,
     ) -> Result<(Tensor<R, D>, Chosen<D>), Error> {
         let RouterConfig { num_experts, top_k, scoring, .. } = self.config;
-        let How { given, sinkhorn, valid, sequences } = how;
+        let How { given, sinkhorn, valid, sequences, margins } = how;
         let [tokens, _] = logits.shape();
         let spread = match (given, sinkhorn) {
-            (None, Some(sinkhorn)) => Some(self.sinkhorn(device, logits, valid, sinkhorn)?),
+            (None, Some(sinkhorn)) => Some(self.sinkhorn(device, logits, valid, sinkhorn, margins)?),
             _ => None,
         };
+        let (spread, spread_margins) = spread.unzip();
         let given = given.or(spread.as_ref());
         let mut weights = Tensor::uninit(device, tokens, top_k)?;
         let mut experts = Tensor::uninit(device, tokens, top_k)?;
@@ -129,12 +134,14 @@ impl Router {
         let mut unbiased = differs.then(|| Tensor::uninit(device, tokens, top_k)).transpose()?;
         let mut probs = Tensor::uninit(device, tokens, num_experts)?;
         let mut lse = Tensor::uninit(device, 1, tokens)?;
+        let mut margins = margins.then(|| Tensor::uninit(device, 1, tokens)).transpose()?;
         let out = RouteOutput {
             weights: weights.view_mut()?,
             experts: experts.view_mut()?,
             unbiased: unbiased.as_mut().map(Tensor::view_mut).transpose()?,
             probs: probs.view_mut()?,
             lse: lse.view_mut()?,
+            margins: margins.as_mut().map(Tensor::view_mut).transpose()?,
         };
         let input = RouteInput { logits: logits.view(), bias, given: given.map(Tensor::view), valid };
         device.route(out, input, &scoring)?;
@@ -146,7 +153,11 @@ impl Router {
         let probs = probs.reshape(tokens / sequences, sequences * num_experts)?;
         let prob_sums = column_sums(device, &probs)?;
         let z_loss_sum = sum_of_squares(device, &lse)?;
-        Ok((weights, Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum }))
+        let mut margins = margins.map(|margins| margins.to_f64(device)).transpose()?;
+        if let (Some(margins), Some(of_spread)) = (&mut margins, spread_margins.flatten()) {
+            margins.iter_mut().zip(of_spread).for_each(|(margin, of_spread)| *margin = margin.min(of_spread));
+        }
+        Ok((weights, Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum, margins }))
     }
 
     fn count(&self, experts: &[i32]) -> Vec<i64> {

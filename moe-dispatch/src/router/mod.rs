@@ -98,6 +98,8 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub valid: Option<View<'a, i32, D>>,
     /// A choice that spreads tokens evenly, unless it is given; none unless given.
     pub sinkhorn: Option<Sinkhorn<'a>>,
+    /// Whether [`RouterStats::margins`] are asked for; not unless given.
+    pub margins: bool,
 }
 
 /// Noise on what a router sees (not on what its experts see): each element of a token is multiplied by a number between
@@ -134,6 +136,7 @@ impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
             given: None,
             sinkhorn: None,
             valid: None,
+            margins: false,
         }
     }
 }
@@ -220,6 +223,9 @@ pub struct RouterStats {
     /// `Σ logsumexp²` over this rank's tokens. The z-loss of the step is the sum over all ranks and micro-batches,
     /// divided by the number of tokens.
     pub z_loss_sum: f64,
+    /// If asked for, the [margin](family::RouteOutput::margins) of each of this rank's tokens: the least by which the choice, and
+    /// that which the load-balancing losses count, stand. Scores of a [`Sinkhorn`] choice are `ln(d_e·x_ie)`.
+    pub margins: Option<Vec<f64>>,
 }
 
 impl Router {

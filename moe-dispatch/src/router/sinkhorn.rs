@@ -33,8 +33,11 @@ impl fmt::Debug for Sinkhorn<'_> {
     }
 }
 
+/// Experts, `[n, K]`, and if asked for by how much each token's choice stands.
+pub(super) type Spread<D> = (Tensor<i32, D>, Option<Vec<f64>>);
+
 impl Router {
-    /// The choice for the rank's `logits: [n, E]`, `[n, K]`.
+    /// The choice for the rank's `logits: [n, E]`.
     ///
     /// With `c = ln d`, the probabilities `p_ie` of a softmax of `logits + c` are `T·r_i·d_e·x_ie`: an iteration is
     /// `c_e −= ln(E/T · Σ_i p_ie)`, in which nothing overflows.
@@ -44,7 +47,8 @@ impl Router {
         logits: &Tensor<R, D>,
         valid: Option<View<'_, i32, D>>,
         sinkhorn: Sinkhorn<'_>,
-    ) -> Result<Tensor<i32, D>, Error> {
+        margins: bool,
+    ) -> Result<Spread<D>, Error> {
         let Sinkhorn { iterations, sum_over_unit } = sinkhorn;
         let ([tokens, num_experts], top_k) = (logits.shape(), self.config.top_k);
         if self.config.scoring.groups.is_some() || iterations == 0 {
@@ -75,16 +79,18 @@ impl Router {
         let mut weights = Tensor::<R, D>::uninit(device, tokens, top_k)?;
         let mut probs = Tensor::<R, D>::uninit(device, tokens, num_experts)?;
         let mut lse = Tensor::<R, D>::uninit(device, 1, tokens)?;
+        let mut margins = margins.then(|| Tensor::<R, D>::uninit(device, 1, tokens)).transpose()?;
         let out = RouteOutput {
             weights: weights.view_mut()?,
             experts: experts.view_mut()?,
             unbiased: None,
             probs: probs.view_mut()?,
             lse: lse.view_mut()?,
+            margins: margins.as_mut().map(Tensor::view_mut).transpose()?,
         };
         // The order of `logits + c`; the weights are not used.
         let input = RouteInput { bias: Some(bias.view()), valid, ..RouteInput::new(logits.view()) };
         device.route(out, input, &ScoreFunction::SoftmaxPost.into())?;
-        Ok(experts)
+        Ok((experts, margins.map(|margins| margins.to_f64(device)).transpose()?))
     }
 }

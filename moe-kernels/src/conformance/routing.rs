@@ -89,15 +89,23 @@ fn top(scores: &[f64], k: usize) -> Vec<usize> {
     ids
 }
 
-/// The choice by the definition.
-fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> Vec<i32> {
+/// By how much the `k` largest are ahead of the rest, sorted: the last of them of the first that is not.
+fn gap(scores: &[f64], k: usize) -> f64 {
+    let mut scores = scores.to_vec();
+    scores.sort_by(|a, b| b.total_cmp(a));
+    scores.get(k).map_or(f64::INFINITY, |next| scores[k - 1] - next)
+}
+
+/// The choice by the definition, and by how much each token's stands.
+fn choices_of(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> (Vec<i32>, Vec<f64>) {
     let probs = probs(logits, scoring);
-    let choice = (0..logits.rows).flat_map(|i| {
+    let choice = (0..logits.rows).map(|i| {
         let score = |e: usize| match scoring.function.is_separate() {
             true => score(scoring.function, logits.at(i, e)) + bias.map_or(0.0, |bias| bias.at(0, e)),
             false => logits.at(i, e) + bias.map_or(0.0, |bias| bias.at(0, e)),
         };
         let mut scores: Vec<f64> = (0..logits.cols).map(score).collect();
+        let (mut candidates, mut margin) = (scores.clone(), f64::INFINITY);
         if let Some(groups) = scoring.groups {
             let size = logits.cols / groups.count;
             let by_probs = matches!(scoring.function, ScoreFunction::SoftmaxPre { .. });
@@ -106,12 +114,26 @@ fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -
             let of_group = |g: &[f64]| top(g, groups.score_top_k).into_iter().map(|e| g[e]).sum();
             let of_groups: Vec<f64> = own.chunks(size).map(of_group).collect();
             let kept = top(&of_groups, groups.kept);
+            margin = gap(&of_groups, groups.kept);
+            candidates = kept.iter().flat_map(|g| scores[g * size..(g + 1) * size].to_vec()).collect();
             let lost = scores.iter_mut().enumerate().filter(|(e, _)| !kept.contains(&(e / size)));
             lost.for_each(|(_, score)| *score = f64::NEG_INFINITY);
         }
-        top(&scores, k)
+        (top(&scores, k), margin.min(gap(&candidates, k)))
     });
-    choice.map(|e| e as i32).collect()
+    let (experts, margins): (Vec<_>, _) = choice.unzip();
+    (experts.into_iter().flatten().map(|e| e as i32).collect(), margins)
+}
+
+fn chosen(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> Vec<i32> {
+    choices_of(logits, k, bias, scoring).0
+}
+
+/// The margins of a choice and of the plain one beside it.
+fn margins(logits: &Matrix, k: usize, bias: Option<&Matrix>, scoring: &Scoring) -> Matrix {
+    let own = choices_of(logits, k, bias, scoring).1;
+    let plain = choices_of(logits, k, None, &Scoring { groups: None, ..*scoring }).1;
+    Matrix::row(&own.iter().zip(plain).map(|(own, plain)| own.min(plain)).collect::<Vec<_>>())
 }
 
 /// [`Routing`]: scores, ties, groups, biases, gradients with auxiliary and z-loss, not-a-number, jitter, dropping, the stable sort.
@@ -119,6 +141,7 @@ pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
     extreme_scores::<A, D>(device, tolerance);
     given_choices::<A, D>(device, tolerance);
+    margins_alone::<A, D>(device);
     softmax_sums::<A, D>(device, tolerance);
     jitter::<A, D>(device, tolerance);
     padding::<A, D>(device);
@@ -135,6 +158,7 @@ struct Routed<A: Float, D: Device> {
     unbiased: Placed<i32, D>,
     probs: Placed<A, D>,
     lse: Placed<A, D>,
+    margins: Placed<A, D>,
 }
 
 fn route<A: Float<Acc = A>, D: Routing<A>>(
@@ -162,6 +186,7 @@ fn route_given<A: Float<Acc = A>, D: Routing<A>>(
         unbiased: output_ints(device, n, k),
         probs: output(device, n, count),
         lse: output(device, 1, n),
+        margins: output(device, 1, n),
     };
     let (logits, bias) = (place::<A, D>(device, logits), bias.map(|bias| place::<A, D>(device, bias)));
     let views = RouteOutput {
@@ -170,6 +195,7 @@ fn route_given<A: Float<Acc = A>, D: Routing<A>>(
         unbiased: Some(out.unbiased.view_mut()),
         probs: out.probs.view_mut(),
         lse: out.lse.view_mut(),
+        margins: Some(out.margins.view_mut()),
     };
     let given = given.map(|given| place_ints(device, given.len() / k, k, given));
     let input = RouteInput {
@@ -232,6 +258,9 @@ fn choice<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
                 assert_close(&format!("lse, {what}"), &out.lse.read(), &want, tolerance);
                 let want = weights(&logits, &experts, k, &scoring);
                 assert_close(&format!("weights, {what}"), &out.weights.read(), &want, tolerance);
+                let want = margins(&logits, k, bias, &scoring);
+                // Differences of scores that may be larger.
+                assert_close(&format!("margins, {what}"), &out.margins.read(), &want, tolerance * 64.0);
                 if n * count <= 200 {
                     gradients::<A, D>(device, &mut random, &logits, &experts, k, &scoring, tolerance, &what);
                 }
@@ -345,6 +374,10 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
         assert_eq!(out.experts.elements(), given, "given experts, {scoring:?}");
         let plain = chosen(&logits, k, None, &Scoring { groups: None, ..scoring });
         assert_eq!(out.unbiased.elements(), plain, "unbiased, {scoring:?}");
+        // Only the plain choice could be otherwise.
+        let want = margins(&logits, k, None, &Scoring { groups: None, ..scoring });
+        let what = format!("margins of a given choice, {scoring:?}");
+        assert_close(&what, &out.margins.read(), &want, tolerance * 64.0);
         let want = weights(&logits, &given, k, &scoring);
         assert_close(
             &format!("weights of a given choice, {scoring:?}"),
@@ -361,6 +394,35 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     refused("no such expert", &vec![count as i32; n * k]);
     refused("a negative expert", &vec![-1; n * k]);
     refused("too few choices", &given[k..]);
+}
+
+/// The margin of a choice by itself, of tokens that are close in one comparison each: of experts, of groups, of none.
+fn margins_alone<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
+    let close_groups = [5.0, 0.0, 3.0, 2.125, 0.0, 0.0];
+    let rows = [[5.0, 0.0, 4.9375, 4.5, 0.0, 0.0], close_groups, [1.0; 6]];
+    let logits = place::<A, D>(device, &Matrix { rows: 3, cols: 6, data: rows.concat() });
+    let groups = ExpertGroups { count: 3, kept: 1, score_top_k: 2 };
+    for (k, groups, want) in [
+        (1, None, [0.0625, 2.0, 0.0]),
+        (1, Some(groups), [0.4375, 0.125, 0.0]),
+        (2, Some(groups), [4.4375, 0.125, 0.0]),
+        (6, None, [f64::INFINITY; 3]),
+    ] {
+        let mut weights = output::<A, D>(device, 3, k);
+        let (mut experts, mut probs) = (output_ints(device, 3, k), output::<A, D>(device, 3, 6));
+        let (mut lse, mut margins) = (output::<A, D>(device, 1, 3), output::<A, D>(device, 1, 3));
+        let views = RouteOutput {
+            weights: weights.view_mut(),
+            experts: experts.view_mut(),
+            unbiased: None,
+            probs: probs.view_mut(),
+            lse: lse.view_mut(),
+            margins: Some(margins.view_mut()),
+        };
+        let scoring = Scoring { groups, ..ScoreFunction::SoftmaxPost.into() };
+        device.route(views, RouteInput::new(logits.view()), &scoring).expect("route");
+        assert_eq!(margins.read().data, want, "margins of {k} choices, {groups:?}");
+    }
 }
 
 fn softmax_sums<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
@@ -434,6 +496,7 @@ fn padding<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
             unbiased: output_ints(device, n, k),
             probs: output(device, n, count),
             lse: output(device, 1, n),
+            margins: output(device, 1, n),
         };
         let (placed, mask) = (place::<A, D>(device, &spoilt), place_ints(device, 1, n, &valid));
         let views = RouteOutput {
@@ -442,6 +505,7 @@ fn padding<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
             unbiased: Some(out.unbiased.view_mut()),
             probs: out.probs.view_mut(),
             lse: out.lse.view_mut(),
+            margins: Some(out.margins.view_mut()),
         };
         let input = RouteInput { valid: Some(mask.view()), ..RouteInput::new(placed.view()) };
         device.route(views, input, &scoring).expect("route");
@@ -461,6 +525,10 @@ fn padding<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
             &alone.lse.read().transposed(),
             0.0,
         );
+        let margins = out.margins.read().transposed();
+        assert_close(&what("margins"), &compact(&margins), &alone.margins.read().transposed(), 0.0);
+        let infinite = (0..n).filter(|&i| !is_valid(i)).all(|i| margins.at(i, 0) == f64::INFINITY);
+        assert!(infinite, "{}", what("margins of padding"));
         let nothing = |m: &Matrix, i: usize| (0..m.cols).all(|j| m.at(i, j) == 0.0);
         let lse = out.lse.read().transposed();
         let padded = (0..n)

@@ -70,6 +70,20 @@ fn choose(chosen: &mut [i32], scores: &[impl CpuFloat], candidates: impl Iterato
     }
 }
 
+/// By how much `chosen` are ahead of the other `candidates`; infinite without others.
+fn margin<T: CpuFloat>(chosen: &[i32], scores: &[T], candidates: impl Iterator<Item = usize>) -> T {
+    let infinity = -T::NEG_INFINITY;
+    let worst = chosen.iter().fold(infinity, |worst, &c| least(worst, scores[c as usize]));
+    let others = candidates.filter(|&e| !chosen.contains(&(e as i32)));
+    // Equal scores may be infinite.
+    let margins = others.map(|e| if scores[e] == worst { T::ZERO } else { worst - scores[e] });
+    margins.fold(infinity, least)
+}
+
+fn least<T: CpuFloat>(a: T, b: T) -> T {
+    if b < a { b } else { a }
+}
+
 /// Scratch of a group-limited choice.
 struct GroupChoice<T> {
     groups: ExpertGroups,
@@ -99,8 +113,19 @@ impl<T: CpuFloat> GroupChoice<T> {
         }
         choose(&mut self.kept, &self.scores, 0..self.groups.count);
         self.kept.sort_unstable();
-        let kept = self.kept.iter().flat_map(|&g| g as usize * size..(g as usize + 1) * size);
-        choose(chosen, order, kept);
+        choose(chosen, order, self.candidates(size));
+    }
+
+    /// The experts of the kept groups, of `size` each.
+    #[inline(always)]
+    fn candidates(&self, size: usize) -> impl Iterator<Item = usize> {
+        self.kept.iter().flat_map(move |&g| g as usize * size..(g as usize + 1) * size)
+    }
+
+    /// By how much the last choice, `chosen` by `order`, stands.
+    fn margin(&self, chosen: &[i32], order: &[T]) -> T {
+        let of_groups = margin(&self.kept, &self.scores, 0..self.groups.count);
+        least(of_groups, margin(chosen, order, self.candidates(order.len() / self.groups.count)))
     }
 }
 
@@ -160,6 +185,7 @@ struct Routes<'a, T> {
     unbiased: Option<MatMut<'a, i32>>,
     probs: MatMut<'a, T>,
     lse: &'a mut [T],
+    margins: Option<&'a mut [T]>,
 }
 
 simd! {
@@ -185,6 +211,9 @@ simd! {
                 out.experts.row(i).fill(-1);
                 if let Some(unbiased) = &mut out.unbiased {
                     unbiased.row(i).fill(-1);
+                }
+                if let Some(margins) = &mut out.margins {
+                    margins[i] = -T::NEG_INFINITY;
                 }
                 continue;
             }
@@ -221,6 +250,15 @@ simd! {
             }
             if let Some(unbiased) = &mut out.unbiased {
                 choose(unbiased.row(i), plain, 0..count);
+            }
+            if let Some(margins) = &mut out.margins {
+                let own = match (&given, &groups) {
+                    (Some(_), _) => -T::NEG_INFINITY,
+                    (None, None) => margin(chosen, order, 0..count),
+                    (None, Some(groups)) => groups.margin(chosen, order),
+                };
+                let unbiased = out.unbiased.as_mut().map(|unbiased| margin(unbiased.row(i), plain, 0..count));
+                margins[i] = unbiased.map_or(own, |unbiased| least(own, unbiased));
             }
             let scores: &[T] = if is_separate { &scores } else { probs };
             let mut total = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
@@ -394,7 +432,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
     ) -> Result<()> {
         const KERNEL: &str = "route";
         let RouteInput { logits, bias, given, valid } = input;
-        let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse } = out;
+        let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse, mut margins } = out;
         let [n, count] = logits.shape();
         let [_, k] = weights.shape();
         check::shape(KERNEL, "weights", [n, k], weights.shape())?;
@@ -404,6 +442,9 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         }
         check::shape(KERNEL, "probs", [n, count], probs.shape())?;
         check::shape(KERNEL, "lse", [1, n], lse.shape())?;
+        if let Some(margins) = &margins {
+            check::shape(KERNEL, "margins", [1, n], margins.shape())?;
+        }
         check::argument(KERNEL, (1..=count).contains(&k), || {
             format!("{k} of {count} experts cannot be chosen")
         })?;
@@ -432,6 +473,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         let (mut weights, mut experts) = (MatMut::from(&mut weights), MatMut::from(&mut experts));
         let mut unbiased = unbiased.as_mut().map(MatMut::from);
         let (mut probs, mut lse) = (MatMut::from(&mut probs), MatMut::from(&mut lse).vector());
+        let mut margins = margins.as_mut().map(|margins| MatMut::from(margins).vector());
         let tasks = blocks(n, rows_per_piece(8 * count))
             .map(|r| {
                 let out = Routes {
@@ -440,6 +482,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
                     unbiased: unbiased.as_mut().map(|unbiased| unbiased.take_rows(r.len())),
                     probs: probs.take_rows(r.len()),
                     lse: take(&mut lse, r.len()),
+                    margins: margins.as_mut().map(|margins| take(margins, r.len())),
                 };
                 (r, out)
             })

@@ -96,6 +96,10 @@ pub struct RouteOutput<'a, A: Float, D: Device> {
     pub probs: ViewMut<'a, A, D>,
     /// `[1, n]`: the log-sum-exp of the logits.
     pub lse: ViewMut<'a, A, D>,
+    /// `[1, n]`: the least by which a choice stands. For the experts chosen, their worst selection score less the best of the
+    /// other candidates; for the groups kept the same; and for the plain choice, if `unbiased` is asked for. What cannot be
+    /// otherwise (all are chosen, a given choice, padding) stands by infinity.
+    pub margins: Option<ViewMut<'a, A, D>>,
 }
 
 /// What [`Routing::sort_by_expert`] writes, for `n` tokens, `E` experts, `K` choices.

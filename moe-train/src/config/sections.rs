@@ -156,7 +156,8 @@ pub struct TrainConfig {
     /// [`ForcedRouting::Skewed`](moe_model::ForcedRouting::Skewed).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moe_router_force_skew: Option<f64>,
-    /// Whether the choices of routers in training are written to the folder `routing` of the run, a folder for each step.
+    /// Whether the choices of routers in training are written to the folder `routing` of the run, a folder for each step; beside
+    /// each choice its margin, the gap of selection scores by which it stands.
     #[serde(default)]
     pub record_routing: bool,
     /// The folder `routing` of a run whose choices are made again, instead of those of the routers: for the same samples

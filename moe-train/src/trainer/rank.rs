@@ -8,7 +8,7 @@ use moe_model::axes::{
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{
-    Choices, CommTransport, CountingStage, Cx, DecoderStage, Execution, Mode, RopeTable, Stats, TypedStage,
+    CommTransport, CountingStage, Cx, DecoderStage, Execution, Mode, Recorded, RopeTable, Stats, TypedStage,
 };
 use moe_pipeline::{Program, execute};
 use moe_topology::Attention;
@@ -163,16 +163,16 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
             let trace = StepTrace { setup: &self.setup, rank: self.rank, step, first };
             self.cx.replay = Some(trace.replay(root, &layers, &self.cx)?);
         }
-        self.cx.recorded = self.setup.record_routing.is_some().then(Choices::new);
+        self.cx.recorded = self.setup.record_routing.is_some().then(Recorded::new);
         Ok(())
     }
 
     /// Writes the choices of a step, where they are recorded.
     fn end_trace(&mut self, step: u64, first: u64) -> Result<()> {
         self.cx.replay = None;
-        if let (Some(root), Some(choices)) = (&self.setup.record_routing, self.cx.recorded.take()) {
+        if let (Some(root), Some(recorded)) = (&self.setup.record_routing, self.cx.recorded.take()) {
             let trace = StepTrace { setup: &self.setup, rank: self.rank, step, first };
-            trace.record(root, &choices, &self.cx)?;
+            trace.record(root, &recorded, &self.cx)?;
         }
         Ok(())
     }

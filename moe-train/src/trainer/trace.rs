@@ -1,8 +1,10 @@
 //! Record and replay of routing: the choices of each step on disk, known by token and not by rank.
 //!
-//! A step is a folder in the format of checkpoints, with one matrix for each layer that has experts: row `i·S + p` holds
-//! the K experts of the token at position `p` of the step's `i`-th sequence, before dropping. So every rank writes what
-//! its tokens chose, and reads what its tokens are to choose, under any mapping.
+//! A step is a folder in the format of checkpoints, with two matrices for each layer that has experts. Row `i·S + p` of
+//! `…gate.choices` holds the K experts of the token at position `p` of the step's `i`-th sequence, before dropping. So every
+//! rank writes what its tokens chose, and reads what its tokens are to choose, under any mapping. The same row of
+//! `…gate.margins`, one column of doubles, says by how much that choice [stands](moe_dispatch::RouterStats::margins): where it
+//! is near 0 another precision may choose otherwise. Replay does not read it.
 
 use std::fs;
 use std::ops::Range;
@@ -10,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use moe_kernels::{Backend, DType, Float};
 use moe_model::tokens::TokenIds;
-use moe_model::{Choices, Cx};
+use moe_model::{Choices, Cx, Recorded, RecordedRouting};
 use moe_topology::Attention;
 use serde_json::{Value, json};
 
@@ -27,8 +29,8 @@ pub fn recorded_step(root: &Path, step: u64) -> PathBuf {
     step_folder(root, step)
 }
 
-fn name(layer: usize) -> String {
-    format!("model.layers.{layer}.block_sparse_moe.gate.choices")
+fn name(layer: usize, of: &str) -> String {
+    format!("model.layers.{layer}.block_sparse_moe.gate.{of}")
 }
 
 /// The choices of one step, as ranks write and read them.
@@ -85,7 +87,7 @@ impl StepTrace<'_> {
     pub fn record<T: Float, D: Backend<T>>(
         &self,
         root: &Path,
-        choices: &Choices,
+        recorded: &Recorded,
         cx: &Cx<T, D>,
     ) -> Result<()> {
         let world = cx.comms.group(Attention::ALL)?;
@@ -93,17 +95,25 @@ impl StepTrace<'_> {
         if world.rank() == 0 && path.exists() {
             fs::remove_dir_all(&path).context("remove", &path)?;
         }
-        let (dims, meta) = (self.dims(cx), self.meta(cx));
+        let ([tokens, top_k], meta) = (self.dims(cx), self.meta(cx));
         let write = |folder: &Path| {
             let mut writer = PieceWriter::create(folder, self.rank)?;
-            for (&(m, layer), experts) in choices {
+            for (&(m, layer), RecordedRouting { experts, margins }) in recorded {
                 for Run { rows, own } in self.runs(m as usize, cx)? {
-                    let of_row = |&own: &usize| &experts[own * dims[1]..(own + 1) * dims[1]];
-                    let data: Vec<i32> = own.iter().flat_map(of_row).copied().collect();
-                    let (cols, part) = (0..dims[1], 0..data.len());
-                    let (tensor, kind) = (name(layer), KIND.to_owned());
-                    let spec = PieceSpec { tensor, kind, dtype: DType::I32, dims, rows, cols, part };
-                    writer.write(spec, bytemuck::cast_slice(&data))?;
+                    let of_row = |&own: &usize| &experts[own * top_k..(own + 1) * top_k];
+                    let experts: Vec<i32> = own.iter().flat_map(of_row).copied().collect();
+                    let margins: Vec<f64> = own.iter().map(|&own| margins[own]).collect();
+                    let spec = |of, dtype, width| PieceSpec {
+                        tensor: name(layer, of),
+                        kind: KIND.to_owned(),
+                        dtype,
+                        dims: [tokens, width],
+                        rows: rows.clone(),
+                        cols: 0..width,
+                        part: 0..rows.len() * width,
+                    };
+                    writer.write(spec("choices", DType::I32, top_k), bytemuck::cast_slice(&experts))?;
+                    writer.write(spec("margins", DType::F64, 1), bytemuck::cast_slice(&margins))?;
                 }
             }
             Ok(writer.finish()?)
@@ -142,7 +152,8 @@ impl StepTrace<'_> {
             for &layer in layers {
                 let mut experts = vec![0i32; tokens * top_k];
                 for Run { rows, own } in &runs {
-                    let bytes = checkpoint.read_block(&name(layer), KIND, rows.clone(), 0..top_k)?;
+                    let bytes =
+                        checkpoint.read_block(&name(layer, "choices"), KIND, rows.clone(), 0..top_k)?;
                     let data = bytes.chunks_exact(size_of::<i32>()).map(bytemuck::pod_read_unaligned::<i32>);
                     let data: Vec<i32> = data.collect();
                     for (own, row) in own.iter().zip(data.chunks_exact(top_k)) {

@@ -5,6 +5,7 @@
 pub mod checkpoints;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use moe_comm::ThreadWorld;
@@ -14,7 +15,9 @@ use moe_model::{ModelConfig, PipelineLayout, RecomputeModules};
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
-use moe_train::trainer::{BatchSource, MoeLayerReport, RankTrainer, Sequence, Setup, StepReport};
+use moe_train::trainer::{
+    BatchSource, MoeLayerReport, RankTrainer, Sequence, Setup, StepReport, recorded_step,
+};
 
 /// Random tokens with uneven loss weights: some targets count nothing, some twice, whole sequences nothing at all.
 #[derive(Debug, Clone)]
@@ -158,7 +161,7 @@ pub fn check(
         setup
     };
     let one = with(Mapping::default(), DispatcherKind::AllToAll);
-    let reference = train(one.clone(), steps);
+    let reference = train_without_ties(one.clone(), steps, random_batches(&one));
     for (mapping, dispatcher) in foldings {
         let what = format!("{mapping}, {dispatcher}, world {}", mapping.world_size);
         let folded = train(with(mapping, dispatcher), steps);
@@ -193,12 +196,43 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Trains for `steps` steps in f64 on random batches and gathers everything.
 pub fn train(setup: Setup, steps: u64) -> Outcome {
-    let source = RandomBatches {
+    let source = random_batches(&setup);
+    train_on(setup, steps, source)
+}
+
+fn random_batches(setup: &Setup) -> RandomBatches {
+    RandomBatches {
         vocab: setup.model.vocab_size as u32,
         seq_len: setup.sequence_length,
         micro_batch: setup.micro_batch_size,
-    };
-    train_on(setup, steps, source)
+    }
+}
+
+/// [`train_on`], and no choice of experts is so near a tie that rounding could turn it: *Equality* of docs/semantics.md.
+pub fn train_without_ties(
+    setup: Setup,
+    steps: u64,
+    source: impl BatchSource + Send + Sync + 'static,
+) -> Outcome {
+    let folder = tempfile::tempdir().unwrap();
+    let outcome = train_on(Setup { record_routing: Some(folder.path().to_owned()), ..setup }, steps, source);
+    for step in 1..=steps {
+        for (name, margins) in recorded(folder.path(), step, ".margins") {
+            let margins = margins.chunks_exact(8).map(|bytes| f64::from_le_bytes(bytes.try_into().unwrap()));
+            let smallest = margins.fold(f64::INFINITY, f64::min);
+            assert!(
+                smallest > 1e-9,
+                "{name} of step {step}: a choice stands by {smallest:e}; take another seed"
+            );
+        }
+    }
+    outcome
+}
+
+/// The matrices of a recorded step whose names end in `suffix`.
+pub fn recorded(root: &Path, step: u64, suffix: &str) -> BTreeMap<String, Vec<u8>> {
+    let matrices = checkpoints::tensors(&recorded_step(root, step)).into_iter();
+    matrices.map(|((name, _), bytes)| (name, bytes)).filter(|(name, _)| name.ends_with(suffix)).collect()
 }
 
 /// Trains for `steps` steps in f64 and gathers everything.
