@@ -112,6 +112,8 @@ pub type Recorded = BTreeMap<(u32, usize), RecordedRouting>;
 pub struct RecordedRouting {
     /// `tokens · K`, before dropping: as in [`Choices`].
     pub experts: Vec<i32>,
+    /// `tokens · K`: the weights of these experts.
+    pub weights: Vec<f64>,
     /// `tokens`: by how much each choice [stands](moe_dispatch::RouterStats::margins).
     pub margins: Vec<f64>,
 }

@@ -296,8 +296,9 @@ impl MoeMlp {
             .map_err(|error| Error::in_router(self.layer, error))?;
         if let Some(recorded) = &mut cx.recorded {
             let experts = routing.experts.to_vec(&cx.device)?;
+            let weights = routing.weights.to_f64(&cx.device)?;
             let margins = seen.margins.clone().unwrap_or_default();
-            recorded.insert((m, self.layer), RecordedRouting { experts, margins });
+            recorded.insert((m, self.layer), RecordedRouting { experts, weights, margins });
         }
         let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
         self.record(&mut cx.stats.moe, &seen, dropped);

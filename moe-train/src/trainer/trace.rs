@@ -1,10 +1,11 @@
 //! Record and replay of routing: the choices of each step on disk, known by token and not by rank.
 //!
-//! A step is a folder in the format of checkpoints, with two matrices for each layer that has experts. Row `i·S + p` of
+//! A step is a folder in the format of checkpoints, with three matrices for each layer that has experts. Row `i·S + p` of
 //! `…gate.choices` holds the K experts of the token at position `p` of the step's `i`-th sequence, before dropping. So every
 //! rank writes what its tokens chose, and reads what its tokens are to choose, under any mapping. The same row of
 //! `…gate.margins`, one column of doubles, says by how much that choice [stands](moe_dispatch::RouterStats::margins): where it
-//! is near 0 another precision may choose otherwise. Replay does not read it.
+//! is near 0 another precision may choose otherwise. `…gate.weights`, as wide as the choices, are their weights in doubles: where
+//! two of an expert's are near each other, dropping by weight may. Replay reads neither.
 
 use std::fs;
 use std::ops::Range;
@@ -98,10 +99,11 @@ impl StepTrace<'_> {
         let ([tokens, top_k], meta) = (self.dims(cx), self.meta(cx));
         let write = |folder: &Path| {
             let mut writer = PieceWriter::create(folder, self.rank)?;
-            for (&(m, layer), RecordedRouting { experts, margins }) in recorded {
+            for (&(m, layer), RecordedRouting { experts, weights, margins }) in recorded {
                 for Run { rows, own } in self.runs(m as usize, cx)? {
-                    let of_row = |&own: &usize| &experts[own * top_k..(own + 1) * top_k];
-                    let experts: Vec<i32> = own.iter().flat_map(of_row).copied().collect();
+                    let choices = || own.iter().flat_map(|&own| own * top_k..(own + 1) * top_k);
+                    let experts: Vec<i32> = choices().map(|at| experts[at]).collect();
+                    let weights: Vec<f64> = choices().map(|at| weights[at]).collect();
                     let margins: Vec<f64> = own.iter().map(|&own| margins[own]).collect();
                     let spec = |of, dtype, width| PieceSpec {
                         tensor: name(layer, of),
@@ -113,6 +115,7 @@ impl StepTrace<'_> {
                         part: 0..rows.len() * width,
                     };
                     writer.write(spec("choices", DType::I32, top_k), bytemuck::cast_slice(&experts))?;
+                    writer.write(spec("weights", DType::F64, top_k), bytemuck::cast_slice(&weights))?;
                     writer.write(spec("margins", DType::F64, 1), bytemuck::cast_slice(&margins))?;
                 }
             }

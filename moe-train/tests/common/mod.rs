@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
+use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::{ModelConfig, PipelineLayout, RecomputeModules};
 use moe_topology::{Folding, Mapping};
@@ -215,18 +216,44 @@ pub fn train_without_ties(
     source: impl BatchSource + Send + Sync + 'static,
 ) -> Outcome {
     let folder = tempfile::tempdir().unwrap();
+    let doubles = |bytes: Vec<u8>| -> Vec<f64> {
+        bytes.chunks_exact(8).map(|bytes| f64::from_le_bytes(bytes.try_into().unwrap())).collect()
+    };
+    let by_weight = setup.capacity.is_some_and(|capacity| capacity.policy == DropPolicy::Probs);
+    let choices_per_unit = setup.micro_batch_size * setup.sequence_length * setup.model.num_experts_per_tok;
     let outcome = train_on(Setup { record_routing: Some(folder.path().to_owned()), ..setup }, steps, source);
     for step in 1..=steps {
+        let check = |name: &str, what: &str, margin: f64| {
+            assert!(margin > 1e-9, "{name} of step {step}: {what} by {margin:e}; take another seed");
+        };
         for (name, margins) in recorded(folder.path(), step, ".margins") {
-            let margins = margins.chunks_exact(8).map(|bytes| f64::from_le_bytes(bytes.try_into().unwrap()));
-            let smallest = margins.fold(f64::INFINITY, f64::min);
-            assert!(
-                smallest > 1e-9,
-                "{name} of step {step}: a choice stands by {smallest:e}; take another seed"
-            );
+            check(&name, "a choice stands", doubles(margins).into_iter().fold(f64::INFINITY, f64::min));
+        }
+        if by_weight {
+            let weights = recorded(folder.path(), step, ".weights").into_values().map(doubles);
+            for ((name, experts), weights) in
+                recorded(folder.path(), step, ".choices").into_iter().zip(weights)
+            {
+                let experts: Vec<i32> = experts
+                    .chunks_exact(4)
+                    .map(|bytes| i32::from_le_bytes(bytes.try_into().unwrap()))
+                    .collect();
+                let units = experts.chunks(choices_per_unit).zip(weights.chunks(choices_per_unit));
+                let margin = units.map(|(experts, weights)| smallest_gap(experts, weights));
+                check(&name, "weights of an expert differ", margin.fold(f64::INFINITY, f64::min));
+            }
         }
     }
     outcome
+}
+
+/// The smallest difference between two weights of one expert, whichever of them a capacity keeps. Equal weights, as those
+/// of single choices that are divided by their sum, are equal under any mapping.
+fn smallest_gap(experts: &[i32], weights: &[f64]) -> f64 {
+    let mut chosen: Vec<_> = experts.iter().zip(weights).filter(|&(&expert, _)| expert >= 0).collect();
+    chosen.sort_by(|a, b| a.0.cmp(b.0).then(a.1.total_cmp(b.1)));
+    let neighbours = chosen.windows(2).filter(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1);
+    neighbours.map(|pair| pair[1].1 - pair[0].1).fold(f64::INFINITY, f64::min)
 }
 
 /// The matrices of a recorded step whose names end in `suffix`.
