@@ -124,7 +124,9 @@ fn moe_layer(c: &mut Criterion) {
     }
     group.finish();
 
+    // Few long samples: the system counts a thread's time only every few milliseconds.
     let mut group = c.benchmark_group("a pass over weights and gradients by experts");
+    group.sample_size(10).sampling_mode(SamplingMode::Flat);
     for experts in [8, 256] {
         group.bench_function(BenchmarkId::from_parameter(experts), |b| {
             b.iter_custom(|iterations| weights_and_gradients(experts, iterations).expect("the pass"))
