@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use moe_kernels::Device;
 use moe_topology::GroupKey;
 
-use crate::{Call, Flight, RawComm, Result, World};
+use crate::decorate::{Decorated, Decoration};
+use crate::{Call, RawComm, Result, World};
 
 /// Calls and bytes of one operation of one group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,45 +65,15 @@ impl<D: Device, W: World<D>> World<D> for Counted<W> {
 
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
         let inner = self.world.communicator(key, ranks)?;
-        Ok(Box::new(CountedComm { inner, counters: self.counters.clone() }))
+        Ok(Box::new(Decorated { inner, decoration: self.counters.clone() }))
     }
 }
 
-struct CountedComm<D: Device> {
-    inner: Box<dyn RawComm<D>>,
-    counters: Counters,
-}
+impl<D: Device> Decoration<D> for Counters {
+    type Started = ();
 
-impl<D: Device> RawComm<D> for CountedComm<D> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn key(&self) -> GroupKey {
-        self.inner.key()
-    }
-
-    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
-        self.counters.add(self.key(), &call);
-        self.inner.start(call)
-    }
-
-    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
-        for call in &calls {
-            self.counters.add(self.key(), call);
-        }
-        self.inner.start_batch(calls)
-    }
-
-    fn abort(&self, why: &str) {
-        self.inner.abort(why);
+    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<()> {
+        self.add(group, call);
+        Ok(())
     }
 }

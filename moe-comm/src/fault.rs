@@ -8,7 +8,8 @@ use std::time::Duration;
 use moe_kernels::Device;
 use moe_topology::GroupKey;
 
-use crate::{Call, Error, Flight, RawComm, Result, World};
+use crate::decorate::{Decorated, Decoration};
+use crate::{Call, Error, RawComm, Result, World};
 
 /// What a rank does instead of starting a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,19 +67,16 @@ impl<D: Device, W: World<D>> World<D> for Faulty<W> {
 
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
         let inner = self.world.communicator(key, ranks)?;
-        Ok(Box::new(FaultyComm { inner, faults: self.faults.clone() }))
+        Ok(Box::new(Decorated { inner, decoration: self.faults.clone() }))
     }
 }
 
-struct FaultyComm<D: Device> {
-    inner: Box<dyn RawComm<D>>,
-    faults: Arc<[Armed]>,
-}
+impl<D: Device> Decoration<D> for Arc<[Armed]> {
+    type Started = ();
 
-impl<D: Device> FaultyComm<D> {
-    fn suffer(&self, op: &'static str) -> Result<()> {
-        let group = self.key();
-        for Armed { fault, seen } in &*self.faults {
+    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<()> {
+        let op = call.op.name();
+        for Armed { fault, seen } in &**self {
             let counts =
                 fault.op.is_none_or(|only| only == op) && fault.group.is_none_or(|only| only == group);
             if !counts || seen.fetch_add(1, Ordering::Relaxed) != fault.call {
@@ -94,39 +92,5 @@ impl<D: Device> FaultyComm<D> {
             }
         }
         Ok(())
-    }
-}
-
-impl<D: Device> RawComm<D> for FaultyComm<D> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn key(&self) -> GroupKey {
-        self.inner.key()
-    }
-
-    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
-        self.suffer(call.op.name())?;
-        self.inner.start(call)
-    }
-
-    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
-        for call in &calls {
-            self.suffer(call.op.name())?;
-        }
-        self.inner.start_batch(calls)
-    }
-
-    fn abort(&self, why: &str) {
-        self.inner.abort(why);
     }
 }

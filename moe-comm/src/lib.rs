@@ -52,6 +52,7 @@ mod call;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod count;
+mod decorate;
 mod error;
 pub mod fault;
 mod pending;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use moe_kernels::Device;
 use moe_topology::GroupKey;
 
+use crate::decorate::{Decorated, Decoration};
 use crate::{Call, Flight, RawComm, Result, World};
 
 /// What a rank did with an operation.
@@ -83,50 +84,19 @@ impl<D: Device, W: World<D>> World<D> for Traced<W> {
 
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
         let inner = self.world.communicator(key, ranks)?;
-        Ok(Box::new(TracedComm { inner, trace: self.trace.clone() }))
+        Ok(Box::new(Decorated { inner, decoration: self.trace.clone() }))
     }
 }
 
-struct TracedComm<D: Device> {
-    inner: Box<dyn RawComm<D>>,
-    trace: Trace,
-}
+impl<D: Device> Decoration<D> for Trace {
+    type Started = Event;
 
-impl<D: Device> RawComm<D> for TracedComm<D> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
+    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<Event> {
+        Ok(self.start(call.op.name(), group))
     }
 
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn ranks(&self) -> &[usize] {
-        self.inner.ranks()
-    }
-
-    fn key(&self) -> GroupKey {
-        self.inner.key()
-    }
-
-    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
-        let event = self.trace.start(call.op.name(), self.key());
-        Ok(Box::new(TracedFlight { inner: self.inner.start(call)?, event, trace: self.trace.clone() }))
-    }
-
-    fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
-        let events: Vec<Event> =
-            calls.iter().map(|call| self.trace.start(call.op.name(), self.key())).collect();
-        let flights = self.inner.start_batch(calls)?.into_iter().zip(events);
-        Ok(flights
-            .map(|(inner, event)| -> Box<dyn Flight<D>> {
-                Box::new(TracedFlight { inner, event, trace: self.trace.clone() })
-            })
-            .collect())
-    }
-
-    fn abort(&self, why: &str) {
-        self.inner.abort(why);
+    fn in_flight(&self, event: Event, inner: Box<dyn Flight<D>>) -> Box<dyn Flight<D>> {
+        Box::new(TracedFlight { inner, event, trace: self.clone() })
     }
 }
 
