@@ -18,7 +18,8 @@ use crate::recompute::{Recompute, RecomputeModule};
 use crate::transport::Activation;
 use crate::{Cx, Error, Execution, Result};
 
-/// The layers of one stage of a [`PipelineLayout`], with the embedding on the first stage and the head on the last. It reads its micro-batch from the context, so the first stage takes no input and the last gives no output.
+/// The layers of one stage of a [`PipelineLayout`], with the embedding on the first stage and the head on the last. It reads
+/// its micro-batch from the context, so the first stage takes no input and the last gives no output.
 #[derive(Debug)]
 pub struct DecoderStage {
     stage: usize,
@@ -29,11 +30,11 @@ pub struct DecoderStage {
     head: Option<Head>,
 }
 
-type SavedBlocks<T, D> = Vec<<Recompute<Block> as Layer<T, D>>::Saved>;
+type SavedBlock<T, D> = <Recompute<Block> as Layer<T, D>>::Saved;
 
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
-    blocks: SavedBlocks<T, D>,
+    blocks: Vec<SavedBlock<T, D>>,
     /// With the micro-batch's choices over all layers.
     head: Option<(HeadSaved<T, D>, Vec<i64>)>,
 }
@@ -133,21 +134,21 @@ impl DecoderStage {
         }
     }
 
-    /// Through the embedding (or from `x`) and the blocks.
+    /// Through the embedding (or from `x`) and the blocks, each of which hands to `keep` what its backward needs.
     fn body<T: Float, D: Backend<T>>(
         &self,
         m: u32,
         x: Option<Activation<T, D>>,
         cx: &mut Cx<T, D>,
-    ) -> Result<(Activation<T, D>, SavedBlocks<T, D>)> {
+        mut keep: impl FnMut(SavedBlock<T, D>),
+    ) -> Result<Activation<T, D>> {
         let mut x = self.input(m, x, cx)?;
-        let mut saved = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            let (y, kept) = block.forward(m, x, cx)?;
+            let (y, saved) = block.forward(m, x, cx)?;
+            keep(saved);
             x = y;
-            saved.push(kept);
         }
-        Ok((Activation { x, choices: std::mem::take(&mut cx.choices) }, saved))
+        Ok(Activation { x, choices: std::mem::take(&mut cx.choices) })
     }
 
     /// The gradient of the input, layer by layer, and what the weight gradients still need: nothing if they are added now.
@@ -202,7 +203,7 @@ impl DecoderStage {
         x: Option<Activation<T, D>>,
         cx: &mut Cx<T, D>,
     ) -> Result<Activation<T, D>> {
-        let (mut y, _) = self.body(m, x, cx)?;
+        let mut y = self.body(m, x, cx, drop)?;
         if let Some(head) = &self.head {
             y.x = head.logits(y.x, cx)?;
         }
@@ -242,11 +243,7 @@ impl<T: Float, D: Backend<T>> Stage for CountingStage<'_, T, D> {
         x: Option<Self::Act>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Option<Self::Act>, Self::Saved)> {
-        let mut x = self.stage.input(m, x, cx)?;
-        for block in &self.stage.blocks {
-            (x, _) = block.forward(m, x, cx)?;
-        }
-        let y = Activation { x, choices: std::mem::take(&mut cx.choices) };
+        let y = self.stage.body(m, x, cx, drop)?;
         Ok((self.stage.head.is_none().then_some(y), ()))
     }
 
@@ -300,7 +297,8 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         x: Option<Self::Act>,
         cx: &mut Cx<T, D>,
     ) -> Result<(Option<Self::Act>, Self::Saved)> {
-        let (y, blocks) = self.stage.body(m, x, cx)?;
+        let mut blocks = Vec::with_capacity(self.stage.blocks.len());
+        let y = self.stage.body(m, x, cx, |saved| blocks.push(saved))?;
         match &self.stage.head {
             Some(head) => {
                 let head = Some((head.forward(m, y.x, cx)?, y.choices));
