@@ -10,7 +10,7 @@ use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::axes::CP_DP;
 use moe_model::{ModelConfig, PipelineLayout};
-use moe_topology::{Expert, GroupKey, Mapping};
+use moe_topology::{Attention, Expert, GroupKey, Mapping};
 use moe_train::trainer::{BatchSource, RankTrainer, Setup};
 
 /// `(tp, cp, dp, pp, vpp, etp, ep)`; the world is tp·cp·dp·pp.
@@ -168,6 +168,29 @@ fn weights_are_gathered_until_their_layer_needs_them() {
 
     let [first, _] = traces(setup(false));
     assert_eq!(waits(&first).len(), 4, "the step waits");
+}
+
+/// Between start and wait of the all-to-all that brings rows to the experts, and of the one that brings gradients, the shared
+/// expert gathers its own rows over TP; without the switch nothing does.
+#[test]
+fn shared_experts_compute_while_rows_are_on_their_way() {
+    let gathers_beside = |moe_shared_expert_overlap| {
+        let model = ModelConfig { shared_expert_intermediate_size: Some(12), ..model() };
+        let setup = case(model, (2, 1, 2, 1, 1, 1, 4), AllToAll);
+        let [events, _] = traces(Setup { moe_shared_expert_overlap, ..setup });
+        let wait_of = |start: &Event| {
+            let waited = |e: &Event| e.moment == Moment::Wait && e.number == start.number;
+            events.iter().position(waited).expect("what a step starts for its rows it awaits")
+        };
+        let moves_rows = |e: &Event| e.moment == Moment::Start && e.op == "all_to_all";
+        let started = (0..events.len()).filter(|&at| moves_rows(&events[at]));
+        let flights: Vec<_> = started.map(|at| at..wait_of(&events[at])).collect();
+        let gathers = starts(&events, "all_gather", Attention::TP);
+        gathers.iter().filter(|at| flights.iter().any(|flight| flight.contains(at))).count()
+    };
+    assert_eq!(gathers_beside(false), 0);
+    // In 4 layers and micro-batches: rows in forward; rows once more and the gradient in backward.
+    assert_eq!(gathers_beside(true), 4 * 4 * 3);
 }
 
 /// An evaluation after a step sees its weights, whether they had arrived or not.
