@@ -1,5 +1,6 @@
 //! Continuing a text with a trained model, on one rank.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use moe_comm::{Comms, ThreadWorld, World};
@@ -9,10 +10,8 @@ use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::{Cx, DecoderStage, Execution, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
-use crate::checkpoint::container::Checkpoint;
-use crate::checkpoint::{Meta, read_buffers};
+use crate::checkpoint::{Weights, read_buffers};
 use crate::data::ByteTokenizer;
-use crate::optim::Moment;
 use crate::{Error, Result};
 
 /// How tokens are chosen.
@@ -26,20 +25,18 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// `prompt` and its continuation by the model of `checkpoint`.
+/// `prompt` and its continuation by the model of `weights`.
 ///
 /// # Errors
-/// The checkpoint is damaged, or not that of a training run.
-pub fn generate(checkpoint: &Checkpoint, prompt: &str, sampling: Sampling) -> Result<String> {
-    let path = checkpoint.path().to_owned();
+/// The weights are damaged, or of no training run.
+pub fn generate(weights: &Arc<Weights>, prompt: &str, sampling: Sampling) -> Result<String> {
+    let weights = weights.clone();
     let prompt = ByteTokenizer.encode(prompt.as_bytes());
     let texts = ThreadWorld::run(1, Duration::from_secs(60), move |world| {
-        let checkpoint = Checkpoint::open(&path)?;
         let mut tokens = prompt.clone();
-        let mut masters = checkpoint.tensors().filter(|tensor| tensor.kind == Moment::Master.name());
-        match masters.next().map(|tensor| tensor.dtype) {
-            Some(DType::F64) => Decoder::<f64>::open(&world, &checkpoint)?.extend(&mut tokens, sampling)?,
-            _ => Decoder::<f32>::open(&world, &checkpoint)?.extend(&mut tokens, sampling)?,
+        match weights.dtype() {
+            DType::F64 => Decoder::<f64>::open(&world, &weights)?.extend(&mut tokens, sampling)?,
+            _ => Decoder::<f32>::open(&world, &weights)?.extend(&mut tokens, sampling)?,
         }
         Ok::<_, Error>(tokens)
     })?;
@@ -60,35 +57,36 @@ impl<T: Float> Decoder<T>
 where
     Cpu: Backend<T>,
 {
-    fn open(world: &dyn World<Cpu>, checkpoint: &Checkpoint) -> Result<Self> {
-        let Meta { config, .. } = Meta::of(checkpoint)?;
-        let (model, window) = (config.model, config.train.sequence_length);
+    fn open(world: &dyn World<Cpu>, source: &Weights) -> Result<Self> {
+        let (model, config) = (source.model(), &source.run()?.config);
+        let window = config.train.sequence_length;
         let device = Cpu::default();
         let folding = Folding::new(Mapping::default())?;
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
         let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
-        let stages = DecoderStage::of_rank(&mut layout, &model, Execution::default(), &whole)?;
+        let stages = DecoderStage::of_rank(&mut layout, model, Execution::default(), &whole)?;
         let mut params = ParamStore::new(layout.build(), config.train.seed, &device)?;
         for bucket in 0..params.buckets().len() {
             let layout = &params.buckets()[bucket];
             let mut weights = vec![T::ZERO; layout.len];
             for part in &layout.parts {
-                let bytes = checkpoint.read_tensor(&part.name, Moment::Master.name())?;
-                let values = bytes.chunks_exact(size_of::<T::Acc>()).map(bytemuck::pod_read_unaligned);
+                let values = source.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
                 for (weight, value) in weights[part.range()].iter_mut().zip(values) {
                     *weight = T::from_acc(value);
                 }
             }
             params.set_weights(bucket, Tensor::from_slice(&device, 1, weights.len(), &weights)?)?;
         }
-        for (id, values) in read_buffers(&params, checkpoint, &device)? {
+        for (id, values) in
+            read_buffers(&params, &device, |buffer| source.read_buffer(&buffer.name, buffer.len))?
+        {
             params.set_buffer(id, values)?;
         }
         let mut groups = Comms::<Cpu>::builder();
         groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));
         groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));
         let comms = groups.build(world, &device, &folding)?;
-        let rope = RopeTable::of(&device, &model, window)?;
+        let rope = RopeTable::of(&device, model, window)?;
         let objective = Objective { micro_batches: 1, sequences: 1, tokens: window };
         Ok(Decoder { stages, cx: Cx::new(device, comms, params, rope, objective), window })
     }

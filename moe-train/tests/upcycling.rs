@@ -16,7 +16,7 @@ use moe_model::{Cx, DecoderStage, Execution, MicroBatch, ModelConfig, Objective,
 use moe_topology::{Folding, Mapping};
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::upcycle::{Plan, WeightScaling};
-use moe_train::checkpoint::{Meta, restore_weights, save, upcycle};
+use moe_train::checkpoint::{Meta, Weights, restore_weights, save, upcycle};
 use moe_train::config::RunConfig;
 use moe_train::trainer::RankTrainer;
 
@@ -63,7 +63,7 @@ where
 /// The configuration of a run of `model` in f64.
 fn config(model: &ModelConfig) -> RunConfig {
     let one = Mapping::default();
-    let mut config = meta(&setup(model.clone(), one), 0, 0).config;
+    let mut config = meta(&setup(model.clone(), one), 0, 0).run.unwrap().config;
     config.train.dtype = moe_train::config::TrainDType::F64;
     config
 }
@@ -79,7 +79,7 @@ fn logits(checkpoint: &Path) -> Vec<f64> {
     let all = ThreadWorld::run(1, DEADLINE, move |world| {
         let checkpoint = Checkpoint::open(&path)?;
         assert!(checkpoint.verify().is_empty());
-        let model = Meta::of(&checkpoint)?.config.model;
+        let model = Meta::of(&checkpoint)?.model;
         let (device, folding) = (Cpu::poisoned(1), Folding::new(Mapping::default())?);
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
         let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
@@ -279,7 +279,7 @@ fn train_from(checkpoint: &Path, model: &ModelConfig, mapping: Mapping, kind: Di
     let source = RandomBatches { vocab: 37, seq_len: setup.sequence_length, micro_batch: 1 };
     let ranks = ThreadWorld::run(setup.folding.world_size(), DEADLINE, move |world| {
         let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
-        restore_weights(&mut trainer, &Checkpoint::open(&path)?)?;
+        restore_weights(&mut trainer, &Weights::of(Checkpoint::open(&path)?)?)?;
         assert_eq!(trainer.optimizer().updates(), 0);
         let reports = [trainer.step(1, &source)?, trainer.step(2, &source)?];
         Ok::<_, moe_train::Error>((reports.to_vec(), pieces(&trainer)?))

@@ -7,8 +7,10 @@ pub mod container;
 mod meta;
 mod state;
 pub mod upcycle;
+mod weights;
 
-pub use meta::Meta;
-pub(crate) use state::{check_tensor, publish, read_buffers};
+pub use meta::{Meta, RunState};
+pub(crate) use state::{publish, read_buffers};
 pub use state::{restore, restore_weights, save};
 pub use upcycle::upcycle;
+pub use weights::Weights;

@@ -1,16 +1,18 @@
 //! A rank's optimizer state to logical tensors and back.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
 use moe_kernels::{Backend, DType, Device, Element, Float, Tensor, bf16};
-use moe_model::params::{BucketLayout, BufferId, ParamStore};
+use moe_model::params::{BucketLayout, BufferId, BufferLayout, ParamStore, Part};
 use moe_topology::Attention;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Meta;
 use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceFile, PieceSpec, PieceWriter};
+use super::weights::elements;
+use super::{Meta, RunState, Weights};
 use crate::optim::{Moment, Shard, sliced_parts};
 use crate::trainer::RankTrainer;
 use crate::{Error, Result};
@@ -104,27 +106,8 @@ fn write<T: Float, D: Backend<T>>(
     Ok(writer.finish()?)
 }
 
-type Buffers<T, D> = Vec<(BufferId, Tensor<<T as Float>::Acc, D>)>;
-
-/// The buffers of `params` from a checkpoint, in order.
-///
-/// # Errors
-/// One is missing, of another length or type, or damaged.
-pub(crate) fn read_buffers<T: Float, D: Device>(
-    params: &ParamStore<T, D>,
-    checkpoint: &Checkpoint,
-    device: &D,
-) -> Result<Buffers<T, D>> {
-    let buffers = params.layout().buffers().map(|(id, buffer)| {
-        check_tensor(checkpoint, &buffer.name, BUFFER, [1, buffer.len], T::Acc::DTYPE)?;
-        let bytes = checkpoint.read_tensor(&buffer.name, BUFFER)?;
-        Ok((id, Tensor::from_slice(device, 1, buffer.len, &elements::<T::Acc>(&bytes))?))
-    });
-    buffers.collect()
-}
-
 /// That the checkpoint has a tensor of this shape and type.
-pub(crate) fn check_tensor(
+pub(super) fn check_tensor(
     checkpoint: &Checkpoint,
     name: &str,
     kind: &str,
@@ -144,80 +127,124 @@ pub(crate) fn check_tensor(
     .into())
 }
 
-fn elements<A: Element>(bytes: &[u8]) -> Vec<A> {
-    bytes.chunks_exact(size_of::<A>()).map(bytemuck::pod_read_unaligned).collect()
-}
-
-/// This rank's slice of a bucket, in the accumulation type. Moments may have been kept in bf16, which is read exactly.
-fn read_slice<A: Float>(checkpoint: &Checkpoint, bucket: &BucketLayout, moment: Moment) -> Result<Vec<A>> {
-    let kind = moment.name();
+/// This rank's slice of a bucket, where `read` gives the rows of a part that meet it.
+fn read_slice<A: Float>(
+    bucket: &BucketLayout,
+    read: impl Fn(&Part, Range<usize>) -> Result<Vec<A>>,
+) -> Result<Vec<A>> {
     let mut slice = vec![A::ZERO; bucket.slice.len()];
     for (part, range) in sliced_parts(bucket) {
-        let dtype = match checkpoint.tensor(&part.name, kind)?.dtype {
-            DType::Bf16 if moment != Moment::Master => DType::Bf16,
-            _ => A::DTYPE,
-        };
-        check_tensor(checkpoint, &part.name, kind, part.dims, dtype)?;
-        let bytes = checkpoint.read_block(&part.name, kind, part.rows.clone(), part.cols.clone())?;
-        let block: Vec<A> = match dtype {
-            DType::Bf16 => elements::<bf16>(&bytes).into_iter().map(|x| A::from_f64(x.to_f64())).collect(),
-            _ => elements(&bytes),
-        };
+        let width = part.cols.len();
+        let within = range.start - part.offset..range.end - part.offset;
+        let first = within.start / width;
+        let rows = part.rows.start + first..part.rows.start + within.end.div_ceil(width);
+        let block = read(part, rows)?;
         slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
-            .copy_from_slice(&block[range.start - part.offset..range.end - part.offset]);
+            .copy_from_slice(&block[within.start - first * width..within.end - first * width]);
     }
     Ok(slice)
 }
 
-/// Reads a checkpoint into `trainer`, whatever folding wrote it, and in whatever type it kept moments: those that this run
-/// keeps in bf16 are rounded. Collective over the world.
+/// Rows of a part as a run kept them, in the accumulation type. Moments may have been kept in bf16, which is read exactly.
+fn read_kept<A: Float>(
+    checkpoint: &Checkpoint,
+    moment: Moment,
+    part: &Part,
+    rows: Range<usize>,
+) -> Result<Vec<A>> {
+    let kind = moment.name();
+    let dtype = match checkpoint.tensor(&part.name, kind)?.dtype {
+        DType::Bf16 if moment != Moment::Master => DType::Bf16,
+        _ => A::DTYPE,
+    };
+    check_tensor(checkpoint, &part.name, kind, part.dims, dtype)?;
+    let bytes = checkpoint.read_block(&part.name, kind, rows, part.cols.clone())?;
+    Ok(match dtype {
+        DType::Bf16 => elements::<bf16>(&bytes).map(|x| A::from_f64(x.to_f64())).collect(),
+        _ => elements(&bytes).collect(),
+    })
+}
+
+/// Buffers with their values.
+type Buffers<T, D> = Vec<(BufferId, Tensor<<T as Float>::Acc, D>)>;
+
+/// The buffers of `params`, in order, where `read` gives the elements of one.
+pub(crate) fn read_buffers<T: Float, D: Device>(
+    params: &ParamStore<T, D>,
+    device: &D,
+    read: impl Fn(&BufferLayout) -> Result<Vec<T::Acc>>,
+) -> Result<Buffers<T, D>> {
+    let buffers = params
+        .layout()
+        .buffers()
+        .map(|(id, buffer)| Ok((id, Tensor::from_slice(device, 1, buffer.len, &read(buffer)?)?)));
+    buffers.collect()
+}
+
+/// Reads a run's checkpoint into `trainer`, whatever folding wrote it, and in whatever type it kept moments: those that
+/// this run keeps in bf16 are rounded. Collective over the world.
 ///
 /// # Errors
-/// It is of another model or element type, lacks a tensor, or is damaged; the trainer's state is then as it was.
+/// It is of another model or element type or of no run, lacks a tensor, or is damaged; the trainer's state is then as it was.
 pub fn restore<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
     checkpoint: &Checkpoint,
-) -> Result<Meta> {
-    read(trainer, checkpoint, &Moment::ALL)
-}
-
-/// Takes over a checkpoint's weights and buffers, whatever folding wrote it: what a new run starts from, or what is
-/// evaluated. Moments are 0 and no update was made. Collective over the world.
-///
-/// # Errors
-/// Those of [`restore`].
-pub fn restore_weights<T: Float, D: Backend<T>>(
-    trainer: &mut RankTrainer<T, D>,
-    checkpoint: &Checkpoint,
-) -> Result<()> {
-    read(trainer, checkpoint, &[Moment::Master]).map(drop)
-}
-
-/// Reads `moments`; the others become 0, and without all of them no update was made.
-fn read<T: Float, D: Backend<T>>(
-    trainer: &mut RankTrainer<T, D>,
-    checkpoint: &Checkpoint,
-    moments: &[Moment],
-) -> Result<Meta> {
-    let meta = Meta::of(checkpoint)?;
-    meta.check_model(checkpoint, &trainer.setup().model)?;
-    let updates = if moments == Moment::ALL { meta.updates } else { 0 };
+) -> Result<RunState> {
+    Meta::of(checkpoint)?.check_model(checkpoint.path(), &trainer.setup().model)?;
+    let run = RunState::of(checkpoint)?;
     let cx = trainer.cx();
     let mut shards = Vec::new();
     for bucket in cx.params.buckets() {
-        let [master, m, v] = Moment::ALL.map(|moment| match moments.contains(&moment) {
-            true => read_slice::<T::Acc>(checkpoint, bucket, moment),
-            false => Ok(vec![T::Acc::ZERO; bucket.slice.len()]),
-        });
+        let [master, m, v] = Moment::ALL
+            .map(|moment| read_slice(bucket, |part, rows| read_kept(checkpoint, moment, part, rows)));
         shards.push(Shard::new(&cx.device, &[master?, m?, v?], trainer.setup().optimizer.moments)?);
     }
-    let buffers = read_buffers(&cx.params, checkpoint, &cx.device)?;
+    let buffers = read_buffers(&cx.params, &cx.device, |buffer| {
+        check_tensor(checkpoint, &buffer.name, BUFFER, [1, buffer.len], T::Acc::DTYPE)?;
+        Ok(elements(&checkpoint.read_tensor(&buffer.name, BUFFER)?).collect())
+    })?;
+    take_over(trainer, shards, run.updates, buffers)?;
+    Ok(run)
+}
+
+/// Takes over weights and buffers, whatever folding wrote them and in whatever type of floats: what a new run starts from,
+/// or what is evaluated. Those of another type than this run's master weights are widened exactly or rounded to the nearest.
+/// Moments are 0 and no update was made. Collective over the world.
+///
+/// # Errors
+/// They are of another model, a tensor is missing, too large for this run's type, or damaged; the trainer's state is then as
+/// it was.
+pub fn restore_weights<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    weights: &Weights,
+) -> Result<()> {
+    weights.meta().check_model(weights.path(), &trainer.setup().model)?;
+    let cx = trainer.cx();
+    let mut shards = Vec::new();
+    for bucket in cx.params.buckets() {
+        let master = read_slice(bucket, |part, rows| {
+            weights.read::<T::Acc>(&part.name, part.dims, rows, part.cols.clone())
+        })?;
+        let zeros = || vec![T::Acc::ZERO; bucket.slice.len()];
+        shards.push(Shard::new(&cx.device, &[master, zeros(), zeros()], trainer.setup().optimizer.moments)?);
+    }
+    let buffers =
+        read_buffers(&cx.params, &cx.device, |buffer| weights.read_buffer(&buffer.name, buffer.len))?;
+    take_over(trainer, shards, 0, buffers)
+}
+
+fn take_over<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    shards: Vec<Shard<T::Acc, D>>,
+    updates: u64,
+    buffers: Buffers<T, D>,
+) -> Result<()> {
     let (optimizer, cx) = trainer.state_mut();
     optimizer.restore(cx, shards, updates)?;
     for (id, values) in buffers {
         cx.params.set_buffer(id, values)?;
     }
-    Ok(meta)
+    Ok(())
 }
 
 /// What every rank says, in rank order. Collective.

@@ -18,7 +18,8 @@ use moe_model::params::{BufferLayout, Part, Stream};
 
 use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceSpec, PieceWriter};
 use super::state::{BUFFER, check_tensor};
-use super::{Meta, meta};
+use super::weights::elements;
+use super::{Meta, RunState, meta};
 use crate::Result;
 use crate::config::RunConfig;
 use crate::optim::{Moment, whole_layout};
@@ -217,7 +218,7 @@ pub fn upcycle(
     root: &Path,
 ) -> Result<(PathBuf, Plan)> {
     let model = &config.model;
-    let plan = Plan::new(&Meta::of(dense)?.config.model, model, scaling)?;
+    let plan = Plan::new(&Meta::of(dense)?.model, model, scaling)?;
     let (layout, seed, dtype) = (whole_layout(model)?, config.train.seed, config.train.dtype.master());
     let pending = PendingCheckpoint::create(root, 0)?;
     let mut writer = PieceWriter::create(pending.folder(), 0)?;
@@ -230,8 +231,8 @@ pub fn upcycle(
         let spec = whole(name.clone(), BUFFER, dtype, [1, *len]);
         writer.write(spec, &vec![0; len * dtype.size()])?;
     }
-    let meta = Meta { updates: 0, skipped: SkippedSteps::default(), cursor: 0, config: config.clone() };
-    let meta = serde_json::to_value(meta).map_err(|error| CheckpointError::Manifest {
+    let run = RunState { updates: 0, skipped: SkippedSteps::default(), cursor: 0, config: config.clone() };
+    let meta = serde_json::to_value(Meta::of_run(run)).map_err(|error| CheckpointError::Manifest {
         path: root.to_owned(),
         what: format!("cannot hold the configuration: {error}"),
     })?;
@@ -349,8 +350,4 @@ impl Source<'_> {
             }
         }
     }
-}
-
-fn elements<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> impl Iterator<Item = T> + '_ {
-    bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
 }

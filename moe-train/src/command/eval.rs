@@ -1,10 +1,11 @@
 //! `moe-train eval`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
-use crate::checkpoint::Meta;
+use crate::checkpoint::{RunState, Weights};
 use crate::run::RunFolder;
 use crate::run::open_checkpoint;
 use crate::{Result, run};
@@ -25,17 +26,17 @@ pub struct Eval {
 impl Eval {
     pub fn run(self) -> Result<()> {
         let checkpoint = open_checkpoint(&self.checkpoint)?;
-        let Meta { mut config, .. } = Meta::of(&checkpoint)?;
+        let RunState { mut config, .. } = RunState::of(&checkpoint)?;
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());
         let tokens = match (self.tokens, run) {
             (Some(tokens), _) => tokens,
             (None, run) => RunFolder::new(run.unwrap_or(".".as_ref())).held_out_tokens(),
         };
-        match run::evaluate(&config, &checkpoint, &tokens)? {
+        let step = checkpoint.step();
+        match run::evaluate(&config, &Arc::new(Weights::of(checkpoint)?), &tokens)? {
             Some(loss) => println!(
-                "step {}: validation loss {loss:.6} nats per token, perplexity {:.4}",
-                checkpoint.step(),
+                "step {step}: validation loss {loss:.6} nats per token, perplexity {:.4}",
                 loss.exp()
             ),
             None => println!("no token counts"),

@@ -1,12 +1,13 @@
 //! `moe-train sample`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
 use crate::Result;
 use crate::infer::{Sampling, generate};
-use crate::run::open_checkpoint;
+use crate::run::open_weights;
 
 /// Continue a text with a trained model.
 #[derive(Debug, Args)]
@@ -32,7 +33,7 @@ impl Sample {
         let Sample { checkpoint, prompt, tokens, temperature, seed } = self;
         println!(
             "{}",
-            generate(&open_checkpoint(&checkpoint)?, &prompt, Sampling { tokens, temperature, seed })?
+            generate(&Arc::new(open_weights(&checkpoint)?), &prompt, Sampling { tokens, temperature, seed })?
         );
         Ok(())
     }

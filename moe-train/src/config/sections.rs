@@ -105,7 +105,8 @@ pub struct TrainConfig {
     #[serde(default)]
     pub dtype: TrainDType,
     /// The folder of a checkpoint, or of a run (its newest one), whose weights a new run starts from, whatever folding
-    /// wrote it; at random unless given. A run that is resumed goes on from its own.
+    /// wrote it and in whatever type: widened exactly, or rounded to the nearest. At random unless given. A run that is
+    /// resumed goes on from its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_checkpoint: Option<PathBuf>,
     /// Optimizer steps.

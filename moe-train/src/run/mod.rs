@@ -17,8 +17,8 @@ use moe_topology::{Mapping, draw};
 pub use data::{HeldOut, TextSource, open_held_out};
 pub use folder::RunFolder;
 
-use crate::checkpoint::container::{Checkpoint, TensorInfo, open_newest, set_aside};
-use crate::checkpoint::{Meta, check_tensor, restore_weights};
+use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
+use crate::checkpoint::{Meta, RunState, Weights, restore_weights};
 use crate::config::{Dispatcher, RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
 use crate::optim::{Hyper, MomentDTypes};
@@ -75,7 +75,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         train: train.clone(),
         held_out: Arc::new(data.held_out),
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
-        init: init.map(|checkpoint| checkpoint.path().to_owned()),
+        init: init.map(Arc::new),
         interrupted: interrupt::flag(),
     };
     let outcome = match config.train.dtype {
@@ -108,29 +108,29 @@ where
     outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })
 }
 
-/// The loss of a checkpoint on a file of tokens, under the folding of `config`; none if no token counts.
+/// The loss of weights on a file of tokens, under the folding of `config`; none if no token counts.
 ///
 /// # Errors
-/// The checkpoint or the tokens are damaged, or a rank fails.
-pub fn evaluate(config: &RunConfig, checkpoint: &Checkpoint, tokens: &Path) -> Result<Option<f64>> {
-    fn on<T: Float>(config: &RunConfig, checkpoint: &Checkpoint, held_out: HeldOut) -> Result<Option<f64>>
+/// The weights or the tokens are damaged, or a rank fails.
+pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, tokens: &Path) -> Result<Option<f64>> {
+    fn on<T: Float>(config: &RunConfig, weights: Arc<Weights>, held_out: HeldOut) -> Result<Option<f64>>
     where
         Cpu: Backend<T>,
     {
-        let (setup, path) = (setup(config)?, checkpoint.path().to_owned());
+        let setup = setup(config)?;
         let (world_size, deadline) = (setup.folding.world_size(), config.train.deadline_seconds);
         let threads = threads(world_size);
         let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
             let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::new(threads))?;
-            restore_weights(&mut trainer, &Checkpoint::open(&path)?)?;
+            restore_weights(&mut trainer, &weights)?;
             trainer.evaluate(held_out.micro_batches(), |u| held_out.micro_batch(u))
         })?;
         Ok(losses.into_iter().next().flatten())
     }
     let held_out = open_held_out(config, tokens)?;
     match config.train.dtype {
-        TrainDType::F32 => on::<f32>(config, checkpoint, held_out),
-        TrainDType::F64 => on::<f64>(config, checkpoint, held_out),
+        TrainDType::F32 => on::<f32>(config, weights.clone(), held_out),
+        TrainDType::F64 => on::<f64>(config, weights.clone(), held_out),
     }
 }
 
@@ -186,8 +186,8 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
 /// The newest whole checkpoint, if this run can go on from it.
 fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
     let checkpoint = open_newest(&folder.checkpoints(), &mut |fault| eprintln!("warning: skipped: {fault}"))?;
-    let meta = Meta::of(&checkpoint)?;
-    meta.check_model(&checkpoint, &config.model)?;
+    Meta::of(&checkpoint)?.check_model(checkpoint.path(), &config.model)?;
+    let then = RunState::of(&checkpoint)?.config;
     let settings = |config: &RunConfig| {
         let train = &config.train;
         [
@@ -204,7 +204,7 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             ("data.separate_documents", config.data.separates_documents().to_string()),
         ]
     };
-    for ((key, then), (_, now)) in settings(&meta.config).into_iter().zip(settings(config)) {
+    for ((key, then), (_, now)) in settings(&then).into_iter().zip(settings(config)) {
         if then != now {
             return Err(Error::Resume { key, then, now });
         }
@@ -212,15 +212,20 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// The checkpoint whose weights a new run starts from, if it is of the same model and type.
-fn initial(config: &RunConfig) -> Result<Option<Checkpoint>> {
+/// The weights that a new run starts from, if they are of the same model.
+fn initial(config: &RunConfig) -> Result<Option<Weights>> {
     let Some(path) = &config.train.init_checkpoint else { return Ok(None) };
-    let checkpoint = open_checkpoint(path)?;
-    Meta::of(&checkpoint)?.check_model(&checkpoint, &config.model)?;
-    for TensorInfo { name, kind, dims, .. } in checkpoint.tensors() {
-        check_tensor(&checkpoint, name, kind, dims, config.train.dtype.master())?;
-    }
-    Ok(Some(checkpoint))
+    let weights = open_weights(path)?;
+    weights.meta().check_model(weights.path(), &config.model)?;
+    Ok(Some(weights))
+}
+
+/// Opens the weights of a checkpoint, or those of the newest whole one of a run.
+///
+/// # Errors
+/// There is none, or it is not that of a model.
+pub fn open_weights(path: &Path) -> Result<Weights> {
+    Weights::of(open_checkpoint(path)?)
 }
 
 /// Opens a checkpoint, or the newest whole one of a run.
@@ -245,10 +250,10 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: f64) -> Result
     }
     println!("checkpoint {}", outcome.checkpoint.display());
     let sample = &config.sample;
-    let checkpoint = Checkpoint::open(&outcome.checkpoint)?;
+    let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
     let sampling =
         Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
-    println!("\n{}", generate(&checkpoint, &sample.prompt, sampling)?);
+    println!("\n{}", generate(&weights, &sample.prompt, sampling)?);
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
     let run = config.train.output.display();

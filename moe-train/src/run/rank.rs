@@ -13,7 +13,7 @@ use super::log::Log;
 use super::{HeldOut, RunFolder, TextSource};
 use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
-use crate::checkpoint::{Meta, restore, restore_weights, save};
+use crate::checkpoint::{Meta, RunState, Weights, restore, restore_weights, save};
 use crate::config::RunConfig;
 use crate::trainer::{RankTrainer, Setup, SkippedSteps};
 
@@ -27,7 +27,7 @@ pub(super) struct Plan {
     /// Where to go on from.
     pub checkpoint: Option<PathBuf>,
     /// Whose weights to start from, otherwise.
-    pub init: Option<PathBuf>,
+    pub init: Option<Arc<Weights>>,
     pub interrupted: Arc<AtomicBool>,
 }
 
@@ -57,11 +57,11 @@ pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, de
     let (mut step, mut skipped) = match (&plan.checkpoint, &plan.init) {
         (Some(path), _) => {
             let checkpoint = Checkpoint::open(path)?;
-            let meta = restore(&mut trainer, &checkpoint)?;
-            (checkpoint.step(), meta.skipped)
+            let run = restore(&mut trainer, &checkpoint)?;
+            (checkpoint.step(), run.skipped)
         }
-        (None, Some(path)) => {
-            restore_weights(&mut trainer, &Checkpoint::open(path)?)?;
+        (None, Some(weights)) => {
+            restore_weights(&mut trainer, weights)?;
             (0, SkippedSteps::default())
         }
         (None, None) => (0, SkippedSteps::default()),
@@ -144,12 +144,12 @@ fn write<T: Float, D: Backend<T>>(
     if let Some(log) = log {
         log.sync()?;
     }
-    let meta = Meta {
+    let meta = Meta::of_run(RunState {
         updates: trainer.optimizer().updates(),
         skipped,
         cursor: plan.train.cursor_after(step),
         config: plan.config.clone(),
-    };
+    });
     let root = plan.folder.checkpoints();
     save(trainer, &root, step, &meta)?;
     if trainer.rank() == 0 {

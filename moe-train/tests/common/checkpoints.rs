@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use moe_train::checkpoint::Meta;
 use moe_train::checkpoint::container::{Checkpoint, PendingCheckpoint, PieceSpec, PieceWriter};
+use moe_train::checkpoint::{Meta, RunState};
 use moe_train::config::RunConfig;
 use moe_train::trainer::Setup;
 
@@ -30,7 +30,8 @@ pub fn meta(setup: &Setup, step: u64, updates: u64) -> Meta {
     ";
     let mut config = RunConfig::parse(text, "a test", &[] as &[&str]).unwrap();
     config.model = setup.model.clone();
-    Meta { updates, skipped: Default::default(), cursor: step * setup.global_batch_size as u64, config }
+    let cursor = step * setup.global_batch_size as u64;
+    Meta::of_run(RunState { updates, skipped: Default::default(), cursor, config })
 }
 
 /// All tensors of a checkpoint by name and kind, byte for byte.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use moe_kernels::DType;
+
 use super::PieceSpec;
 use crate::durable::IoError;
 
@@ -131,6 +133,28 @@ pub enum CheckpointError {
         written: String,
         /// Shape and type in this run.
         wanted: String,
+    },
+    /// A checkpoint holds weights alone.
+    #[error(
+        "checkpoint {} is of no training run: it has weights, but no optimizer state, configuration or place in the data. \
+         A new run starts from it with train.init_checkpoint",
+        path.display()
+    )]
+    NoRun {
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A weight is too large for the type in which it is wanted.
+    #[error("checkpoint {}: {tensor} has the element {value:e}, which is infinite in {wanted}", path.display())]
+    Overflow {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Name of the tensor.
+        tensor: String,
+        /// The element.
+        value: f64,
+        /// The type.
+        wanted: DType,
     },
     /// A run has no checkpoint.
     #[error("{} has no checkpoint (no folder step-N)", root.display())]
