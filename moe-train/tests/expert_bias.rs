@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use common::checkpoints::{meta, rewrite, tensors};
 use common::{
@@ -20,6 +21,7 @@ use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
 use moe_train::infer::{Sampling, generate};
+use moe_train::run::open_weights;
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
 const RATE: f64 = 0.02;
@@ -243,7 +245,7 @@ fn evaluation_and_samples_use_the_biases_and_leave_them() {
     assert!((balanced - skewed).abs() > 1e-6, "{balanced} and {skewed}");
 
     let sampling = Sampling { tokens: 24, temperature: 0.0, seed: 0 };
-    let text = |path: &Path| generate(&Checkpoint::open(path).unwrap(), "to be", sampling).unwrap();
+    let text = |path: &Path| generate(&Arc::new(open_weights(path).unwrap()), "to be", sampling).unwrap();
     assert_ne!(text(&plain), text(&other));
 }
 
