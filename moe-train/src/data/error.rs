@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::token_file::Fault;
+use super::megatron;
+use super::token_file;
 use crate::durable::IoError;
 
 /// Why data was refused.
@@ -57,7 +58,37 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        fault: Fault,
+        fault: token_file::Fault,
+    },
+    /// A dataset in Megatron's format is damaged, foreign or of a kind that is not supported.
+    #[error("Megatron dataset {}: {fault}", prefix.display())]
+    Megatron {
+        /// Its files without their extensions.
+        prefix: PathBuf,
+        /// What is wrong.
+        fault: megatron::Fault,
+    },
+    /// The format does not take so many tokens in a document.
+    #[error("{}: document {index} has more tokens than the format can count, {}", path.display(), i32::MAX)]
+    LongSequence {
+        /// The file.
+        path: PathBuf,
+        /// The document, from 0.
+        index: u64,
+    },
+    /// The format does not take so many kinds of tokens.
+    #[error("a vocabulary of {vocab_size} tokens, but the format takes at most {most}")]
+    Vocabulary {
+        /// Tokens of the vocabulary.
+        vocab_size: u64,
+        /// The most it can have.
+        most: u64,
+    },
+    /// A file was completed in the middle of a document.
+    #[error("{}: the last document was not ended", path.display())]
+    OpenDocument {
+        /// The file.
+        path: PathBuf,
     },
     /// A token is not in the vocabulary of the file.
     #[error("token {token} is not below the vocabulary of {vocab_size}")]

@@ -16,7 +16,6 @@
 //!
 //! All numbers are little-endian.
 
-mod map;
 mod read;
 mod write;
 

@@ -1,15 +1,13 @@
 //! Reading token files.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
 use super::super::DataError;
-use super::map::map;
+use super::super::map::map;
 use super::{Fault, HEADER, Header, u64_at};
-use crate::durable::Context;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 1 << 20;
@@ -36,15 +34,11 @@ impl TokenFile {
     /// It cannot be read, or is foreign, cut off or damaged in its header.
     pub fn open(path: &Path) -> Result<Self, DataError> {
         let fault = |fault| DataError::TokenFile { path: path.to_owned(), fault };
-        let file = File::open(path).context("open", path)?;
-        let found = file.metadata().context("read", path)?.len();
-        if found == 0 {
-            return Err(fault(Fault::Length { expected: HEADER as u64, found }));
-        }
-        let map = map(&file).context("map", path)?;
+        let map = map(path)?;
+        let found = map.len() as u64;
         let header = Header::from_bytes(&map).map_err(fault)?;
         let [index, mask, expected] = header.extent().ok_or(Fault::Header).map_err(fault)?;
-        if map.len() as u64 != expected {
+        if found != expected {
             return Err(fault(Fault::Length { expected, found }));
         }
         // Both are inside of the mapping.

@@ -18,6 +18,7 @@ pub struct TokenFileWriter {
     hasher: blake3::Hasher,
     width: usize,
     vocab_size: u64,
+    tokens: u64,
     offsets: Vec<u64>,
     /// Bits of tokens, once a document has a mask.
     mask: Option<Vec<u8>>,
@@ -45,22 +46,34 @@ impl TokenFileWriter {
             hasher: blake3::Hasher::new(),
             width,
             vocab_size: vocab_size.into(),
+            tokens: 0,
             offsets: vec![0],
             mask: None,
             finished: false,
         })
     }
 
-    /// Adds a document, all of whose tokens are learnt.
+    /// Adds tokens, all of them learnt, to the document that is being written.
     ///
     /// # Errors
     /// A token is not below `vocab_size`, or the file cannot be written.
+    pub fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.check(tokens)?;
+        self.push(tokens, true)
+    }
+
+    /// Ends the document that is being written, which may have no tokens.
+    pub fn end_document(&mut self) {
+        self.offsets.push(self.tokens);
+    }
+
+    /// Adds a document, all of whose tokens are learnt.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
     pub fn document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
-        let first = self.tokens();
-        self.append_document(tokens)?;
-        if let Some(mask) = &mut self.mask {
-            mask_tokens(mask, first, tokens.len(), true);
-        }
+        self.append(tokens)?;
+        self.end_document();
         Ok(())
     }
 
@@ -68,35 +81,40 @@ impl TokenFileWriter {
     /// completion as targets. The file has a mask then.
     ///
     /// # Errors
-    /// As [`document`](Self::document).
+    /// As [`append`](Self::append).
     pub fn completion(&mut self, prompt: &[u32], completion: &[u32]) -> Result<(), DataError> {
-        let first = self.tokens();
-        self.append_document(&[prompt, completion].concat())?;
-        let mask = self.mask.get_or_insert_with(|| {
+        self.check(prompt)?;
+        self.check(completion)?;
+        let before = self.tokens as usize;
+        self.mask.get_or_insert_with(|| {
             let mut mask = Vec::new();
-            mask_tokens(&mut mask, 0, first as usize, true);
+            mask_tokens(&mut mask, 0, before, true);
             mask
         });
-        mask_tokens(mask, first, prompt.len(), false);
-        mask_tokens(mask, first + prompt.len() as u64, completion.len(), true);
+        self.push(prompt, false)?;
+        self.push(completion, true)?;
+        self.end_document();
         Ok(())
     }
 
-    /// Completes the file under its name.
+    /// Completes the file under its name. Its last document has ended.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// The file cannot be written, or tokens were added since a document ended.
     pub fn finish(mut self) -> Result<(), DataError> {
-        let tokens = self.tokens();
+        let tokens = self.tokens;
+        if self.offsets.last() != Some(&tokens) {
+            return Err(DataError::OpenDocument { path: self.path.clone() });
+        }
         let used = tokens as usize * self.width;
-        self.append(&[0; 8][..used.next_multiple_of(8) - used])?;
+        self.write(&[0; 8][..used.next_multiple_of(8) - used])?;
         let offsets: Vec<u8> = self.offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
-        self.append(&offsets)?;
+        self.write(&offsets)?;
         let mask = self.mask.take();
         let masked = mask.is_some();
         if let Some(mut mask) = mask {
             mask.resize(mask.len().next_multiple_of(8), 0);
-            self.append(&mask)?;
+            self.write(&mask)?;
         }
         let header = Header {
             width: self.width,
@@ -118,22 +136,25 @@ impl TokenFileWriter {
         Ok(())
     }
 
-    /// Tokens so far: the last offset.
-    fn tokens(&self) -> u64 {
-        self.offsets.last().copied().unwrap_or(0)
+    fn check(&self, tokens: &[u32]) -> Result<(), DataError> {
+        match tokens.iter().find(|&&token| u64::from(token) >= self.vocab_size) {
+            Some(&token) => Err(DataError::TokenTooLarge { token, vocab_size: self.vocab_size }),
+            None => Ok(()),
+        }
     }
 
-    fn append_document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
-        if let Some(&token) = tokens.iter().find(|&&token| u64::from(token) >= self.vocab_size) {
-            return Err(DataError::TokenTooLarge { token, vocab_size: self.vocab_size });
-        }
+    fn push(&mut self, tokens: &[u32], learnt: bool) -> Result<(), DataError> {
         let bytes: Vec<u8> =
             tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(self.width)).collect();
-        self.offsets.push(self.tokens() + tokens.len() as u64);
-        self.append(&bytes)
+        self.write(&bytes)?;
+        if let Some(mask) = &mut self.mask {
+            mask_tokens(mask, self.tokens, tokens.len(), learnt);
+        }
+        self.tokens += tokens.len() as u64;
+        Ok(())
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<(), DataError> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {
         self.hasher.update(bytes);
         Ok(self.file.write_all(bytes).context("write", &self.temporary)?)
     }

@@ -1,0 +1,106 @@
+//! Where documents of tokens are written to.
+
+use super::{DataError, MegatronWriter, TokenFileWriter};
+
+/// Takes documents of tokens, in order, in whichever format.
+///
+/// What it makes appears under its name when [`finish`](Self::finish) returns, and replaces what was there; dropped before, it
+/// leaves nothing.
+pub trait DocumentWriter: Send {
+    /// Adds tokens to the document that is being written.
+    ///
+    /// # Errors
+    /// A token is not in the vocabulary, the document is too long for the format, or the file cannot be written.
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DataError>;
+
+    /// Ends the document, which may have no tokens.
+    fn end_document(&mut self);
+
+    /// Adds a whole document.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    fn document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.append(tokens)?;
+        self.end_document();
+        Ok(())
+    }
+
+    /// Completes what is written. Its last document has ended.
+    ///
+    /// # Errors
+    /// It cannot be written, or tokens were added since a document ended.
+    fn finish(self: Box<Self>) -> Result<(), DataError>;
+}
+
+impl DocumentWriter for TokenFileWriter {
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.append(tokens)
+    }
+
+    fn end_document(&mut self) {
+        self.end_document();
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), DataError> {
+        (*self).finish()
+    }
+}
+
+impl DocumentWriter for MegatronWriter {
+    fn append(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.append(tokens)
+    }
+
+    fn end_document(&mut self) {
+        self.end_document();
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), DataError> {
+        (*self).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{MegatronFile, TokenFile};
+    use super::*;
+
+    #[test]
+    fn both_formats_hold_the_same_documents() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, prefix) = (folder.path().join("tokens"), folder.path().join("megatron"));
+        let writers: [Box<dyn DocumentWriter>; 2] = [
+            Box::new(TokenFileWriter::create(&path, 300).unwrap()),
+            Box::new(MegatronWriter::create(&prefix, 300).unwrap()),
+        ];
+        for mut writer in writers {
+            writer.document(&[1, 299]).unwrap();
+            writer.end_document();
+            writer.append(&[3]).unwrap();
+            writer.append(&[4, 5]).unwrap();
+            assert!(writer.append(&[300]).is_err());
+            writer.end_document();
+            writer.finish().unwrap();
+        }
+        let (tokens, megatron) = (TokenFile::open(&path).unwrap(), MegatronFile::open(&prefix).unwrap());
+        let wanted = [0..2, 2..2, 2..5];
+        for (i, wanted) in (0..3).zip(wanted) {
+            assert_eq!(tokens.document(i).unwrap(), wanted);
+            assert_eq!(megatron.document(i).unwrap(), wanted);
+        }
+        assert_eq!((tokens.documents(), megatron.documents()), (3, 3));
+        assert_eq!(tokens.tokens(0..5).unwrap(), [1, 299, 3, 4, 5]);
+        assert_eq!(megatron.tokens(0..5).unwrap(), [1, 299, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_document_that_was_not_ended_is_not_lost_silently() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let mut writer = TokenFileWriter::create(&path, 300).unwrap();
+        writer.append(&[1]).unwrap();
+        let error = writer.finish().unwrap_err().to_string();
+        assert!(error.ends_with("tokens: the last document was not ended"), "{error}");
+    }
+}
