@@ -81,6 +81,7 @@ pub mod expert_bias;
 pub mod expert_mlp_bias;
 pub mod forced;
 pub mod head;
+pub mod hf;
 pub mod latent;
 pub mod layer;
 pub mod moe;

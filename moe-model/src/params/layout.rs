@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Placement, View};
+use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Mapping, Placement, View};
 
 use super::init::{Init, Stream};
-use crate::{Error, Result};
+use crate::{DecoderStage, Error, Execution, ModelConfig, PipelineLayout, Result};
 
 /// Storage tensors start at multiples of this many elements, which suits vector and bulk copies on every device.
 const ALIGN: usize = 64;
@@ -236,6 +236,18 @@ pub struct ParamLayout {
 }
 
 impl ParamLayout {
+    /// All logical tensors of a model: what one rank alone would hold. Nothing is allocated.
+    ///
+    /// # Errors
+    /// The model's fields do not fit together.
+    pub fn of_model(model: &ModelConfig) -> Result<Self> {
+        let one = Folding::new(Mapping::default())?;
+        let mut layout = ParamLayoutBuilder::new(&one, 0);
+        let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
+        DecoderStage::of_rank(&mut layout, model, Execution::default(), &whole)?;
+        Ok(layout.build())
+    }
+
     /// The buckets, in the order of the layers that use them first, which is the same on all ranks of a stage.
     pub fn buckets(&self) -> &[BucketLayout] {
         &self.buckets

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use moe_kernels::DType;
 use moe_kernels::family::ScoreFunction;
 use moe_model::ModelConfig;
-use moe_model::params::{BufferLayout, Part, Stream};
+use moe_model::params::{BufferLayout, ParamLayout, Part, Stream};
 
 use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceSpec, PieceWriter};
 use super::state::{BUFFER, check_tensor};
@@ -22,7 +22,7 @@ use super::weights::elements;
 use super::{Meta, RunState, meta};
 use crate::Result;
 use crate::config::RunConfig;
-use crate::optim::{Moment, whole_layout};
+use crate::optim::Moment;
 use crate::trainer::SkippedSteps;
 
 /// Which of an expert's projections carry the factor `s`.
@@ -219,7 +219,8 @@ pub fn upcycle(
 ) -> Result<(PathBuf, Plan)> {
     let model = &config.model;
     let plan = Plan::new(&Meta::of(dense)?.model, model, scaling)?;
-    let (layout, seed, dtype) = (whole_layout(model)?, config.train.seed, config.train.dtype.master());
+    let (layout, seed, dtype) =
+        (ParamLayout::of_model(model)?, config.train.seed, config.train.dtype.master());
     let pending = PendingCheckpoint::create(root, 0)?;
     let mut writer = PieceWriter::create(pending.folder(), 0)?;
     let source = Source { dense, router, plan, seed, dtype };

@@ -18,4 +18,3 @@ pub use norm::{GradNorm, ParamNames};
 pub use shard::{reduce_gradients, sliced_parts};
 pub use state::{Moment, MomentDType, MomentDTypes, Shard};
 pub use tensors::model_tensors;
-pub(crate) use tensors::whole_layout;
