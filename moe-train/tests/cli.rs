@@ -398,6 +398,41 @@ fn completions_are_learnt_under_any_folding() {
 }
 
 #[test]
+fn tokens_of_nanogpt_become_either_format_and_are_evaluated() {
+    let place = Place::new();
+    place.train(&["--set", "train.steps=1"]).ok();
+    // Tokens 200 separate 9 documents of 24.
+    let tokens: Vec<u8> =
+        (1..=9 * 24_u16).flat_map(|i| (if i % 24 == 0 { 200 } else { 7 * i % 199 }).to_le_bytes()).collect();
+    fs::write(place.path("nano.bin"), &tokens).unwrap();
+    let import = |out: &str, more: &[&str]| {
+        let arguments =
+            ["data", "import-nanogpt", "nano.bin", "--out", out, "--eot", "200", "--vocab-size", "256"];
+        place.run(&[&arguments, more].concat())
+    };
+    assert_eq!(import("nano.tokens", &[]).ok().out, "9 documents, 216 tokens: nano.tokens\n");
+    import("nano", &["--format", "megatron"]).ok();
+    let losses =
+        ["nano.tokens", "nano"].map(|tokens| place.run(&["eval", "run", "--tokens", tokens]).ok().out);
+    assert!(losses[0].contains("validation loss"));
+    assert_eq!(losses[0], losses[1]);
+    place
+        .run(&["eval", "run", "--tokens", "nano.bin"])
+        .refused(3, &["no token file", "moe-train data import-nanogpt"]);
+    place.run(&["eval", "run", "--tokens", "nano.idx"]).refused(3, &["named without .bin and .idx"]);
+
+    fs::write(place.path("nano.bin"), &tokens[1..]).unwrap();
+    import("nano.tokens", &[]).refused(3, &["nano.bin: 431 bytes, but every token has two"]);
+    assert!(
+        place.run(&["eval", "run", "--tokens", "nano.tokens"]).ok().out == losses[0],
+        "the old file is left"
+    );
+    fs::write(place.path("nano.bin"), [0, 1]).unwrap();
+    import("large", &[]).refused(3, &["token 256 is not below the vocabulary of 256"]);
+    assert!(!place.path("large").exists());
+}
+
+#[test]
 fn topology_prints_the_groups_of_megatron() {
     let place = Place::new();
     let arguments = "topology --world-size 128 --tp 2 --cp 1 --pp 8 --ep 8 --etp 1 --format json";

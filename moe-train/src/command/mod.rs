@@ -1,6 +1,7 @@
 //! The `moe-train` command.
 
 mod checkpoint;
+mod data;
 mod eval;
 mod sample;
 mod topology;
@@ -33,6 +34,9 @@ enum Command {
     /// Look into checkpoints, and make one of another.
     #[command(subcommand)]
     Checkpoint(checkpoint::Checkpoint),
+    /// Make tokens to train on.
+    #[command(subcommand)]
+    Data(data::Data),
 }
 
 impl Cli {
@@ -47,6 +51,7 @@ impl Cli {
             Command::Sample(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
+            Command::Data(command) => command.run(),
         }
     }
 }

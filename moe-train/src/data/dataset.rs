@@ -1,17 +1,18 @@
-//! A token file as samples.
+//! Tokens as samples.
 
 use std::ops::Range;
 
-use super::{DataError, TokenFile};
+use super::{DataError, Tokens};
 
-/// Samples of at most S inputs, cut from a file in one of two ways.
+/// Samples of at most S inputs, cut from tokens in one of two ways.
 ///
 /// - [A stream](Self::new): sample `i` is the tokens `iS ..= iS + S`, inputs the first `S`, targets the last `S`. There are
 ///   `n = ⌊(tokens − 1)/S⌋`; a tail is unused.
-/// - [Packed](Self::packed): a sample is as many whole documents, in file order, as fit into `S + 1` tokens.
+/// - [Packed](Self::packed): a sample is as many whole documents, in their order, as fit into `S + 1` tokens.
 #[derive(Debug)]
 pub struct Dataset {
-    file: TokenFile,
+    tokens: Tokens,
+    vocab_size: u64,
     sequence_length: usize,
     cut: Cut,
 }
@@ -28,45 +29,47 @@ enum Cut {
 }
 
 impl Dataset {
-    /// A stream of samples of `sequence_length` tokens, S, at least 1.
+    /// A stream of samples of `sequence_length` tokens, S, at least 1, for a model of `vocab_size` tokens.
     ///
     /// # Errors
-    /// The file has no sample.
-    pub fn new(file: TokenFile, sequence_length: usize) -> Result<Self, DataError> {
-        let len = file.len().saturating_sub(1).checked_div(sequence_length as u64).unwrap_or(0);
+    /// There is no sample, or the tokens are of a larger vocabulary.
+    pub fn new(tokens: Tokens, vocab_size: usize, sequence_length: usize) -> Result<Self, DataError> {
+        let vocab_size = check_vocabulary(&tokens, vocab_size)?;
+        let len = tokens.len().saturating_sub(1).checked_div(sequence_length as u64).unwrap_or(0);
         if len == 0 {
-            let (path, tokens) = (file.path().to_owned(), file.len());
+            let (path, tokens) = (tokens.path().to_owned(), tokens.len());
             return Err(DataError::TooShort { path, tokens, sequence_length });
         }
-        Ok(Dataset { file, sequence_length, cut: Cut::Stream { len } })
+        Ok(Dataset { tokens, vocab_size, sequence_length, cut: Cut::Stream { len } })
     }
 
-    /// Samples of whole documents.
+    /// Samples of whole documents. 8 bytes of memory for each.
     ///
     /// # Errors
-    /// A document is longer than `sequence_length + 1` tokens, or there is none.
-    pub fn packed(file: TokenFile, sequence_length: usize) -> Result<Self, DataError> {
+    /// A document is longer than `sequence_length + 1` tokens, or there is none; the tokens are of a larger vocabulary.
+    pub fn packed(tokens: Tokens, vocab_size: usize, sequence_length: usize) -> Result<Self, DataError> {
+        let vocab_size = check_vocabulary(&tokens, vocab_size)?;
         let most = sequence_length as u64 + 1;
         let (mut starts, mut end) = (vec![0], 0);
-        for index in 0..file.documents() {
-            let document = file.document(index)?;
-            let tokens = document.end.saturating_sub(document.start);
-            if tokens > most {
-                let path = file.path().to_owned();
-                return Err(DataError::LongDocument { path, index, tokens, sequence_length });
+        for index in 0..tokens.documents() {
+            let document = tokens.document(index)?;
+            let len = document.end.saturating_sub(document.start);
+            if len > most {
+                let path = tokens.path().to_owned();
+                return Err(DataError::LongDocument { path, index, tokens: len, sequence_length });
             }
             let first = starts.last().copied().unwrap_or(0);
-            if document.end - first > most {
+            if document.end.saturating_sub(first) > most {
                 starts.push(document.start);
             }
             end = document.end;
         }
         if end == 0 {
-            let (path, tokens) = (file.path().to_owned(), 0);
+            let (path, tokens) = (tokens.path().to_owned(), 0);
             return Err(DataError::TooShort { path, tokens, sequence_length });
         }
         starts.push(end);
-        Ok(Dataset { file, sequence_length, cut: Cut::Packed { starts } })
+        Ok(Dataset { tokens, vocab_size, sequence_length, cut: Cut::Packed { starts } })
     }
 
     /// The number of samples, n.
@@ -83,17 +86,27 @@ impl Dataset {
         self.sequence_length
     }
 
-    /// The file behind it.
-    pub fn file(&self) -> &TokenFile {
-        &self.file
+    /// What it is cut from.
+    pub fn tokens(&self) -> &Tokens {
+        &self.tokens
     }
 
     /// The tokens of sample `i`, below [`len`](Self::len): `S + 1`, or fewer of a packed one.
     ///
     /// # Errors
-    /// `i` is too large.
+    /// `i` is too large, or a token is not in the model's vocabulary.
     pub fn sample(&self, i: u64) -> Result<Vec<u32>, DataError> {
-        self.file.tokens(self.range(i))
+        let range = self.range(i);
+        let tokens = self.tokens.tokens(range.clone())?;
+        match (range.start..).zip(&tokens).find(|&(_, &token)| u64::from(token) >= self.vocab_size) {
+            None => Ok(tokens),
+            Some((position, &token)) => Err(DataError::ForeignToken {
+                path: self.tokens.path().to_owned(),
+                position,
+                token,
+                model_vocab_size: self.vocab_size,
+            }),
+        }
     }
 
     /// Which of the tokens of sample `i` the loss counts as targets.
@@ -101,7 +114,7 @@ impl Dataset {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn mask(&self, i: u64) -> Result<Vec<bool>, DataError> {
-        self.file.mask(self.range(i))
+        self.tokens.mask(self.range(i))
     }
 
     /// Positions in sample `i`, from 1 to S, at which a document starts; [`len`](Self::len) is above `i`.
@@ -111,7 +124,8 @@ impl Dataset {
     pub fn document_starts(&self, i: u64) -> Result<Vec<usize>, DataError> {
         let range = self.range(i);
         let first = range.start;
-        Ok(self.file.document_starts(range)?.into_iter().map(|start| (start - first) as usize).collect())
+        let starts = self.tokens.document_starts(range)?;
+        Ok(starts.into_iter().map(|start| start.saturating_sub(first) as usize).collect())
     }
 
     /// The tokens of sample `i`, outside of the file if there is no such sample.
@@ -131,18 +145,29 @@ impl Dataset {
     }
 }
 
+/// The model's vocabulary, if it holds that of the tokens, where that is known.
+fn check_vocabulary(tokens: &Tokens, vocab_size: usize) -> Result<u64, DataError> {
+    let model_vocab_size = vocab_size as u64;
+    match tokens.vocab_size() {
+        Some(vocab_size) if vocab_size > model_vocab_size => {
+            Err(DataError::LargeVocabulary { path: tokens.path().to_owned(), vocab_size, model_vocab_size })
+        }
+        _ => Ok(model_vocab_size),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::TokenFileWriter;
+    use super::super::{MegatronWriter, TokenFileWriter};
     use super::*;
 
-    fn file_of(tokens: u32) -> (tempfile::TempDir, TokenFile) {
+    fn file_of(tokens: u32) -> (tempfile::TempDir, Tokens) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tokens");
         let mut writer = TokenFileWriter::create(&path, 300).unwrap();
         writer.document(&(0..tokens).collect::<Vec<_>>()).unwrap();
         writer.finish().unwrap();
-        let file = TokenFile::open(&path).unwrap();
+        let file = Tokens::open(&path).unwrap();
         (folder, file)
     }
 
@@ -151,7 +176,7 @@ mod tests {
         // (tokens − 1)/S exactly whole, one short of it, and more.
         for (tokens, len) in [(9, 2), (10, 2), (12, 2), (13, 3), (5, 1)] {
             let (_folder, file) = file_of(tokens);
-            let dataset = Dataset::new(file, 4).unwrap();
+            let dataset = Dataset::new(file, 300, 4).unwrap();
             assert_eq!(dataset.len(), len, "{tokens}");
             assert_eq!(
                 dataset.sample(len - 1).unwrap(),
@@ -173,7 +198,7 @@ mod tests {
             writer.document(&vec![7; len]).unwrap();
         }
         writer.finish().unwrap();
-        let dataset = Dataset::new(TokenFile::open(&path).unwrap(), 4).unwrap();
+        let dataset = Dataset::new(Tokens::open(&path).unwrap(), 300, 4).unwrap();
         let starts: Vec<_> = (0..dataset.len()).map(|i| dataset.document_starts(i).unwrap()).collect();
         // Documents start at 0, 1, 1, 2, 11, 12, 12, 12, 16.
         assert_eq!(starts, [vec![1, 2], vec![], vec![3, 4], vec![4]]);
@@ -188,9 +213,9 @@ mod tests {
             writer.completion(&vec![7; prompt], &vec![9; completion]).unwrap();
         }
         writer.finish().unwrap();
-        let open = || TokenFile::open(&path).unwrap();
+        let open = || Tokens::open(&path).unwrap();
         // Documents of 3, 2, 5, 5, 4 and 2 tokens, of which up to 6 fit.
-        let dataset = Dataset::packed(open(), 5).unwrap();
+        let dataset = Dataset::packed(open(), 300, 5).unwrap();
         let of = |i| (dataset.sample(i).unwrap(), dataset.document_starts(i).unwrap());
         let samples: Vec<_> = (0..dataset.len()).map(of).collect();
         let want: [(&[u32], &[usize]); 4] = [
@@ -206,19 +231,49 @@ mod tests {
             assert_eq!(dataset.mask(i).unwrap(), learnt);
         }
         assert!(dataset.sample(4).is_err() && dataset.mask(u64::MAX).is_err());
-        let error = Dataset::packed(open(), 3).unwrap_err().to_string();
+        let error = Dataset::packed(open(), 300, 3).unwrap_err().to_string();
         assert!(
             error.ends_with("document 2 has 5 tokens, but a sequence takes at most 4 (sequence_length + 1)"),
             "{error}"
         );
         // As a stream, the same file is masked too.
-        assert_eq!(Dataset::new(open(), 4).unwrap().mask(0).unwrap(), [false, true, true, false, true]);
+        assert_eq!(Dataset::new(open(), 300, 4).unwrap().mask(0).unwrap(), [false, true, true, false, true]);
     }
 
     #[test]
     fn a_file_without_a_sample_is_refused_by_name() {
         let (_folder, file) = file_of(4);
-        let error = Dataset::new(file, 4).unwrap_err().to_string();
+        let error = Dataset::new(file, 300, 4).unwrap_err().to_string();
         assert!(error.contains("tokens has 4 tokens, but one sequence needs 5"), "{error}");
+    }
+
+    #[test]
+    fn tokens_beyond_the_vocabulary_of_the_model_are_refused() {
+        let (_folder, file) = file_of(9);
+        let error = Dataset::new(file, 299, 4).unwrap_err().to_string();
+        assert!(
+            error.ends_with(
+                "tokens has a vocabulary of 300 tokens, more than the model's 299 (model.vocab_size)"
+            ),
+            "{error}"
+        );
+        // Megatron's format does not say.
+        let folder = tempfile::tempdir().unwrap();
+        let prefix = folder.path().join("d");
+        let mut writer = MegatronWriter::create(&prefix, 300).unwrap();
+        writer.document(&[5, 6, 7]).unwrap();
+        writer.document(&[8, 299, 9, 10, 11]).unwrap();
+        writer.finish().unwrap();
+        let dataset = Dataset::new(Tokens::open(&prefix).unwrap(), 299, 2).unwrap();
+        assert_eq!((dataset.len(), dataset.sample(0).unwrap()), (3, vec![5, 6, 7]));
+        assert_eq!(
+            dataset.sample(2).unwrap_err().to_string().split("d: ").last(),
+            Some("token 4 is 299, but the model's vocabulary has 299 (model.vocab_size)")
+        );
+        let dataset = Dataset::new(Tokens::open(&prefix).unwrap(), 300, 2).unwrap();
+        assert_eq!(
+            (dataset.sample(1).unwrap(), dataset.document_starts(1).unwrap()),
+            (vec![7, 8, 299], vec![1])
+        );
     }
 }

@@ -1,24 +1,27 @@
 //! What a model without context could reach.
 
-use super::{DataError, TokenFile};
+use std::collections::HashMap;
 
-/// Entropy of a file's token frequencies, −Σ p ln p, in nats per token (of byte tokens: per byte). The loss of the best
-/// model that ignores context.
+use super::{DataError, Tokens};
+
+/// Entropy of token frequencies, −Σ p ln p, in nats per token (of byte tokens: per byte). The loss of the best model that
+/// ignores context.
 ///
 /// # Errors
-/// The file cannot be read.
-pub fn unigram_entropy(file: &TokenFile) -> Result<f64, DataError> {
-    let mut counts = vec![0_u64; file.vocab_size() as usize];
-    file.for_each_chunk(|tokens| {
+/// The tokens cannot be read.
+pub fn unigram_entropy(tokens: &Tokens) -> Result<f64, DataError> {
+    let mut counts = HashMap::<u32, u64>::new();
+    tokens.for_each_chunk(|tokens| {
         for &token in tokens {
-            // A valid file has no token beyond its vocabulary; a damaged one is found by `verify`.
-            if let Some(count) = counts.get_mut(token as usize) {
-                *count += 1;
-            }
+            *counts.entry(token).or_default() += 1;
         }
+        Ok(())
     })?;
+    // In an order that is always the same, so that the sum is.
+    let mut counts: Vec<u64> = counts.into_values().collect();
+    counts.sort_unstable();
     let total = counts.iter().sum::<u64>() as f64;
-    Ok(counts.iter().filter(|&&c| c > 0).map(|&c| c as f64 / total).map(|p| -p * p.ln()).sum())
+    Ok(counts.iter().map(|&c| c as f64 / total).map(|p| -p * p.ln()).sum())
 }
 
 #[cfg(test)]
@@ -34,7 +37,7 @@ mod tests {
             let mut writer = TokenFileWriter::create(&path, 256).unwrap();
             writer.document(tokens).unwrap();
             writer.finish().unwrap();
-            unigram_entropy(&TokenFile::open(&path).unwrap()).unwrap()
+            unigram_entropy(&Tokens::open(&path).unwrap()).unwrap()
         };
         assert_eq!(entropy(&[7, 7, 7]), 0.0);
         assert!((entropy(&[1, 2, 3, 255]) - 4_f64.ln()).abs() < 1e-15);

@@ -60,6 +60,45 @@ pub enum DataError {
         /// What is wrong.
         fault: token_file::Fault,
     },
+    /// There is nothing to read at a path.
+    #[error("{}: there is no token file of that name, nor a .bin and an .idx", path.display())]
+    NoTokens {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file is none of nanoGPT's, or damaged.
+    #[error("{}: {what}", path.display())]
+    NanoGpt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A file has more kinds of tokens than the model.
+    #[error(
+        "{} has a vocabulary of {vocab_size} tokens, more than the model's {model_vocab_size} (model.vocab_size)",
+        path.display()
+    )]
+    LargeVocabulary {
+        /// The file.
+        path: PathBuf,
+        /// Tokens of its vocabulary.
+        vocab_size: u64,
+        /// Those of the model's.
+        model_vocab_size: u64,
+    },
+    /// A token is not in the vocabulary of the model.
+    #[error("{}: token {position} is {token}, but the model's vocabulary has {model_vocab_size} (model.vocab_size)", path.display())]
+    ForeignToken {
+        /// The file.
+        path: PathBuf,
+        /// Where, counted in tokens.
+        position: u64,
+        /// The token.
+        token: u32,
+        /// Tokens of the model's vocabulary.
+        model_vocab_size: u64,
+    },
     /// A dataset in Megatron's format is damaged, foreign or of a kind that is not supported.
     #[error("Megatron dataset {}: {fault}", prefix.display())]
     Megatron {

@@ -1,9 +1,10 @@
 //! From text files to the sequences of a step.
 //!
 //! Text is found by patterns, cut into documents, tokenised, and written to two [token files](token_file): one to train
-//! on, one of held-out documents. [Prompts with completions](prepare_completions()) become token files with a mask. A
-//! [`Dataset`] reads a token file as samples of up to `S + 1` tokens; a [`Sampler`] says which
-//! samples make up which micro-batch of which step. Both know nothing of the mapping.
+//! on, one of held-out documents. [Prompts with completions](prepare_completions()) become token files with a mask.
+//! [`Tokens`] from elsewhere are read where they are, [Megatron's indexed datasets](megatron), or [imported](import_nanogpt).
+//! A [`Dataset`] reads tokens as samples of up to `S + 1`; a [`Sampler`] says which samples make up which micro-batch of
+//! which step. Both know nothing of the mapping.
 
 mod batch_sizes;
 mod completions;
@@ -12,11 +13,13 @@ mod entropy;
 mod error;
 mod map;
 pub mod megatron;
+mod nanogpt;
 mod permutation;
 mod prepare;
 mod sampler;
 pub mod token_file;
 mod tokenizer;
+mod tokens;
 mod writer;
 
 pub use batch_sizes::{BatchSizes, RampUp, RampUpError};
@@ -25,9 +28,11 @@ pub use dataset::Dataset;
 pub use entropy::unigram_entropy;
 pub use error::DataError;
 pub use megatron::{MegatronFile, MegatronWriter};
+pub use nanogpt::{Imported, import_nanogpt};
 pub use permutation::Permutation;
 pub use prepare::{MAX_DOCUMENT_BYTES, Prepared, find_files, prepare};
 pub use sampler::Sampler;
 pub use token_file::{TokenFile, TokenFileWriter};
 pub use tokenizer::ByteTokenizer;
+pub use tokens::{Tokens, Verified};
 pub use writer::DocumentWriter;

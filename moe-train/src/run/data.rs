@@ -7,7 +7,7 @@ use super::RunFolder;
 use crate::Result;
 use crate::config::{DataFormat, RunConfig, TokenizerKind};
 use crate::data::{
-    ByteTokenizer, Dataset, Sampler, TokenFile, find_files, prepare, prepare_completions, unigram_entropy,
+    ByteTokenizer, Dataset, Sampler, Tokens, find_files, prepare, prepare_completions, unigram_entropy,
 };
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
@@ -50,14 +50,14 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
             prepared.held_out_documents + prepared.train_documents,
         );
     }
-    let file = TokenFile::open(&folder.train_tokens())?;
-    file.verify()?;
-    let train = Samples::new(file, config)?;
+    let tokens = Tokens::open(&folder.train_tokens())?;
+    tokens.verify()?;
+    let train = Samples::new(tokens, config)?;
     let batch_sizes = config.train.batch_sizes()?;
     let sampler =
         Sampler::new(config.train.seed, train.dataset.len(), batch_sizes, config.train.micro_batch_size);
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
-    let unigram_entropy = unigram_entropy(held_out.samples.dataset.file())?;
+    let unigram_entropy = unigram_entropy(held_out.samples.dataset.tokens())?;
     Ok(RunData { train: TextSource { samples: train, sampler }, held_out, unigram_entropy })
 }
 
@@ -66,10 +66,10 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
 /// # Errors
 /// The file is damaged or too short.
 pub fn open_held_out(config: &RunConfig, path: &Path) -> Result<HeldOut> {
-    let file = TokenFile::open(path)?;
-    file.verify()?;
+    let tokens = Tokens::open(path)?;
+    tokens.verify()?;
     Ok(HeldOut {
-        samples: Samples::new(file, config)?,
+        samples: Samples::new(tokens, config)?,
         global_batch_size: config.train.global_batch_size,
         micro_batch_size: config.train.micro_batch_size,
         batches: config.train.eval_batches,
@@ -84,10 +84,11 @@ struct Samples {
 }
 
 impl Samples {
-    fn new(file: TokenFile, config: &RunConfig) -> Result<Self> {
+    fn new(tokens: Tokens, config: &RunConfig) -> Result<Self> {
+        let (vocab_size, length) = (config.model.vocab_size, config.train.sequence_length);
         let dataset = match config.data.format {
-            DataFormat::Text => Dataset::new(file, config.train.sequence_length)?,
-            DataFormat::PromptCompletion => Dataset::packed(file, config.train.sequence_length)?,
+            DataFormat::Text => Dataset::new(tokens, vocab_size, length)?,
+            DataFormat::PromptCompletion => Dataset::packed(tokens, vocab_size, length)?,
         };
         Ok(Samples { dataset, separate_documents: config.data.separates_documents() })
     }

@@ -32,7 +32,10 @@ const HEADER: usize = 128;
 #[non_exhaustive]
 pub enum Fault {
     /// It does not start as token files do.
-    #[error("this is no token file (it does not start with \"MOETOKEN\")")]
+    #[error(
+        "this is no token file (it does not start with \"MOETOKEN\"); a dataset of Megatron is named without .bin and .idx, \
+         and a .bin of nanoGPT is imported by `moe-train data import-nanogpt`"
+    )]
     Foreign,
     /// A later version of this crate made it.
     #[error("version {found} is not supported (this program reads versions {} and {})", VERSIONS[0], VERSIONS[1])]
@@ -54,6 +57,16 @@ pub enum Fault {
     /// The checksum of tokens and documents is wrong.
     #[error("the content is damaged (its checksum is wrong)")]
     Content,
+    /// A document is outside of the tokens, or ends before it starts.
+    #[error("document {i} is said to be tokens {start}..{end}: the content is damaged")]
+    Document {
+        /// The document, from 0.
+        i: u64,
+        /// Its first token.
+        start: u64,
+        /// The token after its last one.
+        end: u64,
+    },
     /// A token or document was asked for that it does not have.
     #[error("{what} {start}..{end} of {len}")]
     OutOfRange {

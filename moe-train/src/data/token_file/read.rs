@@ -74,7 +74,7 @@ impl TokenFile {
     /// The tokens of document `i`, as a range of the file's tokens.
     ///
     /// # Errors
-    /// There is no such document.
+    /// There is no such document, or where it is said to be.
     pub fn document(&self, i: u64) -> Result<Range<u64>, DataError> {
         let len = self.header.documents;
         if i >= len {
@@ -83,33 +83,11 @@ impl TokenFile {
         }
         // The offsets of all documents are inside of the file, so this does not overflow.
         let at = self.index + 8 * i as usize;
-        Ok(u64_at(&self.map, at)..u64_at(&self.map, at + 8))
-    }
-
-    /// Where the documents start that start inside of `range`, counted in tokens, ascending; not that at its start.
-    ///
-    /// # Errors
-    /// As [`tokens`](Self::tokens).
-    pub fn document_starts(&self, range: Range<u64>) -> Result<Vec<u64>, DataError> {
-        let (mut low, mut high) = (0, self.header.documents);
-        // The first document that starts after the range does.
-        while low < high {
-            let middle = low + (high - low) / 2;
-            match self.document(middle)?.start <= range.start {
-                true => low = middle + 1,
-                false => high = middle,
-            }
+        let (start, end) = (u64_at(&self.map, at), u64_at(&self.map, at + 8));
+        match start <= end && end <= self.len() {
+            true => Ok(start..end),
+            false => Err(self.fault(Fault::Document { i, start, end })),
         }
-        let mut starts = Vec::new();
-        for i in low..self.header.documents {
-            match self.document(i)?.start {
-                start if start >= range.end => break,
-                start => starts.push(start),
-            }
-        }
-        // Documents without tokens start where the next one does.
-        starts.dedup();
-        Ok(starts)
     }
 
     /// Some of the tokens.
@@ -128,6 +106,11 @@ impl TokenFile {
         Ok(widen(&self.map[at(range.start)..at(range.end)], width))
     }
 
+    /// Whether some tokens are not to be learnt.
+    pub fn is_masked(&self) -> bool {
+        self.header.masked
+    }
+
     /// Which of some tokens the loss counts as targets; all of them in a file without a mask.
     ///
     /// # Errors
@@ -141,21 +124,6 @@ impl TokenFile {
         }
         // All bits are inside of the mapping, so this does not overflow.
         Ok(range.map(|i| self.map[mask + (i / 8) as usize] & (1 << (i % 8)) != 0).collect())
-    }
-
-    /// Calls `f` with all tokens, some at a time.
-    ///
-    /// # Errors
-    /// As [`tokens`](Self::tokens).
-    pub fn for_each_chunk(&self, mut f: impl FnMut(&[u32])) -> Result<(), DataError> {
-        let step = (CHUNK / self.header.width) as u64;
-        let mut start = 0;
-        while start < self.len() {
-            let end = self.len().min(start + step);
-            f(&self.tokens(start..end)?);
-            start = end;
-        }
-        Ok(())
     }
 
     /// Reads everything once and compares checksums.
