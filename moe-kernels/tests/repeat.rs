@@ -123,7 +123,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     cpu.gather_sum(y.view_mut()?, x.view(), index.view())?;
     bits.keep(cpu, "gather_sum", &y)?;
     let (ids, mut dtable) = (ints(cpu, 1, n, |i| i * i % 300)?, matrix(cpu, 300, h, 17)?);
-    cpu.embed_backward(dtable.view_mut()?, dy.view(), ids.view(), 0)?;
+    cpu.embed_backward(dtable.view_mut()?, dy.view(), ids.view(), 0, None)?;
     bits.keep(cpu, "embed_backward", &dtable)?;
 
     let (mut lse, mut target) = (matrix(cpu, 1, n, 0)?, matrix(cpu, 1, n, 0)?);

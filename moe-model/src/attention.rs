@@ -108,7 +108,7 @@ impl SelfAttention {
             kv_heads: kv_heads / folding.size(Attention::TP_OUTER),
             head_dim,
             v_head_dim,
-            scale: (head_dim as f64).sqrt().recip(),
+            scale: config.attention_scale(),
         };
         let core = ContextAttention::new(heads, mask, folding)?;
         let keep_normed = !recompute.contains(RecomputeModule::Layernorm);

@@ -5,9 +5,11 @@ use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
 
 mod latent;
+mod rope;
 mod routing;
 
 pub use latent::LatentAttention;
+pub use rope::{RopeScaling, RotaryFrequencies, Yarn};
 pub use routing::{AuxLoss, AuxLossScope, RouterDType, ScoringFunc};
 
 /// A decoder with experts (Mixtral, arXiv 2401.04088, and what Qwen2-MoE, Qwen3-MoE, GLM-4-MoE and DeepSeek add to it). Fields
@@ -85,10 +87,12 @@ pub struct ModelConfig {
     /// So many first layers are dense (DeepSeek); 0 unless given.
     #[serde(default)]
     pub first_k_dense_replace: usize,
-    /// Whether queries and keys have a norm of each head before the rotation, as in Qwen3-MoE and GLM-4-MoE; false unless
-    /// given.
+    /// Whether queries and keys have a norm before the rotation, as in Qwen3-MoE, GLM-4-MoE and OLMoE; false unless given.
     #[serde(default)]
     pub use_qk_norm: bool,
+    /// What that norm is taken over; each head unless given.
+    #[serde(default)]
+    pub qk_norm_scope: QkNormScope,
     /// Whether the projections of queries, keys and values have a bias, as in Qwen2-MoE and GLM-4-MoE; false unless
     /// given. The output projection has none. With latent attention, whether those to the latents and the output
     /// projection have one, as in transformers' DeepSeek-V3.
@@ -114,6 +118,9 @@ pub struct ModelConfig {
     /// Base of the rotary frequencies; 1e6 unless given.
     #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
+    /// How the frequencies change for long sequences; not at all unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
     /// Standard deviation of the initial weights; 0.02 unless given.
     #[serde(default = "default_initializer_range")]
     pub initializer_range: f64,
@@ -163,6 +170,22 @@ pub struct ModelConfig {
     /// Whether the head uses the embedding's weight; false unless given.
     #[serde(default)]
     pub tie_word_embeddings: bool,
+    /// The token whose row of the embedding gets no gradient from lookups, as with torch's `padding_idx`; none unless given.
+    /// Its lookups give the row as it is; a tied head's gradient and weight decay reach it. It says nothing of which
+    /// positions are padding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pad_token_id: Option<usize>,
+}
+
+/// What the norms of queries and keys are taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNormScope {
+    /// Each head, with weights `[head_dim]` that all heads share (Qwen3-MoE).
+    #[default]
+    Head,
+    /// All heads together, with weights `[heads · head_dim]` (OLMoE).
+    Projection,
 }
 
 /// The activation of gated linear units, as Hugging Face names it.
@@ -352,7 +375,11 @@ impl ModelConfig {
             return latent.parameters(hidden, queries, self.attention_bias);
         }
         let head_dim = self.head_dim() as u64;
-        let norms = if self.use_qk_norm { 2 * head_dim } else { 0 };
+        let norms = match (self.use_qk_norm, self.qk_norm_scope) {
+            (false, _) => 0,
+            (true, QkNormScope::Head) => 2 * head_dim,
+            (true, QkNormScope::Projection) => (queries + keys) * head_dim,
+        };
         let biases = if self.attention_bias { (queries + 2 * keys) * head_dim } else { 0 };
         2 * (queries + keys) * head_dim * hidden + norms + biases
     }
@@ -441,7 +468,17 @@ impl ModelConfig {
         }
 
         in_range("rms_norm_eps", self.rms_norm_eps, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
-        in_range("rope_theta", self.rope_theta, 1.0..=f64::MAX, "finite and at least 1")?;
+        self.check_rope()?;
+        if let Some(id) = self.pad_token_id {
+            let allowed = format!("less than vocab_size = {}", self.vocab_size);
+            in_range("pad_token_id", id as f64, 0.0..=(self.vocab_size - 1) as f64, &allowed)?;
+        }
+        if self.qk_norm_scope == QkNormScope::Projection {
+            return Err(ConfigError::Unsupported {
+                setting: "qk_norm_scope = projection",
+                why: "it is not built yet",
+            });
+        }
         for (name, value) in
             [("initializer_range", self.initializer_range), ("router_z_loss_coef", self.router_z_loss_coef)]
         {
@@ -509,6 +546,7 @@ mod tests {
             decoder_sparse_step: 1,
             first_k_dense_replace: 0,
             use_qk_norm: false,
+            qk_norm_scope: QkNormScope::Head,
             attention_bias: false,
             mlp_bias: false,
             expert_mlp_bias: false,
@@ -527,6 +565,7 @@ mod tests {
             num_experts_per_tok: 2,
             rms_norm_eps: 1e-5,
             rope_theta: 1e6,
+            rope_scaling: None,
             initializer_range: 0.02,
             router_aux_loss_coef: Some(0.02),
             router_aux_losses: Vec::new(),
@@ -542,6 +581,7 @@ mod tests {
             group_score_topk: 2,
             moe_router_enable_expert_bias: false,
             tie_word_embeddings: false,
+            pad_token_id: None,
         }
     }
 
@@ -679,6 +719,10 @@ mod tests {
             (refusal(|c| c.num_experts_per_tok = 0), "num_experts_per_tok = 0"),
             (refusal(|c| c.rms_norm_eps = 0.0), "rms_norm_eps = 0"),
             (refusal(|c| c.rope_theta = f64::INFINITY), "rope_theta = inf"),
+            (
+                refusal(|c| c.pad_token_id = Some(32000)),
+                "pad_token_id = 32000, but pad_token_id must be less",
+            ),
             (refusal(|c| c.initializer_range = f64::NAN), "initializer_range = NaN"),
             (refusal(|c| c.router_z_loss_coef = -0.5), "router_z_loss_coef = -0.5"),
             (refusal(|c| c.norm_topk_prob = false), "norm_topk_prob = false with scoring_func"),

@@ -14,6 +14,7 @@ pub struct TokenEmbedding {
     segment: Segment,
     table: ParamId,
     first: usize,
+    pad_token_id: Option<usize>,
 }
 
 /// The name of the embedding's matrix.
@@ -52,7 +53,7 @@ impl TokenEmbedding {
     pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
         let segment = params.begin_segment();
         let (table, first) = vocabulary_matrix(params, config, EMBEDDING, stage)?;
-        Ok(TokenEmbedding { segment, table, first })
+        Ok(TokenEmbedding { segment, table, first, pad_token_id: config.pad_token_id })
     }
 
     /// `[tokens of this rank, hidden]` of micro-batch `m`.
@@ -74,15 +75,16 @@ impl TokenEmbedding {
         Ok(cx.group(Attention::TP)?.all_gather_rows(dy)?)
     }
 
-    /// Adds to the gradient of the table.
+    /// Adds to the gradient of the table, but not to the row of `pad_token_id`.
     pub fn backward_weight<T: Float, D: Backend<T>>(
         &self,
         m: u32,
         rows: &Tensor<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
-        let ids = cx.batch(m)?.ids.clone();
-        cx.device.embed_backward(cx.params.grad(self.table)?, rows.view(), ids.view(), self.first)?;
+        let (device, ids) = (cx.device.clone(), cx.batch(m)?.ids.clone());
+        let grad = cx.params.grad(self.table)?;
+        device.embed_backward(grad, rows.view(), ids.view(), self.first, self.pad_token_id)?;
         cx.grads_added(self.segment, m)
     }
 }

@@ -4,7 +4,8 @@ use super::host::{Matrix, Random, assert_close, assert_refused, output, place, p
 use crate::Float;
 use crate::family::Embedding;
 
-/// [`Embedding`] of blocks of the vocabulary, an empty one among them, with repeated and foreign ids.
+/// [`Embedding`] of blocks of the vocabulary, an empty one among them, with repeated and foreign ids, with and without one that
+/// gets no gradient.
 pub fn embedding<T: Float, D: Embedding<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(9);
     for (n, h, first, rows, vocabulary) in
@@ -23,12 +24,17 @@ pub fn embedding<T: Float, D: Embedding<T>>(device: &D, tolerance: f64) {
         assert_close("embed", &y.read(), &want, 0.0);
 
         let (dy, before) = (random.matrix::<T>(n, h), random.matrix::<T::Acc>(rows, h));
-        let (pdy, mut dtable) = (place::<T, D>(device, &dy), place::<T::Acc, D>(device, &before));
-        device.embed_backward(dtable.view_mut(), pdy.view(), pi.view(), first).expect("embed_backward");
-        let want = Matrix::from_fn(rows, h, |r, c| {
-            before.at(r, c) + (0..n).filter(|&i| row(i) == Some(r)).map(|i| dy.at(i, c)).sum::<f64>()
-        });
-        assert_close("embed_backward", &dtable.read(), &want, tolerance);
+        let pdy = place::<T, D>(device, &dy);
+        for padding in [None, Some(first + rows / 2), first.checked_sub(1), Some(first + rows)] {
+            let mut dtable = place::<T::Acc, D>(device, &before);
+            let backward = device.embed_backward(dtable.view_mut(), pdy.view(), pi.view(), first, padding);
+            backward.expect("embed_backward");
+            let want = Matrix::from_fn(rows, h, |r, c| {
+                let of_row = |&i: &usize| row(i) == Some(r) && padding != Some(first + r);
+                before.at(r, c) + (0..n).filter(of_row).map(|i| dy.at(i, c)).sum::<f64>()
+            });
+            assert_close("embed_backward", &dtable.read(), &want, tolerance);
+        }
 
         let mut wrong = output::<T, D>(device, n, h + 1);
         assert_refused("y", device.embed(wrong.view_mut(), pt.view(), pi.view(), first));
@@ -37,6 +43,7 @@ pub fn embedding<T: Float, D: Embedding<T>>(device: &D, tolerance: f64) {
             pdy.view(),
             pi.view(),
             first,
+            None,
         );
         assert_refused("dtable", refused);
     }

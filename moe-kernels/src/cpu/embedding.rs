@@ -20,9 +20,16 @@ fn row_in(block: &Range<usize>, id: i32) -> Option<usize> {
 }
 
 simd! {
-    fn add_rows<T>(dtable: MatMut<'_, T>, block: Range<usize>, dy: Mat<'_, T>, ids: &[i32]) {
+    fn add_rows<T>(
+        dtable: MatMut<'_, T>,
+        block: Range<usize>,
+        dy: Mat<'_, T>,
+        ids: &[i32],
+        padding_idx: Option<usize>,
+    ) {
+        let padding = padding_idx.and_then(|id| id.checked_sub(block.start));
         for (i, &id) in ids.iter().enumerate() {
-            if let Some(row) = row_in(&block, id) {
+            if let Some(row) = row_in(&block, id).filter(|&row| Some(row) != padding) {
                 for (d, &dy) in dtable.row(row).iter_mut().zip(dy.row(i)) {
                     *d += dy;
                 }
@@ -64,6 +71,7 @@ impl<T: CpuFloat> Embedding<T> for Cpu {
         dy: View<'_, T, Self>,
         ids: View<'_, i32, Self>,
         first: usize,
+        padding_idx: Option<usize>,
     ) -> Result<()> {
         const KERNEL: &str = "embed_backward";
         let [n, h] = dy.shape();
@@ -75,6 +83,6 @@ impl<T: CpuFloat> Embedding<T> for Cpu {
         let tasks = blocks(vocabulary, TABLE_ROWS.max(vocabulary / 16))
             .map(|r| (dtable.take_rows(r.len()), first + r.start..first + r.end))
             .collect();
-        self.for_each(tasks, |(dtable, block)| add_rows(dtable, block, dy, ids))
+        self.for_each(tasks, |(dtable, block)| add_rows(dtable, block, dy, ids, padding_idx))
     }
 }

@@ -12,12 +12,13 @@ pub trait Embedding<T: Float>: Device {
         first: usize,
     ) -> Result<()>;
 
-    /// `dtable[ids[i] − first] += dy[i]` in ascending `i`. `dtable: [V_block, H]`.
+    /// `dtable[ids[i] − first] += dy[i]` in ascending `i`, but for `ids[i] = padding_idx`. `dtable: [V_block, H]`.
     fn embed_backward(
         &self,
         dtable: ViewMut<'_, T::Acc, Self>,
         dy: View<'_, T, Self>,
         ids: View<'_, i32, Self>,
         first: usize,
+        padding_idx: Option<usize>,
     ) -> Result<()>;
 }

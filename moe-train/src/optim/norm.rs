@@ -78,6 +78,7 @@ mod tests {
     use moe_comm::{Comms, ThreadWorld, World};
     use moe_kernels::Cpu;
     use moe_kernels::family::RotaryPairs;
+    use moe_model::config::RotaryFrequencies;
     use moe_model::params::{Init, Logical, Name, ParamLayoutBuilder, ParamStore, Placed};
     use moe_model::{Objective, RopeTable};
     use moe_topology::{Folding, Mapping, Owner, Placement};
@@ -110,7 +111,8 @@ mod tests {
                     Ok(Tensor::<f64, Cpu>::from_slice(&device, 1, n, &vec![1.0; n])?)
                 })
                 .collect::<Result<Vec<_>>>()?;
-            let rope = RopeTable::new(&device, 1, 2, 1e4, RotaryPairs::Halves)?;
+            let frequencies = RotaryFrequencies { per_position: vec![1.0], attention_factor: 1.0 };
+            let rope = RopeTable::new(&device, 1, &frequencies, RotaryPairs::Halves)?;
             let objective = Objective { micro_batches: 1, sequences: 1, tokens: 1 };
             let cx = Cx::new(device, comms, params, rope, objective);
             let names = ParamNames::new(["vector".to_owned(), "matrix".to_owned()]);

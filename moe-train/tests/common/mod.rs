@@ -69,6 +69,7 @@ pub fn tiny_model() -> ModelConfig {
         decoder_sparse_step: 1,
         first_k_dense_replace: 0,
         use_qk_norm: false,
+        qk_norm_scope: Default::default(),
         attention_bias: false,
         mlp_bias: false,
         expert_mlp_bias: false,
@@ -87,6 +88,7 @@ pub fn tiny_model() -> ModelConfig {
         num_experts_per_tok: 2,
         rms_norm_eps: 1e-5,
         rope_theta: 100.0,
+        rope_scaling: None,
         initializer_range: 0.2,
         router_aux_loss_coef: Some(0.03),
         router_aux_losses: Vec::new(),
@@ -102,6 +104,7 @@ pub fn tiny_model() -> ModelConfig {
         group_score_topk: 2,
         moe_router_enable_expert_bias: false,
         tie_word_embeddings: false,
+        pad_token_id: None,
     }
 }
 
