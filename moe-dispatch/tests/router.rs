@@ -1,6 +1,6 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
-use moe_dispatch::{Error, Jitter, Router, RouterConfig, RouterInput, RouterScales, Sinkhorn};
+use moe_dispatch::{Error, Jitter, ModelUnit, Router, RouterConfig, RouterInput, RouterScales, Sinkhorn};
 use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
 use moe_kernels::random::uniform_pair;
 use moe_kernels::{Cpu, Tensor};
@@ -14,6 +14,7 @@ const SCALES: RouterScales<'static> = RouterScales {
     valid_tokens: 29,
     step_counts: &[9, 0, 21, 7, 4, 17],
     model_counts: &[5, 12, 0, 8, 3, 10],
+    model_unit: ModelUnit::MicroBatch,
     moe_layers: 3,
 };
 const SCORES: [ScoreFunction; 7] = [
@@ -80,13 +81,18 @@ struct Extras<'a> {
     jitter: Option<&'a Tensor<i64, Cpu>>,
     given: Option<&'a Tensor<i32, Cpu>>,
     valid: Option<&'a Tensor<i32, Cpu>>,
+    unit: ModelUnit,
 }
 
 impl<'a> Extras<'a> {
     fn input(self, x: &'a Tensor<f64, Cpu>, weight: &'a Tensor<f64, Cpu>) -> RouterInput<'a, f64, Cpu> {
-        let Extras { bias, jitter, given, valid } = self;
+        let Extras { bias, jitter, given, valid, .. } = self;
         let jitter = jitter.map(|tokens| Jitter { epsilon: 0.3, key: 77, tokens });
         RouterInput { jitter, given, valid: valid.map(Tensor::view), ..with(x, weight, bias, 2) }
+    }
+
+    fn scales(self) -> RouterScales<'static> {
+        RouterScales { model_unit: self.unit, ..SCALES }
     }
 }
 
@@ -116,12 +122,16 @@ fn objective(
     let of_model: f64 = SCALES.model_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
     // 4 tokens here (3 with padding), 5 of each of two sequences elsewhere, 3 layers.
     let tokens = if extras.valid.is_some() { 13.0 } else { 14.0 };
-    let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * tokens * 3.0 * tokens);
-    assert!((router.model_aux_loss(&saved, SCALES) - model_loss).abs() < 1e-14);
+    let (unit, units) = match extras.unit {
+        ModelUnit::MicroBatch => (tokens, SCALES.micro_batches as f64),
+        ModelUnit::Step => (29.0, 1.0),
+    };
+    let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * unit * 3.0 * unit);
+    assert!((router.model_aux_loss(&saved, extras.scales()) - model_loss).abs() < 1e-14);
     let divisor = (router.config().top_k * 29 * 29) as f64;
     let objective = main
         + global_aux_loss_coef * NUM_EXPERTS as f64 * of_step / divisor
-        + model_aux_loss_coef * model_loss / SCALES.micro_batches as f64
+        + model_aux_loss_coef * model_loss / units
         + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
         + sequence_aux_loss_coef * stats.sequence_aux_loss / SCALES.sequences as f64
         + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64;
@@ -139,7 +149,7 @@ proptest! {
         function in proptest::sample::select(&SCORES[..]),
         groups in proptest::sample::select(&GROUPS[..]),
         scale in proptest::sample::select(vec![1.0, 2.5]),
-        (biased, jittered, forced, padded) in any::<(bool, bool, bool, bool)>(),
+        (biased, jittered, forced, padded, of_step) in any::<(bool, bool, bool, bool, bool)>(),
     ) {
         let scoring = Scoring { function, groups, scale };
         let bias = (biased && scoring.function.is_separate()).then_some(&BIAS[..]);
@@ -157,6 +167,7 @@ proptest! {
             jitter: jittered.then_some(&ids),
             given: forced.then_some(&given),
             valid: padded.then_some(&valid),
+            unit: if of_step { ModelUnit::Step } else { ModelUnit::MicroBatch },
         };
         let (tokens, matrix) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let input = extras.input(&tokens, &matrix);
@@ -170,7 +181,7 @@ proptest! {
                 &tensor(1, 4 * top_k, dweights),
                 saved,
                 dweight.view_mut().unwrap(),
-                SCALES,
+                extras.scales(),
             )
             .unwrap();
         let (dx, dweight) = (dx.to_f64(&device).unwrap(), dweight.to_f64(&device).unwrap());
@@ -287,7 +298,13 @@ fn scores_in_f64_of_tokens_in_f32() {
 
         let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
-        let extras = Extras { bias: bias64.as_ref(), jitter: Some(&ids), given: None, valid: None };
+        let extras = Extras {
+            bias: bias64.as_ref(),
+            jitter: Some(&ids),
+            given: None,
+            valid: None,
+            unit: ModelUnit::MicroBatch,
+        };
         let input = || extras.input(&x64, &w64);
         let (want, saved, wanted) = router.forward(&device, input(), with_another_rank).unwrap();
         let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
@@ -325,7 +342,13 @@ fn noise_is_on_the_input_and_given_experts_have_present_weights() {
         .collect();
     let given = Tensor::from_slice(&device, 2, 2, &[5, 0, 3, 2]).unwrap();
     let plain = tensor(2, HIDDEN, &jittered);
-    let extras = Extras { bias: None, jitter: Some(&ids), given: Some(&given), valid: None };
+    let extras = Extras {
+        bias: None,
+        jitter: Some(&ids),
+        given: Some(&given),
+        valid: None,
+        unit: ModelUnit::MicroBatch,
+    };
     let (got, _, stats) = router.forward(&device, extras.input(&x, &weight), alone).unwrap();
     let extras = Extras { jitter: None, ..extras };
     let (want, _, wanted) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use moe_comm::{Comm, Comms};
+use moe_dispatch::ModelUnit;
 use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
 
@@ -47,6 +48,11 @@ pub struct Cx<T: Float, D: Device> {
     /// Choices that the load-balancing loss over all layers counts, of each expert, of the micro-batch whose pass is being
     /// made: in a forward pass of the layers so far, in a backward pass of all layers. Empty without that loss.
     pub choices: Vec<i64>,
+    /// What that loss takes together: [`Step`](ModelUnit::Step) asks for one micro-batch on every rank.
+    pub model_unit: ModelUnit,
+    /// This rank's blocks of the logits by micro-batch, `[positions · sequences, vocab block]`, where they are to be known
+    /// beside the loss (last stage only).
+    pub logits: Option<BTreeMap<u32, Tensor<T, D>>>,
     /// What the passes of this step saw.
     pub stats: Stats,
 }
@@ -77,6 +83,8 @@ impl<T: Float, D: Device> Cx<T, D> {
             objective,
             step_counts: BTreeMap::new(),
             choices: Vec::new(),
+            model_unit: ModelUnit::default(),
+            logits: None,
             stats,
         }
     }
@@ -236,7 +244,7 @@ pub struct MoeStats {
     pub aux: f64,
     /// The same over sequences.
     pub sequence_aux: f64,
-    /// This layer's and rank's part of Σ over micro-batches of the load-balancing loss over all layers; known after backward.
+    /// This layer's and rank's part of Σ over units of the load-balancing loss over all layers; known after backward.
     pub model_aux: f64,
     /// Σ over this rank's tokens of logsumexp².
     pub z: f64,

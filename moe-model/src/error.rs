@@ -143,6 +143,14 @@ pub enum Error {
         /// Micro-batches of this rank.
         batches: usize,
     },
+    /// The load-balancing loss over all layers takes the whole step together, but a rank has several micro-batches.
+    #[error(
+        "the load-balancing loss over all layers of a whole step needs one micro-batch per rank, not {batches}"
+    )]
+    StepOfSeveral {
+        /// Micro-batches of this rank.
+        batches: usize,
+    },
     /// Choices are replayed, but not those of a layer and micro-batch.
     #[error("layer {layer}: there are no choices to replay for micro-batch {micro_batch} of the rank")]
     NotRecorded {

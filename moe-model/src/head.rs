@@ -86,6 +86,9 @@ impl Head {
     ) -> Result<HeadSaved<T, D>> {
         let device = cx.device.clone();
         let Projected { logits, rows, norm } = self.project(x, cx)?;
+        if let Some(all) = &mut cx.logits {
+            all.insert(m, logits.clone());
+        }
         let n = rows.shape()[0];
         let batch = cx.batch(m)?;
         let mut block_lse = Tensor::uninit(&device, 1, n)?;

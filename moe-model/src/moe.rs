@@ -463,6 +463,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             valid_tokens: cx.objective.tokens as u64,
             step_counts: &step_counts,
             model_counts: &cx.choices,
+            model_unit: cx.model_unit,
             moe_layers: self.moe_layers as u64,
         };
         if let Some(own) = cx.stats.moe.iter_mut().find(|s| s.layer == self.layer) {

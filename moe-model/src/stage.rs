@@ -1,5 +1,7 @@
 //! The layers of one pipeline stage.
 
+use moe_comm::Reduction;
+use moe_dispatch::ModelUnit;
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
@@ -163,7 +165,7 @@ impl DecoderStage {
         let mut rest = StageDeferred { embedding: None, blocks: Vec::new(), head: None };
         let mut dx = match (&self.head, saved.head, dy) {
             (Some(head), Some((saved, choices)), None) => {
-                cx.choices = choices;
+                cx.choices = unit_choices(choices, cx)?;
                 let (dx, deferred) = head.backward_input(m, saved, cx)?;
                 match weights {
                     When::Now => head.backward_weight(m, deferred, cx)?,
@@ -212,6 +214,16 @@ impl DecoderStage {
 
     fn error(&self, what: &'static str) -> Error {
         Error::Stage { stage: self.stage, what }
+    }
+}
+
+/// A micro-batch's choices over all layers, or those of the whole step where the load-balancing loss takes it together.
+fn unit_choices<T: Float, D: Device>(choices: Vec<i64>, cx: &Cx<T, D>) -> Result<Vec<i64>> {
+    match (cx.model_unit, cx.batches.len()) {
+        _ if choices.is_empty() => Ok(choices),
+        (ModelUnit::MicroBatch, _) => Ok(choices),
+        (ModelUnit::Step, 1) => Ok(cx.group(Attention::DP)?.all_reduce_host(&choices, Reduction::Sum)?),
+        (ModelUnit::Step, batches) => Err(Error::StepOfSeveral { batches }),
     }
 }
 

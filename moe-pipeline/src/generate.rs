@@ -74,6 +74,28 @@ pub fn interleaved_1f1b(
     Schedule::new(placement, microbatches, Pass::ForwardBackward, (0..ranks).map(list).collect())
 }
 
+/// Breadth-first (arXiv 2211.05953): each rank has `virtual_stages` stages, [looped](Placement::looped), and takes all
+/// micro-batches through one of them before the next, forward through all stages, then backward. One virtual stage is
+/// [GPipe](gpipe).
+///
+/// Any number of micro-batches is legal, as against [`interleaved_1f1b`], and all activations are kept. Micro-batches go
+/// backward in ascending order, where torch's `ScheduleLoopedBFS` takes the last one first.
+///
+/// # Errors
+/// No rank, virtual stage or micro-batch.
+pub fn breadth_first(ranks: u32, virtual_stages: u32, microbatches: u32) -> Result<Schedule> {
+    let placement = Placement::looped(ranks, virtual_stages)?;
+    let list = |rank: u32| {
+        let through = move |stage: u32, kind| {
+            (0..microbatches).map(move |m| Action::new(stage * ranks + rank, kind, m))
+        };
+        let forward = (0..virtual_stages).flat_map(|v| through(v, Kind::Forward));
+        let backward = (0..virtual_stages).rev().flat_map(|v| through(v, Kind::Backward));
+        forward.chain(backward).collect()
+    };
+    Schedule::new(placement, microbatches, Pass::ForwardBackward, (0..ranks).map(list).collect())
+}
+
 /// Forward passes alone over [looped](Placement::looped) stages, for evaluation: any number of micro-batches, in groups of
 /// p. One virtual stage is [`forward_only`].
 ///

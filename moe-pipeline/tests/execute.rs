@@ -8,7 +8,7 @@ use common::{
     Boom, DEADLINE, Draws, Outcome, Toy, draw_schedule, equals_sequential, equals_sequential_with, run, toys,
     zeros,
 };
-use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{breadth_first, forward_only, gpipe, one_f_one_b};
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
     Error, ExecuteError, Post, Program, Schedule, Stage, Transport, execute, lower, validate,
@@ -26,6 +26,7 @@ fn sums_are_those_of_sequential_execution_bit_for_bit() {
             for generate in [gpipe, one_f_one_b, forward_only] {
                 equals_sequential(&program(generate(ranks, microbatches).unwrap()));
             }
+            equals_sequential(&program(breadth_first(ranks, 3, microbatches).unwrap()));
         }
     }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Draws, draw_schedule};
-use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{breadth_first, forward_only, gpipe, one_f_one_b};
 use moe_pipeline::{
     Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_send_recv, add_waits, lower, validate,
 };
@@ -36,8 +36,18 @@ fn gpipe_and_forward_only() {
 }
 
 #[test]
+fn breadth_first_takes_all_micro_batches_through_a_stage_before_the_next() {
+    assert_eq!(
+        breadth_first(2, 2, 2).unwrap().to_string(),
+        "0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1\n1F0,1F1,3F0,3F1,3B0,3B1,1B0,1B1\n"
+    );
+    assert_eq!(breadth_first(3, 1, 4).unwrap(), gpipe(3, 4).unwrap());
+    assert_eq!(breadth_first(2, 0, 1), Err(Error::Empty { what: "stage" }));
+}
+
+#[test]
 fn nothing_to_do_is_an_error() {
-    for generate in [gpipe, one_f_one_b, forward_only] {
+    for generate in [gpipe, one_f_one_b, forward_only, |p, m| breadth_first(p, 2, m)] {
         assert_eq!(generate(0, 4), Err(Error::Empty { what: "stage" }));
         assert_eq!(generate(4, 0), Err(Error::Empty { what: "micro-batch" }));
     }

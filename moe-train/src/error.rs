@@ -12,6 +12,7 @@ use crate::data::DataError;
 use crate::durable::IoError;
 use crate::metrics::MetricsError;
 use crate::optim::GroupError;
+use crate::trace::TraceError;
 
 /// Result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -32,6 +33,9 @@ pub enum Error {
     /// A checkpoint cannot become one of another model.
     #[error(transparent)]
     Upcycle(#[from] UpcycleError),
+    /// A trace was refused, or cannot be written.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// A file of the run cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),

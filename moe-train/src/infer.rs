@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moe_comm::{Comms, ThreadWorld, World};
-use moe_kernels::{Backend, Cpu, DType, Float, Tensor};
+use moe_kernels::{Backend, Cpu, DType, Float};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
-use moe_model::params::{ParamLayoutBuilder, ParamStore};
+use moe_model::params::ParamLayoutBuilder;
 use moe_model::{Cx, DecoderStage, Execution, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
-use crate::checkpoint::{Weights, read_buffers};
+use crate::checkpoint::{Weights, read_params};
 use crate::data::ByteTokenizer;
 use crate::{Error, Result};
 
@@ -65,23 +65,7 @@ where
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
         let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
         let stages = DecoderStage::of_rank(&mut layout, model, Execution::default(), &whole)?;
-        let mut params = ParamStore::new(layout.build(), config.train.seed, &device)?;
-        for bucket in 0..params.buckets().len() {
-            let layout = &params.buckets()[bucket];
-            let mut weights = vec![T::ZERO; layout.len];
-            for part in &layout.parts {
-                let values = source.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
-                for (weight, value) in weights[part.range()].iter_mut().zip(values) {
-                    *weight = T::from_acc(value);
-                }
-            }
-            params.set_weights(bucket, Tensor::from_slice(&device, 1, weights.len(), &weights)?)?;
-        }
-        for (id, values) in
-            read_buffers(&params, &device, |buffer| source.read_buffer(&buffer.name, buffer.len))?
-        {
-            params.set_buffer(id, values)?;
-        }
+        let params = read_params(layout.build(), source, &device)?;
         let mut groups = Comms::<Cpu>::builder();
         groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));
         groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));

@@ -10,6 +10,7 @@
 //! | shard an optimizer over exactly the ranks among which a gradient is partial | [`optim`] |
 //! | write and read checkpoints that know no mapping | [`checkpoint`] |
 //! | continue a text | [`infer`] |
+//! | hold a model against transformers, number by number | [`trace`] |
 //!
 //! Two steps of a tiny model on four ranks, from memory:
 //!
@@ -93,6 +94,7 @@ pub mod metrics;
 pub mod optim;
 pub mod run;
 pub mod schedule;
+pub mod trace;
 pub mod trainer;
 
 pub use error::{Error, Result};

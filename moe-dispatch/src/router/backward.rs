@@ -2,7 +2,7 @@ use moe_kernels::family::{Elementwise, Gemm, Op, Routing};
 use moe_kernels::{Backend, Device, Float, Tensor, View, ViewMut};
 
 use super::types::{copied, narrowed, narrowed_f64, widened, widened_f64};
-use super::{Logits, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, UnitCounts};
+use super::{Logits, ModelUnit, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, UnitCounts};
 use crate::Error;
 
 /// What the losses add to the gradient by the logits.
@@ -107,8 +107,8 @@ impl Router {
         }
     }
 
-    /// This rank's and layer's part of the micro-batch's load-balancing loss over all layers, without coefficient:
-    /// `E Σ_e C_e·P_e/(M·T)²` with `C` of all layers and `P` of this rank and layer; 0 without `model_counts`.
+    /// What this rank, layer and micro-batch add to the load-balancing loss over all layers of their unit, without
+    /// coefficient: `E Σ_e C_e·P_e/(M·T)²` with `C` of the unit and all layers; 0 without `model_counts`.
     pub fn model_aux_loss<T: Float, D: Device>(
         &self,
         saved: &RouterSaved<T, D>,
@@ -158,7 +158,10 @@ impl Router {
         let mut shared: Vec<f64> = all.iter().map(|&count| of_micro_batch * count as f64).collect();
         shared.iter_mut().zip(scales.step_counts).for_each(|(sum, &count)| *sum += of_step * count as f64);
         let of_model = self.config.model_aux_loss_coef * model_factor(num_experts, tokens, scales)
-            / scales.micro_batches as f64;
+            / match scales.model_unit {
+                ModelUnit::MicroBatch => scales.micro_batches as f64,
+                ModelUnit::Step => 1.0,
+            };
         shared.iter_mut().zip(scales.model_counts).for_each(|(sum, &count)| *sum += of_model * count as f64);
         let rows = unit.sequences().flat_map(|(own, tokens)| {
             let of_sequence = factor(self.config.sequence_aux_loss_coef, scales.sequences, tokens);
@@ -168,8 +171,12 @@ impl Router {
     }
 }
 
-/// `E/(M·T)²` for a micro-batch of `tokens` tokens, 0 without tokens or layers.
+/// `E/(M·T)²` for the unit of a micro-batch of `tokens` tokens, 0 without tokens or layers.
 fn model_factor(num_experts: usize, tokens: i64, scales: RouterScales<'_>) -> f64 {
+    let tokens = match scales.model_unit {
+        ModelUnit::MicroBatch => tokens,
+        ModelUnit::Step => scales.valid_tokens as i64,
+    };
     let divisor = (scales.moe_layers as f64 * tokens as f64).powi(2);
     if divisor == 0.0 { 0.0 } else { num_experts as f64 / divisor }
 }

@@ -47,13 +47,23 @@ pub struct RouterConfig {
 ///   *without* bias and groups: what the scores themselves say. Tokens are spread over the ranks of a TP×CP group, hence
 ///   the sum that `forward` asks for; the counts of a whole step are the caller's to add up
 ///   ([`RouterStats::plain_counts`]) and to give to `backward`.
-/// - Over all layers, in place of that: `(1/n_u) Σ_u E Σ_e C_ue·P_ue/(M·T_u)²` over micro-batches `u`, with `C` and `P` summed
-///   over the `M` layers, as transformers' `load_balancing_loss_func`; the choices of the other layers are the caller's to
+/// - Over all layers, in place of that: `(1/n_u) Σ_u E Σ_e C_ue·P_ue/(M·T_u)²` over micro-batches `u` (or the whole step as
+///   one [`ModelUnit`]), with `C` and `P` summed over the `M` layers, as transformers' `load_balancing_loss_func`; the choices of the other layers are the caller's to
 ///   bring. Balanced it is `K`.
 /// - z-loss, per layer: `(1/T_v) Σ_i logsumexp(logits_i)²` over the `T_v` tokens of the step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Router {
     config: RouterConfig,
+}
+
+/// Which tokens the load-balancing loss over all layers takes together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModelUnit {
+    /// Those of each micro-batch: the loss is the mean over them.
+    #[default]
+    MicroBatch,
+    /// Those of the whole step, as transformers takes those of a batch.
+    Step,
 }
 
 /// What the gradients of the losses take from the step as a whole; the same on all ranks.
@@ -68,9 +78,11 @@ pub struct RouterScales<'a> {
     /// Sum of [`RouterStats::plain_counts`] over the micro-batches of the step and all ranks of the stage; empty where
     /// the whole step has no load-balancing loss.
     pub step_counts: &'a [i64],
-    /// Choices of each expert in the micro-batch over all layers, sums of [`RouterSaved::choices`]; empty where the layers have
-    /// no load-balancing loss together.
+    /// Choices of each expert in the `model_unit` over all layers, sums of [`RouterSaved::choices`]; empty where the layers
+    /// have no load-balancing loss together.
     pub model_counts: &'a [i64],
+    /// What that loss takes together.
+    pub model_unit: ModelUnit,
     /// Layers with experts, M.
     pub moe_layers: u64,
 }

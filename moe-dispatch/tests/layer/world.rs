@@ -7,8 +7,8 @@ use std::time::Duration;
 use moe_comm::{Comms, Reduction, ThreadRank, ThreadWorld};
 use moe_dispatch::capacity::{Spread, drop_excess, expert_capacity};
 use moe_dispatch::{
-    DispatchState, Dispatcher, DispatcherKind, Error, Grid, NativeFabric, Router, RouterConfig, RouterInput,
-    RouterScales, TokenDispatcher,
+    DispatchState, Dispatcher, DispatcherKind, Error, Grid, ModelUnit, NativeFabric, Router, RouterConfig,
+    RouterInput, RouterScales, TokenDispatcher,
 };
 use moe_kernels::family::{Activation, DropLimit, Elementwise, GateFunction, GroupedGemm, Op};
 use moe_kernels::{Backend, Cpu, Float, Tensor};
@@ -199,6 +199,7 @@ where
         valid_tokens,
         step_counts: &[],
         model_counts: &[],
+        model_unit: ModelUnit::MicroBatch,
         moe_layers: 1,
     };
     let input = RouterInput::new(&x, router_weight.view());

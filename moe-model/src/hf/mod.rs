@@ -33,6 +33,7 @@ mod float;
 mod folder;
 mod header;
 mod index;
+mod module;
 mod names;
 mod write;
 
@@ -42,5 +43,6 @@ pub use float::FloatType;
 pub use folder::HubFolder;
 pub use header::{StoredTensor, TensorFile};
 pub use index::ShardIndex;
+pub use module::ModulePlace;
 pub use names::{HubName, HubNames, HubTensor};
 pub use write::{TensorSink, WritePlan};

@@ -59,22 +59,30 @@ impl<A: Float, D: Device> Grads<A, D> {
 impl<T: Float, D: Device> ParamStore<T, D> {
     /// Weights at their starting values, which depend on `seed` and names alone: rounded to `T::Acc`, then to `T`.
     pub fn new(layout: ParamLayout, seed: u64, device: &D) -> Result<Self> {
-        let weights = layout
-            .buckets()
-            .iter()
-            .map(|bucket| {
-                let values: Vec<T> = bucket
-                    .initial(seed, 0..bucket.len)
-                    .into_iter()
-                    .map(|x| T::from_acc(T::Acc::from_f64(x)))
-                    .collect();
-                Ok(Some(Tensor::from_slice(device, 1, bucket.len, &values)?))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        Self::with_weights(layout, device, |bucket| {
+            let values = bucket.initial(seed, 0..bucket.len).into_iter();
+            Ok(values.map(|x| T::from_acc(T::Acc::from_f64(x))).collect())
+        })
+    }
+
+    /// Weights that `of` gives, bucket by bucket; buffers start at 0.
+    ///
+    /// # Errors
+    /// Those of `of`, or the device has no memory.
+    pub fn with_weights<E: From<Error>>(
+        layout: ParamLayout,
+        device: &D,
+        mut of: impl FnMut(&BucketLayout) -> std::result::Result<Vec<T>, E>,
+    ) -> std::result::Result<Self, E> {
+        let mut weights = Vec::with_capacity(layout.buckets().len());
+        for bucket in layout.buckets() {
+            let values = of(bucket)?;
+            weights.push(Some(Tensor::from_slice(device, 1, bucket.len, &values).map_err(Error::from)?));
+        }
         let arriving = weights.iter().map(|_| None).collect();
         let grads = weights.iter().map(|_| Grads::None).collect();
         let buffers = layout.buffers().map(|(_, buffer)| Tensor::zeros(device, 1, buffer.len));
-        let buffers = buffers.collect::<std::result::Result<_, _>>()?;
+        let buffers = buffers.collect::<std::result::Result<_, _>>().map_err(Error::from)?;
         Ok(ParamStore { layout, weights, arriving, grads, buffers, reduce_early: false })
     }
 

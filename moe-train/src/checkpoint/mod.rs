@@ -10,7 +10,7 @@ pub mod upcycle;
 mod weights;
 
 pub use meta::{Meta, RunState};
-pub(crate) use state::{publish, read_buffers};
+pub(crate) use state::{publish, read_params};
 pub use state::{restore, restore_weights, save};
 pub use upcycle::upcycle;
 pub use weights::Weights;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
 use moe_kernels::{Backend, DType, Device, Element, Float, Tensor, bf16};
-use moe_model::params::{BucketLayout, BufferId, BufferLayout, ParamStore, Part};
+use moe_model::params::{BucketLayout, BufferId, BufferLayout, ParamLayout, ParamStore, Part};
 use moe_topology::Attention;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -169,7 +169,7 @@ fn read_kept<A: Float>(
 type Buffers<T, D> = Vec<(BufferId, Tensor<<T as Float>::Acc, D>)>;
 
 /// The buffers of `params`, in order, where `read` gives the elements of one.
-pub(crate) fn read_buffers<T: Float, D: Device>(
+fn read_buffers<T: Float, D: Device>(
     params: &ParamStore<T, D>,
     device: &D,
     read: impl Fn(&BufferLayout) -> Result<Vec<T::Acc>>,
@@ -179,6 +179,32 @@ pub(crate) fn read_buffers<T: Float, D: Device>(
         .buffers()
         .map(|(id, buffer)| Ok((id, Tensor::from_slice(device, 1, buffer.len, &read(buffer)?)?)));
     buffers.collect()
+}
+
+/// The parameters of `layout` and its buffers, from `weights`.
+///
+/// # Errors
+/// A tensor is missing, of another shape, too large for `T::Acc`, or damaged.
+pub(crate) fn read_params<T: Float, D: Device>(
+    layout: ParamLayout,
+    weights: &Weights,
+    device: &D,
+) -> Result<ParamStore<T, D>> {
+    let mut params = ParamStore::with_weights(layout, device, |bucket| {
+        let mut values = vec![T::ZERO; bucket.len];
+        for part in &bucket.parts {
+            let block = weights.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
+            for (value, read) in values[part.range()].iter_mut().zip(block) {
+                *value = T::from_acc(read);
+            }
+        }
+        Ok::<_, Error>(values)
+    })?;
+    for (id, values) in read_buffers(&params, device, |buffer| weights.read_buffer(&buffer.name, buffer.len))?
+    {
+        params.set_buffer(id, values)?;
+    }
+    Ok(params)
 }
 
 /// Reads a run's checkpoint into `trainer`, whatever folding wrote it, and in whatever type it kept moments: those that

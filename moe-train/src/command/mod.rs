@@ -1,16 +1,19 @@
 //! The `moe-train` command.
 
+mod axes;
 mod checkpoint;
 mod data;
 mod eval;
 mod sample;
 mod topology;
+mod trace;
 mod train;
 
 use clap::{Parser, Subcommand};
 use moe_model::Error::RouterNotANumber;
 use moe_pipeline::ExecuteError;
 
+use crate::trace::TraceError;
 use crate::{Error, Result};
 
 /// Train Mixture-of-Experts Transformers under any folding of their ranks.
@@ -31,6 +34,8 @@ enum Command {
     Sample(sample::Sample),
     /// Measure the loss of a trained model on held-out text.
     Eval(eval::Eval),
+    /// Write a model's logits, losses and gradients on given tokens, as transformers computes and names them.
+    Trace(trace::Trace),
     /// Look into checkpoints, and make one of another.
     #[command(subcommand)]
     Checkpoint(checkpoint::Checkpoint),
@@ -50,6 +55,7 @@ impl Cli {
             Command::Topology(command) => command.run(),
             Command::Sample(command) => command.run(),
             Command::Eval(command) => command.run(),
+            Command::Trace(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
             Command::Data(command) => command.run(),
         }
@@ -68,6 +74,9 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Replay { .. }
         | Error::Upcycle(_) => 2,
         Error::Data(_) => 3,
+        Error::Trace(
+            TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },
+        ) => 3,
         Error::Checkpoint(_) => 4,
         Error::NonFinite { .. }
         | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. }) => 6,

@@ -3,6 +3,7 @@
 use clap::{Args, ValueEnum};
 use moe_topology::{Attention, Constraints, Folding, Mapping, Order, draw};
 
+use super::axes::Axes;
 use crate::Result;
 
 /// Show how ranks are folded into groups.
@@ -11,27 +12,8 @@ pub struct Topology {
     /// Number of ranks.
     #[arg(long)]
     world_size: usize,
-    /// Tensor parallelism of attention.
-    #[arg(long, default_value_t = 1)]
-    tp: usize,
-    /// Context parallelism.
-    #[arg(long, default_value_t = 1)]
-    cp: usize,
-    /// Ranks of context parallelism that exchange heads by all-to-all (Ulysses); the groups of them form a ring.
-    #[arg(long, default_value_t = 1)]
-    cp_ulysses: usize,
-    /// Pipeline parallelism, common to both views.
-    #[arg(long, default_value_t = 1)]
-    pp: usize,
-    /// Expert parallelism.
-    #[arg(long, default_value_t = 1)]
-    ep: usize,
-    /// Tensor parallelism inside an expert.
-    #[arg(long, default_value_t = 1)]
-    etp: usize,
-    /// The axes, the one with stride 1 first.
-    #[arg(long, default_value = "tp-cp-ep-dp-pp")]
-    order: String,
+    #[command(flatten)]
+    axes: Axes,
     /// A picture for people, all groups as JSON, or a drawing.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -46,7 +28,8 @@ enum Format {
 
 impl Topology {
     pub fn run(self) -> Result<()> {
-        let Topology { world_size, tp, cp, cp_ulysses, pp, ep, etp, order, format } = self;
+        let Topology { world_size, axes, format } = self;
+        let Axes { tp, cp, cp_ulysses, pp, ep, etp, order } = axes;
         let order: Order = order.parse()?;
         let mapping = Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() };
         Constraints { cp_ulysses, ..Constraints::default() }.fold(mapping.clone())?;

@@ -40,6 +40,7 @@ mod capacity;
 mod error;
 mod forced;
 mod overrides;
+mod parallel;
 mod sections;
 mod strict;
 
@@ -48,7 +49,7 @@ use std::path::Path;
 use moe_model::config::ModelConfig;
 use moe_model::{PipelineLayout, RecomputeModules};
 use moe_pipeline::generate::interleaved_1f1b;
-use moe_topology::{Attention, Constraints, Expert, Folding, Mapping};
+use moe_topology::{Attention, Constraints, Folding, Mapping};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -177,88 +178,33 @@ impl RunConfig {
     /// # Errors
     /// `order` does not name axes.
     pub fn mapping(&self) -> Result<Mapping, ConfigError> {
-        let &ParallelConfig { world_size, tp, cp, pp, ep, etp, .. } = &self.parallel;
-        let order = self.parallel.order.parse()?;
-        Ok(Mapping { world_size, tp, cp, pp, ep, etp, order, ..Mapping::default() })
+        self.parallel.mapping()
     }
 
     /// What the model and the batch ask of the mapping.
     pub fn constraints(&self) -> Constraints {
-        // Listed stages are checked by themselves: the first and the last may have no layer.
-        let even = self.parallel.layers_per_stage.is_none() && self.parallel.pipeline_layout.is_none();
-        let model = self.model.constraints();
         Constraints {
-            vpp: self.parallel.vpp,
-            num_hidden_layers: model.num_hidden_layers.filter(|_| even),
-            cp_ulysses: self.parallel.cp_ulysses,
             sequence_length: Some(self.train.sequence_length),
             global_batch_size: Some(self.train.global_batch_size),
             micro_batch_size: self.train.micro_batch_size,
-            ..model
+            ..self.parallel.constraints(&self.model)
         }
     }
 
-    /// The folding, legal for this model and batch, its TP split as [`ModelConfig::split_tp`] does, and its CP in Ulysses
-    /// (the inner digit) and ring.
+    /// The folding, legal for this model and batch: [`ParallelConfig::folding`].
     ///
     /// # Errors
     /// The equation that is broken, the values and the nearest legal mappings.
     pub fn folding(&self) -> Result<Folding, ConfigError> {
-        let mapping = self.mapping()?;
-        let whole = self.constraints().fold(mapping.clone())?;
-        let split = self.model.split_tp(mapping).split(Attention::CP_INNER, self.parallel.cp_ulysses);
-        match self.instances(&whole)? {
-            1 => Ok(Folding::new(split)?),
-            instances => Ok(Folding::new(split.optimizer_instances(instances))?),
-        }
-    }
-
-    /// The instances of the distributed optimizer, if the replicas can be cut so.
-    fn instances(&self, folding: &Folding) -> Result<usize, ConfigError> {
-        let instances = self.parallel.num_distributed_optimizer_instances;
-        let (dp, edp) = (folding.size(Attention::DP), folding.size(Expert::EDP));
-        let legal: Vec<String> =
-            (1..=dp).filter(|n| dp % n == 0 && edp % n == 0).map(|n| n.to_string()).collect();
-        let holds = legal.contains(&instances.to_string());
-        let allowed = format!("a common divisor of dp = {dp} and edp = {edp}: {}", legal.join(", "));
-        require("parallel.num_distributed_optimizer_instances", instances, holds, &allowed)?;
-        Ok(instances)
+        self.parallel.folding(&self.model, self.constraints())
     }
 
     /// Which layers are on which pipeline rank.
     ///
     /// # Errors
-    /// `layers_per_stage` or `pipeline_layout` does not fit, or both are given.
+    /// Those of [`ParallelConfig::pipeline`].
     pub fn pipeline(&self) -> Result<PipelineLayout, ConfigError> {
-        let ParallelConfig { pp, vpp, layers_per_stage, pipeline_layout, .. } = &self.parallel;
-        let layers = self.model.num_hidden_layers;
-        if let Some(text) = pipeline_layout {
-            let setting = "parallel.pipeline_layout";
-            if let Some(list) = layers_per_stage {
-                let other = format!("parallel.layers_per_stage = {list:?}");
-                let (problem, fix) = ("says the same", "leave one of them out".to_owned());
-                return Err(ConfigError::Conflict { setting, problem, other, fix });
-            }
-            let layout = PipelineLayout::parse(layers, *pp, text).map_err(ConfigError::PipelineLayout)?;
-            let stages = layout.stages();
-            let allowed = format!(
-                "a layout of pp·vpp = {} stages, not of {stages} (parallel.vpp = {})",
-                pp * vpp,
-                layout.virtual_stages()
-            );
-            require(setting, format!("{text:?}"), stages == pp * vpp, &allowed)?;
-            return Ok(layout);
-        }
-        match layers_per_stage {
-            None => PipelineLayout::even(layers, *pp, *vpp),
-            Some(list) if list.len() != pp * vpp => {
-                let (value, allowed) =
-                    (format!("{list:?}"), format!("a list of pp·vpp = {} numbers", pp * vpp));
-                return Err(ConfigError::Range { setting: "parallel.layers_per_stage", value, allowed });
-            }
-            Some(list) => PipelineLayout::new(layers, *pp, list),
-        }
-        .map_err(ConfigError::Layers)
+        self.parallel.pipeline(self.model.num_hidden_layers)
     }
 
     /// What backward makes again.
@@ -287,14 +233,6 @@ impl RunConfig {
         self.check_replay()?;
         self.check_optimizer()?;
         self.check_data()?;
-        let (cp, ulysses) = (self.parallel.cp, self.parallel.cp_ulysses);
-        if let Some(window) = self.model.sliding_window.filter(|_| cp != ulysses) {
-            let setting = format!(
-                "model.sliding_window = {window} with parallel.cp = {cp} and parallel.cp_ulysses = {ulysses}"
-            );
-            let fix = "set parallel.cp_ulysses to parallel.cp (all-to-all alone), or leave the window out";
-            return Err(ConfigError::Unsupported { setting, fix });
-        }
         let folding = self.folding()?;
         self.pipeline()?;
         self.check_schedule(&folding)

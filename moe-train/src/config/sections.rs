@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use clap::ValueEnum;
+use moe_dispatch::DispatcherKind;
 use moe_kernels::DType;
 #[cfg(doc)]
 use moe_model::PipelineLayout;
@@ -84,7 +86,7 @@ impl Default for ParallelConfig {
 }
 
 /// How tokens reach their experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Dispatcher {
     /// Each token goes to the ranks of its experts.
@@ -92,6 +94,15 @@ pub enum Dispatcher {
     AllToAll,
     /// All ranks see all tokens.
     AllGather,
+}
+
+impl From<Dispatcher> for DispatcherKind {
+    fn from(dispatcher: Dispatcher) -> Self {
+        match dispatcher {
+            Dispatcher::AllToAll => DispatcherKind::AllToAll,
+            Dispatcher::AllGather => DispatcherKind::AllGather,
+        }
+    }
 }
 
 /// `[train]`: what is computed and where it is written.
@@ -300,7 +311,7 @@ pub enum DeviceKind {
 }
 
 /// Type of weights and activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainDType {
     /// Single precision.

@@ -1,6 +1,6 @@
 use moe_dispatch::capacity::DropPolicy;
 use moe_model::{DropUnit, ExpertCapacity, ForcedRouting};
-use moe_topology::Attention;
+use moe_topology::{Attention, Expert};
 
 use super::*;
 

@@ -19,7 +19,7 @@ pub use folder::RunFolder;
 
 use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, restore_weights};
-use crate::config::{Dispatcher, RunConfig, TrainDType};
+use crate::config::{RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
@@ -135,7 +135,7 @@ pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, tokens: &Path) -> Re
 }
 
 /// Threads of each rank when ranks share the machine's cores.
-fn threads(world_size: usize) -> usize {
+pub(crate) fn threads(world_size: usize) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     (cores / world_size).max(1)
 }
@@ -151,10 +151,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         folding: config.folding()?,
         pipeline: config.pipeline()?,
         micro_batch_group_size: config.parallel.micro_batch_group_size,
-        dispatcher: match config.parallel.dispatcher {
-            Dispatcher::AllToAll => moe_dispatch::DispatcherKind::AllToAll,
-            Dispatcher::AllGather => moe_dispatch::DispatcherKind::AllGather,
-        },
+        dispatcher: config.parallel.dispatcher.into(),
         capacity: config.capacity(),
         moe_shared_expert_overlap: config.parallel.moe_shared_expert_overlap,
         expert_rank_capacity: config.train.moe_expert_rank_capacity_factor,

@@ -11,5 +11,6 @@ pub use rank::RankTrainer;
 pub use report::{MoeLayerReport, StepReport};
 pub use setup::Setup;
 pub use skipped::SkippedSteps;
+pub(crate) use source::HostBatch;
 pub use source::{BatchSource, Sequence};
 pub use trace::{check_recorded, recorded_step};
