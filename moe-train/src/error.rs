@@ -90,10 +90,11 @@ pub enum Error {
     },
     /// Too many steps in a row whose loss or gradient is not finite.
     #[error(
-        "the loss or the gradient of step {step} is not finite{}; its samples are {samples:?} of data/train.tokens. \
+        "the loss or the gradient of step {step} is not finite{}; its samples are {}. \
          The state before it is {}: --resume makes the step again; lower the learning rate, or let \
          train.non_finite = \"skip\" with a train.non_finite_limit above {skipped} pass over it",
         if *skipped > 0 { format!(", nor were those of the {skipped} before it") } else { String::new() },
+        samples.iter().map(|(path, of)| format!("{of:?} of {}", path.display())).collect::<Vec<_>>().join(", "),
         checkpoint.display()
     )]
     NonFinite {
@@ -101,8 +102,8 @@ pub enum Error {
         step: u64,
         /// Steps in a row that were skipped before it.
         skipped: u64,
-        /// Its samples.
-        samples: Vec<u64>,
+        /// Its samples, by the file that they are of.
+        samples: Vec<(PathBuf, Vec<u64>)>,
         /// What was saved: the state before the step.
         checkpoint: PathBuf,
     },

@@ -432,6 +432,130 @@ fn tokens_of_nanogpt_become_either_format_and_are_evaluated() {
     assert!(!place.path("large").exists());
 }
 
+/// A token file and a dataset of Megatron, of which other samples are used than of one alone, whatever the folding.
+#[test]
+fn blends_are_the_same_under_any_folding_and_go_on() {
+    let place = Place::new();
+    let import = |name: &str, more: &[&str], documents: u16, step: u16| {
+        // Documents of 24 tokens, which are told apart by their step.
+        let token = |i: u16| if i.is_multiple_of(24) { 200 } else { step * i % 199 };
+        let tokens: Vec<u8> = (1..=documents * 24).flat_map(|i| token(i).to_le_bytes()).collect();
+        fs::write(place.path("nano.bin"), &tokens).unwrap();
+        let arguments =
+            ["data", "import-nanogpt", "nano.bin", "--out", name, "--eot", "200", "--vocab-size", "256"];
+        place.run(&[&arguments, more].concat()).ok();
+    };
+    import("a.tokens", &[], 9, 7);
+    import("b", &["--format", "megatron"], 31, 11);
+    import("held", &["--format", "megatron"], 5, 7);
+    import("held.tokens", &[], 4, 11);
+    let blend = "data.blend=[{ path = 'a.tokens', weight = 1 }, { path = 'b', weight = 3 }]";
+    let of_blend = ["data.files=[]", blend, "data.validation=['held', 'held.tokens']"];
+    let text = fs::read_to_string(place.path("run.toml")).unwrap().replace("held_out = 0.3", "");
+    fs::write(place.path("run.toml"), text).unwrap();
+    let train = |sets: &[&str], more: &[&str]| {
+        let sets = of_blend.iter().chain(sets).flat_map(|set| ["--set", set]);
+        let arguments: Vec<&str> = sets.chain(more.iter().copied()).collect();
+        place.train(&arguments)
+    };
+    let said = train(&[], &[]).ok();
+    assert!(said.out.contains("b: weight 3, 744 tokens in 31 documents, 23 samples"), "{}", said.out);
+    assert!(!place.path("run/data").exists());
+    let one = ["parallel.world_size=2", "parallel.tp=1", "parallel.pp=1", "train.output=one"];
+    train(&one, &[]).ok();
+    let values = |run: &str, key: &str| -> Vec<f64> {
+        place.metrics(run).iter().filter_map(|line| line.get(key)?.as_f64()).collect()
+    };
+    for key in ["loss", "grad_norm", "val_loss"] {
+        let (folded, one) = (values("run", key), values("one", key));
+        assert!(!one.is_empty() && folded.len() == one.len());
+        for (x, y) in folded.iter().zip(&one) {
+            assert!((x - y).abs() <= 1e-10 * y.abs(), "{key}: {x} and {y}");
+        }
+    }
+
+    let lines = place.metrics("run");
+    let tokens = |line: &Value| -> Option<(u64, u64, u64)> {
+        let of = line.get("blend_tokens")?.as_array()?;
+        Some((line["tokens"].as_u64()?, of[0].as_u64()?, of[1].as_u64()?))
+    };
+    let steps: Vec<_> = lines.iter().filter_map(tokens).collect();
+    assert_eq!(steps.len(), 6);
+    assert!(steps.iter().all(|&(all, a, b)| a + b == all && a % 32 == 0), "{steps:?}");
+    assert!(steps[5].1 > 0 && steps[5].1 < steps[5].2, "{steps:?}");
+    let eval = lines.iter().rev().find(|line| line.get("val_loss").is_some()).unwrap();
+    let sets = eval["val_losses"].as_array().unwrap();
+    assert_eq!((sets[0]["path"].as_str(), sets[1]["path"].as_str()), (Some("held"), Some("held.tokens")));
+    let losses = [0, 1].map(|i: usize| sets[i]["loss"].as_f64().unwrap());
+    assert_eq!((losses[0] + losses[1]) / 2.0, eval["val_loss"].as_f64().unwrap());
+    let said = place.run(&["eval", "run"]).ok();
+    for (line, (loss, set)) in said.out.lines().zip(losses.iter().zip(["held", "held.tokens"])) {
+        assert!(line.starts_with(&format!("step 6: validation loss {loss:.6} nats")), "{line}");
+        assert!(line.ends_with(&format!(" on {set}")), "{line}");
+    }
+
+    // From step 4 on as if nothing had happened, under another folding, with the data elsewhere.
+    fs::remove_dir_all(place.path("run/checkpoints/step-6")).unwrap();
+    fs::rename(place.path("a.tokens"), place.path("moved.tokens")).unwrap();
+    let moved = "data.blend=[{ path = 'moved.tokens', weight = 1 }, { path = 'b', weight = 3 }]";
+    train(&[moved, "parallel.tp=1", "parallel.ep=1"], &["--resume"]).ok();
+    assert_eq!(values("run", "loss").len(), 6);
+    for (x, y) in values("run", "loss").iter().zip(&values("one", "loss")) {
+        assert!((x - y).abs() <= 1e-10 * y.abs(), "{x} and {y}");
+    }
+
+    let refused = |sets: &[&str], more: &[&str], status: i32, parts: &[&str]| {
+        train(sets, more).refused(status, parts);
+    };
+    let resume = ["--resume"];
+    let other = "data.blend=[{ path = 'moved.tokens', weight = 1 }, { path = 'b', weight = 4 }]";
+    refused(&[other], &resume, 2, &["weights of [[data.blend]] was [1.0, 3.0]", "is [1.0, 4.0] now"]);
+    let other = "data.blend=[{ path = 'moved.tokens', weight = 1 }, { path = 'held', weight = 3 }]";
+    refused(&[other], &resume, 2, &["samples in each [[data.blend]] was [6, 23]", "is [6, 3] now"]);
+    let new = "train.output=new";
+    refused(&[new], &[], 3, &["a.tokens: there is no token file of that name, nor a .bin and an .idx"]);
+    refused(
+        &[new, moved, "train.sequence_length=216"],
+        &[],
+        3,
+        &["moved.tokens has 216 tokens, but one sequence needs 217"],
+    );
+    refused(
+        &[new, moved, "data.format=prompt-completion"],
+        &[],
+        3,
+        &["moved.tokens has no prompts with completions"],
+    );
+    refused(
+        &[new, moved, "model.vocab_size=199"],
+        &[],
+        3,
+        &["vocabulary of 256 tokens, more than the model's 199"],
+    );
+    let megatron = "data.blend=[{ path = 'b' }]";
+    refused(
+        &[
+            "train.output=foreign",
+            megatron,
+            "data.validation=[]",
+            "train.eval_interval=0",
+            "model.vocab_size=199",
+        ],
+        &[],
+        3,
+        &["b: token ", " is 200, but the model's vocabulary has 199"],
+    );
+    place.run(&["data", "import-nanogpt", "nano.bin", "--out", "c.tokens", "--vocab-size", "300"]).ok();
+    let other = "data.blend=[{ path = 'moved.tokens' }, { path = 'c.tokens' }]";
+    refused(
+        &[new, other, "model.vocab_size=300"],
+        &[],
+        3,
+        &["c.tokens has a vocabulary of 300", "moved.tokens has one of 256"],
+    );
+    assert!(!place.path("new/checkpoints").exists());
+}
+
 #[test]
 fn topology_prints_the_groups_of_megatron() {
     let place = Place::new();

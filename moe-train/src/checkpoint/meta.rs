@@ -31,6 +31,9 @@ pub struct RunState {
     pub skipped: SkippedSteps,
     /// The next global sample index, which is all the state of the data order.
     pub cursor: u64,
+    /// Samples of each dataset of a blend, which the order is of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blend_samples: Vec<u64>,
     /// The configuration of the run.
     pub config: RunConfig,
 }

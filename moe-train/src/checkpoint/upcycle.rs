@@ -232,7 +232,8 @@ pub fn upcycle(
         let spec = whole(name.clone(), BUFFER, dtype, [1, *len]);
         writer.write(spec, &vec![0; len * dtype.size()])?;
     }
-    let run = RunState { updates: 0, skipped: SkippedSteps::default(), cursor: 0, config: config.clone() };
+    let (skipped, config) = (SkippedSteps::default(), config.clone());
+    let run = RunState { updates: 0, skipped, cursor: 0, blend_samples: Vec::new(), config };
     let meta = serde_json::to_value(Meta::of_run(run)).map_err(|error| CheckpointError::Manifest {
         path: root.to_owned(),
         what: format!("cannot hold the configuration: {error}"),

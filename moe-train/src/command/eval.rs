@@ -6,6 +6,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use crate::checkpoint::{RunState, Weights};
+use crate::config::ConfigError;
 use crate::run::RunFolder;
 use crate::run::open_checkpoint;
 use crate::{Result, run};
@@ -18,7 +19,7 @@ pub struct Eval {
     /// Held-out batches of `global_batch_size` sequences, at most; those of the run unless given.
     #[arg(long)]
     batches: Option<usize>,
-    /// A file of tokens; the held-out tokens of the run unless given.
+    /// Tokens: a file, or the prefix of .bin and .idx in Megatron's format; what the run is evaluated on unless given.
     #[arg(long, value_name = "FILE")]
     tokens: Option<PathBuf>,
 }
@@ -29,17 +30,29 @@ impl Eval {
         let RunState { mut config, .. } = RunState::of(&checkpoint)?;
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());
-        let tokens = match (self.tokens, run) {
-            (Some(tokens), _) => tokens,
-            (None, run) => RunFolder::new(run.unwrap_or(".".as_ref())).held_out_tokens(),
+        let sets = match (self.tokens, config.data.blend.is_empty()) {
+            (Some(tokens), _) => vec![tokens],
+            (None, true) => vec![RunFolder::new(run.unwrap_or(".".as_ref())).held_out_tokens()],
+            (None, false) => config.data.validation.clone(),
         };
+        if sets.is_empty() {
+            let (setting, problem) = ("--tokens", "is needed");
+            let other = "a run without data.validation".to_owned();
+            let fix = "name tokens to evaluate on".to_owned();
+            Err(ConfigError::Conflict { setting, problem, other, fix })?;
+        }
         let step = checkpoint.step();
-        match run::evaluate(&config, &Arc::new(Weights::of(checkpoint)?), &tokens)? {
-            Some(loss) => println!(
-                "step {step}: validation loss {loss:.6} nats per token, perplexity {:.4}",
-                loss.exp()
-            ),
-            None => println!("no token counts"),
+        let weights = Arc::new(Weights::of(checkpoint)?);
+        for tokens in &sets {
+            // One set needs no name.
+            let on = if sets.len() > 1 { format!(" on {}", tokens.display()) } else { String::new() };
+            match run::evaluate(&config, &weights, tokens)? {
+                Some(loss) => println!(
+                    "step {step}: validation loss {loss:.6} nats per token, perplexity {:.4}{on}",
+                    loss.exp()
+                ),
+                None => println!("no token counts{on}"),
+            }
         }
         Ok(())
     }

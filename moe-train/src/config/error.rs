@@ -2,7 +2,7 @@
 
 use moe_model::config::ConfigError as ModelError;
 
-use crate::data::RampUpError;
+use crate::data::{BlendError, RampUpError};
 use crate::durable::IoError;
 use crate::optim::GroupError;
 
@@ -80,6 +80,9 @@ pub enum ConfigError {
     /// The batch does not grow as asked.
     #[error("[train] rampup_batch_size: {0}")]
     RampUp(#[from] RampUpError),
+    /// Datasets cannot be blended so.
+    #[error("[[data.blend]] {0}")]
+    Blend(#[from] BlendError),
     /// The model's fields do not fit together.
     #[error("[model] {0}")]
     Model(#[from] ModelError),

@@ -37,6 +37,7 @@
 //! ```
 
 mod capacity;
+mod data;
 mod error;
 mod forced;
 mod overrides;
@@ -55,9 +56,9 @@ use toml::Table;
 
 pub use error::ConfigError;
 pub use sections::{
-    DataConfig, DataFormat, DeviceKind, Dispatcher, LrScheduleKind, NonFinite, OptimizerConfig,
-    ParallelConfig, SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope, TokenizerKind,
-    TrainConfig, TrainDType,
+    BlendedDataset, DataConfig, DataFormat, DeviceKind, Dispatcher, LrScheduleKind, NonFinite,
+    OptimizerConfig, ParallelConfig, SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope,
+    TokenizerKind, TrainConfig, TrainDType,
 };
 
 use crate::durable::Context;
@@ -76,7 +77,7 @@ pub struct RunConfig {
     pub train: TrainConfig,
     /// AdamW and its learning rate.
     pub optimizer: OptimizerConfig,
-    /// The text.
+    /// What is trained on.
     pub data: DataConfig,
     /// What is printed when the run ends.
     pub sample: SampleConfig,
@@ -138,8 +139,7 @@ impl RunConfig {
             config.optimizer.moe_router_bias_update_rate.get_or_insert(1e-3);
         }
         config.resolve_capacity();
-        let separates = config.data.separates_documents();
-        config.data.separate_documents.get_or_insert(separates);
+        config.resolve_data();
         config.check()?;
         Ok(config)
     }
@@ -376,27 +376,6 @@ impl RunConfig {
             (false, None, Some(_)) => unused("optimizer.wsd_decay_style"),
             (false, None, None) => Ok(()),
         }
-    }
-
-    fn check_data(&self) -> Result<(), ConfigError> {
-        let held_out = self.data.held_out;
-        if self.data.format == DataFormat::PromptCompletion && self.data.separate_documents == Some(false) {
-            return Err(ConfigError::Conflict {
-                setting: "data.separate_documents",
-                problem: "cannot be false",
-                other: "data.format = \"prompt-completion\"".to_owned(),
-                fix: "samples that share a sequence must not see each other; remove it".to_owned(),
-            });
-        }
-        require("data.files", "[]", !self.data.files.is_empty(), "a list of at least one pattern")?;
-        require("data.held_out", held_out, held_out > 0.0 && held_out < 1.0, "above 0 and below 1")?;
-        let vocab_size = self.model.vocab_size;
-        let allowed = "at least 256 for data.tokenizer = \"byte\"";
-        require("model.vocab_size", vocab_size, vocab_size >= 256, allowed)?;
-        require("sample.prompt", "\"\"", !self.sample.prompt.is_empty(), "at least one character")?;
-        let temperature = self.sample.temperature;
-        let finite = (0.0..=f64::MAX).contains(&temperature);
-        require("sample.temperature", temperature, finite, "finite and at least 0")
     }
 }
 

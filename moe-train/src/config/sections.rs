@@ -443,11 +443,12 @@ impl LrScheduleKind {
     }
 }
 
-/// `[data]`: the text.
+/// `[data]`: what is trained on, either text in `files` or tokens in `[[data.blend]]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Patterns of files, relative to the current folder: `*`, `?`, `[…]` and `**`.
+    /// Patterns of files of text, relative to the current folder: `*`, `?`, `[…]` and `**`. A run tokenises them into its folder.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<String>,
     /// How text becomes tokens.
     #[serde(default)]
@@ -460,12 +461,38 @@ pub struct DataConfig {
     /// text unless given, always true for prompts with completions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separate_documents: Option<bool>,
-    /// Share of the documents that is kept for evaluation.
-    #[serde(default = "default_held_out")]
-    pub held_out: f64,
+    /// `files`: share of the documents that is kept for evaluation, 0.05 unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<f64>,
+    /// `blend`: tokens to evaluate on, each as the `path` of a dataset; none unless given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub validation: Vec<PathBuf>,
+    /// `[[data.blend]]`: datasets of tokens, read where they are, in proportion to their weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blend: Vec<BlendedDataset>,
+}
+
+/// `[[data.blend]]`: tokens to train on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlendedDataset {
+    /// A token file, or the prefix of `.bin` and `.idx` in Megatron's format; relative to the current folder.
+    pub path: PathBuf,
+    /// The share of samples that are of it is this by the sum of all weights.
+    #[serde(default = "one_whole")]
+    pub weight: f64,
+}
+
+fn one_whole() -> f64 {
+    1.0
 }
 
 impl DataConfig {
+    /// The weights of the blend.
+    pub fn weights(&self) -> Vec<f64> {
+        self.blend.iter().map(|dataset| dataset.weight).collect()
+    }
+
     /// Whether documents are separated.
     pub fn separates_documents(&self) -> bool {
         self.separate_documents.unwrap_or(self.format == DataFormat::PromptCompletion)
@@ -492,10 +519,6 @@ impl DataFormat {
             DataFormat::PromptCompletion => "prompt-completion",
         }
     }
-}
-
-fn default_held_out() -> f64 {
-    0.05
 }
 
 /// How text becomes tokens.

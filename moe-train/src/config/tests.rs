@@ -679,3 +679,57 @@ fn prompts_with_completions_are_separated() {
     );
     assert!(refusal(&["data.format=chat"]).starts_with("[data] format: unknown variant `chat`"));
 }
+
+const BLEND: &str = "data.blend=[{path = 'web', weight = 3}, {path = 'code.tokens'}]";
+
+#[test]
+fn a_blend_stands_in_place_of_files() {
+    let config =
+        with(&["data.files=[]", BLEND, "data.validation=['held']", "train.eval_interval=5"]).unwrap();
+    assert_eq!(config.data.weights(), [3.0, 1.0]);
+    assert_eq!((config.data.held_out, config.data.separate_documents), (None, Some(false)));
+    let text = config.to_toml().unwrap();
+    assert!(text.contains("[[data.blend]]\npath = \"code.tokens\"\nweight = 1.0\n"), "{text}");
+    assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+    // Tokens of a blend may be of any tokenizer.
+    with(&["data.files=[]", BLEND, "model.vocab_size=65"]).unwrap();
+    assert_eq!(with(&[]).unwrap().data.held_out, Some(0.05));
+}
+
+#[test]
+fn a_blend_without_meaning_is_refused() {
+    let refused = |more: &[&str]| refusal(&[&["data.files=[]", BLEND], more].concat());
+    for (overrides, message) in [
+        (
+            &["data.files=['a']"][..],
+            "data.files cannot stand with [[data.blend]]: text is tokenised into the folder",
+        ),
+        (&["data.held_out=0.1"], "data.held_out has no meaning with [[data.blend]]: "),
+        (
+            &["train.eval_interval=5"],
+            "train.eval_interval has no meaning with [[data.blend]] alone: name tokens",
+        ),
+        (&["data.blend=[]"], "data.files = [], but it must be a list of at least one pattern, unless"),
+        (
+            &["data.blend=[]", "data.files=['a']", "data.validation=['held']"],
+            "data.validation has no meaning with data.files: ",
+        ),
+        (
+            &["data.blend=[{path = 'a', weight = 0}]"],
+            "[[data.blend]] weight 1 is 0, but it must be finite and above 0",
+        ),
+        (&["data.blend=[{path = 'a'}, {path = 'b', weight = -1}]"], "[[data.blend]] weight 2 is -1, but"),
+        (
+            &["data.blend=[{path = 'a'}, {path = 'b', weight = 1e-6}]"],
+            "[[data.blend]] weight 2 is 0.000001, which of 1.000001 in all is not",
+        ),
+        (&["data.blend=[{weight = 1}]"], "[data] blend: missing field `path`"),
+        (
+            &["data.blend=[{path = 'a', wieght = 1}]"],
+            "[data] blend: unknown field `wieght`, expected `path` or `weight`",
+        ),
+    ] {
+        let error = refused(overrides);
+        assert!(error.starts_with(message), "{error}");
+    }
+}

@@ -99,6 +99,40 @@ pub enum DataError {
         /// Tokens of the model's vocabulary.
         model_vocab_size: u64,
     },
+    /// A file that says which tokens are learnt, where a stream is asked for.
+    #[error(
+        "{} has prompts with completions: set data.format = \"prompt-completion\", with which no stream of text can be blended",
+        path.display()
+    )]
+    Masked {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file that does not say which tokens are learnt.
+    #[error(
+        "{} has no prompts with completions, but data.format = \"prompt-completion\" asks for them: remove one of the two",
+        path.display()
+    )]
+    Unmasked {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Files that one tokenizer cannot have made.
+    #[error(
+        "{} has a vocabulary of {vocab_size} tokens, but {} has one of {other_vocab_size}: they were not made by the same tokenizer",
+        path.display(),
+        other.display()
+    )]
+    Vocabularies {
+        /// A file.
+        path: PathBuf,
+        /// Tokens of its vocabulary.
+        vocab_size: u64,
+        /// Another file.
+        other: PathBuf,
+        /// Those of the other one's.
+        other_vocab_size: u64,
+    },
     /// A dataset in Megatron's format is damaged, foreign or of a kind that is not supported.
     #[error("Megatron dataset {}: {fault}", prefix.display())]
     Megatron {

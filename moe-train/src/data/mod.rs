@@ -7,6 +7,7 @@
 //! which step. Both know nothing of the mapping.
 
 mod batch_sizes;
+mod blend;
 mod completions;
 mod dataset;
 mod entropy;
@@ -23,6 +24,7 @@ mod tokens;
 mod writer;
 
 pub use batch_sizes::{BatchSizes, RampUp, RampUpError};
+pub use blend::{Blend, BlendError, CYCLE, Place, quotas};
 pub use completions::prepare_completions;
 pub use dataset::Dataset;
 pub use entropy::unigram_entropy;
@@ -31,7 +33,7 @@ pub use megatron::{MegatronFile, MegatronWriter};
 pub use nanogpt::{Imported, import_nanogpt};
 pub use permutation::Permutation;
 pub use prepare::{MAX_DOCUMENT_BYTES, Prepared, find_files, prepare};
-pub use sampler::Sampler;
+pub use sampler::{Order, Sampler};
 pub use token_file::{TokenFile, TokenFileWriter};
 pub use tokenizer::ByteTokenizer;
 pub use tokens::{Tokens, Verified};

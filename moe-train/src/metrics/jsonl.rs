@@ -139,6 +139,7 @@ mod tests {
             grad_norm: Some(f64::MIN_POSITIVE),
             lr: 1e-3,
             tokens: 512 * step,
+            blend_tokens: Vec::new(),
             tokens_per_second: 1234.5,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
@@ -158,7 +159,7 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         let mut lines = JsonLines::create(&path).unwrap();
         lines.write(&record(1)).unwrap();
-        lines.write(&EvalRecord { step: 1, val_loss: 1.0 / 3.0 }).unwrap();
+        lines.write(&EvalRecord { step: 1, val_loss: 1.0 / 3.0, val_losses: Vec::new() }).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         let [step, eval] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
         assert_eq!(serde_json::from_str::<StepRecord>(step).unwrap(), record(1));
@@ -175,7 +176,7 @@ mod tests {
             let mut lines = JsonLines::create(&path).unwrap();
             for step in 1..=5 {
                 lines.write(&record(step)).unwrap();
-                lines.write(&EvalRecord { step, val_loss: 2.0 }).unwrap();
+                lines.write(&EvalRecord { step, val_loss: 2.0, val_losses: Vec::new() }).unwrap();
             }
             fs::read_to_string(&path).unwrap()
         };
@@ -188,7 +189,7 @@ mod tests {
             assert_eq!(lines.evaluated(), Some(3));
             for step in 4..=5 {
                 lines.write(&record(step)).unwrap();
-                lines.write(&EvalRecord { step, val_loss: 2.0 }).unwrap();
+                lines.write(&EvalRecord { step, val_loss: 2.0, val_losses: Vec::new() }).unwrap();
             }
             assert_eq!(fs::read_to_string(&path).unwrap(), whole, "cut at {cut}");
         }

@@ -7,5 +7,5 @@ mod tensorboard;
 
 pub use jsonl::{JsonLines, MetricsError};
 pub use progress::Progress;
-pub use record::{EvalRecord, StepRecord};
+pub use record::{EvalRecord, SetLoss, StepRecord};
 pub use tensorboard::EventFile;

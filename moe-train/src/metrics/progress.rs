@@ -125,6 +125,7 @@ mod tests {
             grad_norm: Some(0.98765),
             lr: 1e-3,
             tokens: 2048 * step,
+            blend_tokens: Vec::new(),
             tokens_per_second: 4096.0,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,

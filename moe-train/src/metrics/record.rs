@@ -21,6 +21,9 @@ pub struct StepRecord {
     pub lr: f64,
     /// Input tokens of the run so far.
     pub tokens: u64,
+    /// Those of each dataset of a blend.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blend_tokens: Vec<u64>,
     /// Input tokens of the step by its wall time, without evaluation and saving.
     pub tokens_per_second: f64,
     /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1. That over all layers, if that
@@ -92,12 +95,44 @@ impl StepRecord {
 }
 
 /// One evaluation.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalRecord {
     /// The step after which it was made.
     pub step: u64,
-    /// Mean loss on held-out text, nats per token.
+    /// Mean loss on held-out tokens, nats per token. Of several sets, the mean of theirs.
     pub val_loss: f64,
+    /// Those of several sets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub val_losses: Vec<SetLoss>,
+}
+
+/// The loss on one of several held-out sets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SetLoss {
+    /// Where its tokens are.
+    pub path: String,
+    /// Its mean loss, nats per token.
+    pub loss: f64,
+}
+
+impl EvalRecord {
+    /// Of the losses of all sets; none if there is none.
+    pub fn new(step: u64, mut losses: Vec<SetLoss>) -> Option<Self> {
+        if losses.is_empty() {
+            return None;
+        }
+        let val_loss = losses.iter().map(|set| set.loss).sum::<f64>() / losses.len() as f64;
+        if losses.len() == 1 {
+            losses.clear();
+        }
+        Some(EvalRecord { step, val_loss, val_losses: losses })
+    }
+
+    /// The numbers that are worth a curve, with their names.
+    pub(super) fn scalars(&self) -> Vec<(Cow<'static, str>, f64)> {
+        let of_sets = self.val_losses.iter().map(|set| (format!("val/loss/{}", set.path).into(), set.loss));
+        [("val/loss".into(), self.val_loss)].into_iter().chain(of_sets).collect()
+    }
 }
 
 #[cfg(test)]
@@ -122,6 +157,7 @@ mod tests {
             grad_norm: None,
             lr: 0.1,
             tokens: 1,
+            blend_tokens: Vec::new(),
             tokens_per_second: 1.0,
             aux_loss: 1.1,
             sequence_aux_loss: 1.2,

@@ -50,12 +50,12 @@ impl EventFile {
         self.scalars(record.step, &record.scalars())
     }
 
-    /// The scalar of an evaluation.
+    /// The scalars of an evaluation.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn eval(&mut self, record: &EvalRecord) -> Result<(), IoError> {
-        self.scalars(record.step, &[("val/loss".into(), record.val_loss)])
+        self.scalars(record.step, &record.scalars())
     }
 
     fn scalars(&mut self, step: u64, scalars: &[(Cow<'static, str>, f64)]) -> Result<(), IoError> {
@@ -213,7 +213,7 @@ mod tests {
     fn a_reader_finds_what_was_written() {
         let folder = tempfile::tempdir().unwrap();
         let mut file = EventFile::create(folder.path(), 300).unwrap();
-        file.eval(&EvalRecord { step: 300, val_loss: 1.5 }).unwrap();
+        file.eval(&EvalRecord { step: 300, val_loss: 1.5, val_losses: Vec::new() }).unwrap();
         file.scalars(301, &[("a".into(), 0.25), ("b".into(), -3.0)]).unwrap();
         let bytes = fs::read(&file.path).unwrap();
         let events: Vec<_> = frames(&bytes).into_iter().map(fields).collect();

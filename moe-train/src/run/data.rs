@@ -1,82 +1,144 @@
-//! The text of a run.
+//! The data of a run.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::RunFolder;
 use crate::Result;
-use crate::config::{DataFormat, RunConfig, TokenizerKind};
+use crate::config::{ConfigError, DataFormat, RunConfig, TokenizerKind};
 use crate::data::{
-    ByteTokenizer, Dataset, Sampler, Tokens, find_files, prepare, prepare_completions, unigram_entropy,
+    Blend, ByteTokenizer, DataError, Dataset, Order, Place, Sampler, Tokens, find_files, prepare,
+    prepare_completions, unigram_entropy,
 };
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
 
 /// What a run trains on and is measured on.
 pub(super) struct RunData {
-    pub train: TextSource,
-    pub held_out: HeldOut,
-    pub unigram_entropy: f64,
+    pub train: TokenSource,
+    /// The sets that are evaluated, each by itself.
+    pub held_out: Vec<HeldOut>,
+    /// Of held-out text.
+    pub unigram_entropy: Option<f64>,
 }
 
-/// Tokenises the text into the run's folder. A run that goes on uses what is there: its samples must not change when files
-/// do.
+/// Opens what the configuration names.
 pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
+    match config.data.blend.is_empty() {
+        true => open_files(config, folder, resume),
+        false => open_blend(config),
+    }
+}
+
+/// Tokenises text into the run's folder. A run that goes on uses what is there: its samples must not change when files do.
+fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
     if !resume {
-        let TokenizerKind::Byte = config.data.tokenizer;
-        let files = find_files(&config.data.files)?;
-        folder.create_data()?;
-        for stale in [folder.train_tokens(), folder.held_out_tokens()] {
-            // Left by a run that ended before its first step.
-            if stale.exists() {
-                fs::remove_file(&stale).context("remove", &stale)?;
-            }
-        }
-        let (share, seed) = (config.data.held_out, config.train.seed);
-        let (train, held_out) = (folder.train_tokens(), folder.held_out_tokens());
-        let prepared = match config.data.format {
-            DataFormat::Text => prepare(&files, ByteTokenizer, share, seed, &train, &held_out)?,
-            DataFormat::PromptCompletion => {
-                let length = config.train.sequence_length;
-                prepare_completions(&files, ByteTokenizer, length, share, seed, [&train, &held_out])?
-            }
-        };
-        println!(
-            "{} files: {} tokens to train on, {} held out ({} of {} documents)",
-            files.len(),
-            prepared.train_tokens,
-            prepared.held_out_tokens,
-            prepared.held_out_documents,
-            prepared.held_out_documents + prepared.train_documents,
-        );
+        tokenise(config, folder)?;
     }
     let tokens = Tokens::open(&folder.train_tokens())?;
     tokens.verify()?;
-    let train = Samples::new(tokens, config)?;
-    let batch_sizes = config.train.batch_sizes()?;
-    let sampler =
-        Sampler::new(config.train.seed, train.dataset.len(), batch_sizes, config.train.micro_batch_size);
+    let samples = Samples::new(tokens, config)?;
+    let order = Order::Single { seed: config.train.seed, samples: samples.dataset.len() };
+    let train = TokenSource::new(vec![samples], order, config)?;
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
     let unigram_entropy = unigram_entropy(held_out.samples.dataset.tokens())?;
-    Ok(RunData { train: TextSource { samples: train, sampler }, held_out, unigram_entropy })
+    Ok(RunData { train, held_out: vec![held_out], unigram_entropy: Some(unigram_entropy) })
 }
 
-/// The held-out tokens of a run.
+fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<()> {
+    let TokenizerKind::Byte = config.data.tokenizer;
+    let files = find_files(&config.data.files)?;
+    folder.create_data()?;
+    let (train, held_out) = (folder.train_tokens(), folder.held_out_tokens());
+    for stale in [&train, &held_out] {
+        // Left by a run that ended before its first step.
+        if stale.exists() {
+            fs::remove_file(stale).context("remove", stale)?;
+        }
+    }
+    // Always there where there are files.
+    let (share, seed) = (config.data.held_out.unwrap_or_default(), config.train.seed);
+    let prepared = match config.data.format {
+        DataFormat::Text => prepare(&files, ByteTokenizer, share, seed, &train, &held_out)?,
+        DataFormat::PromptCompletion => {
+            let length = config.train.sequence_length;
+            prepare_completions(&files, ByteTokenizer, length, share, seed, [&train, &held_out])?
+        }
+    };
+    println!(
+        "{} files: {} tokens to train on, {} held out ({} of {} documents)",
+        files.len(),
+        prepared.train_tokens,
+        prepared.held_out_tokens,
+        prepared.held_out_documents,
+        prepared.held_out_documents + prepared.train_documents,
+    );
+    Ok(())
+}
+
+/// Opens datasets where they are. Only their headers and indices are read.
+fn open_blend(config: &RunConfig) -> Result<RunData> {
+    let data = &config.data;
+    let train =
+        data.blend.iter().map(|dataset| Ok(Tokens::open(&dataset.path)?)).collect::<Result<Vec<_>>>()?;
+    let held_out = data.validation.iter().map(|path| Ok(Tokens::open(path)?)).collect::<Result<Vec<_>>>()?;
+    check_together(train.iter().chain(&held_out), data.format)?;
+    let samples = |tokens: Vec<Tokens>| {
+        tokens.into_iter().map(|tokens| Samples::new(tokens, config)).collect::<Result<Vec<_>>>()
+    };
+    let (train, held_out) = (samples(train)?, samples(held_out)?);
+    let lengths: Vec<u64> = train.iter().map(|samples| samples.dataset.len()).collect();
+    let blend = Blend::new(config.train.seed, &data.weights(), &lengths).map_err(ConfigError::from)?;
+    for (dataset, samples) in data.blend.iter().zip(&train) {
+        let tokens = samples.dataset.tokens();
+        println!(
+            "{}: weight {}, {} tokens in {} documents, {} samples",
+            dataset.path.display(),
+            dataset.weight,
+            tokens.len(),
+            tokens.documents(),
+            samples.dataset.len()
+        );
+    }
+    let train = TokenSource::new(train, Order::Blend(blend), config)?;
+    let held_out = held_out.into_iter().map(|samples| HeldOut::new(samples, config)).collect();
+    Ok(RunData { train, held_out, unigram_entropy: None })
+}
+
+/// That sets are all of the kind that is asked for, and of one tokenizer as far as they say.
+fn check_together<'a>(
+    sets: impl Iterator<Item = &'a Tokens>,
+    format: DataFormat,
+) -> std::result::Result<(), DataError> {
+    let mut first: Option<(&Path, u64)> = None;
+    for tokens in sets {
+        let path = tokens.path().to_owned();
+        match (format, tokens.is_masked()) {
+            (DataFormat::Text, true) => return Err(DataError::Masked { path }),
+            (DataFormat::PromptCompletion, false) => return Err(DataError::Unmasked { path }),
+            _ => {}
+        }
+        let Some(vocab_size) = tokens.vocab_size() else { continue };
+        let (other, other_vocab_size) = *first.get_or_insert((tokens.path(), vocab_size));
+        if vocab_size != other_vocab_size {
+            let other = other.to_owned();
+            return Err(DataError::Vocabularies { path, vocab_size, other, other_vocab_size });
+        }
+    }
+    Ok(())
+}
+
+/// Tokens to evaluate on, every byte of them verified as far as there are checksums.
 ///
 /// # Errors
-/// The file is damaged or too short.
+/// They are damaged or too few.
 pub fn open_held_out(config: &RunConfig, path: &Path) -> Result<HeldOut> {
     let tokens = Tokens::open(path)?;
     tokens.verify()?;
-    Ok(HeldOut {
-        samples: Samples::new(tokens, config)?,
-        global_batch_size: config.train.global_batch_size,
-        micro_batch_size: config.train.micro_batch_size,
-        batches: config.train.eval_batches,
-    })
+    Ok(HeldOut::new(Samples::new(tokens, config)?, config))
 }
 
-/// The samples of a token file as sequences.
+/// The samples of a dataset as sequences.
 #[derive(Debug)]
 struct Samples {
     dataset: Dataset,
@@ -108,29 +170,55 @@ impl Samples {
     }
 }
 
-/// Samples in the order that the seed and the global index give.
+/// Samples of one dataset or several, in the order that the seed and the global index give.
 #[derive(Debug)]
-pub struct TextSource {
-    samples: Samples,
+pub struct TokenSource {
+    sets: Vec<Samples>,
     sampler: Sampler,
 }
 
-impl TextSource {
-    /// The samples of a step, as [`Dataset`] counts them in `data/train.tokens`.
-    pub fn samples(&self, step: u64) -> Vec<u64> {
-        (self.sampler.cursor(step)..self.sampler.cursor(step + 1)).map(|g| self.sampler.sample(g)).collect()
+impl TokenSource {
+    fn new(sets: Vec<Samples>, order: Order, config: &RunConfig) -> Result<Self> {
+        let sampler = Sampler::new(order, config.train.batch_sizes()?, config.train.micro_batch_size);
+        Ok(TokenSource { sets, sampler })
+    }
+
+    /// The samples of a step, as [`Dataset`] counts them, by the file that they are of.
+    pub fn samples(&self, step: u64) -> Vec<(PathBuf, Vec<u64>)> {
+        let mut samples = vec![Vec::new(); self.sets.len()];
+        for g in self.sampler.cursor(step)..self.sampler.cursor(step + 1) {
+            let Place { dataset, sample } = self.sampler.order().at(g);
+            samples[dataset].push(sample);
+        }
+        let by_path = self.sets.iter().map(|set| set.dataset.tokens().path().to_owned()).zip(samples);
+        by_path.filter(|(_, samples)| !samples.is_empty()).collect()
     }
 
     /// The global index of the first sample after `step` steps.
     pub fn cursor_after(&self, step: u64) -> u64 {
         self.sampler.cursor(step + 1)
     }
+
+    /// Samples of each dataset of a blend, of which the order depends.
+    pub fn lengths(&self) -> Vec<u64> {
+        match self.sampler.order() {
+            Order::Single { .. } => Vec::new(),
+            Order::Blend(_) => self.sets.iter().map(|set| set.dataset.len()).collect(),
+        }
+    }
+
+    /// Input tokens of each dataset of a blend in the first `step` steps.
+    pub fn tokens_after(&self, step: u64) -> Vec<u64> {
+        let Order::Blend(blend) = self.sampler.order() else { return Vec::new() };
+        let counts = blend.counts(self.cursor_after(step)).into_iter().zip(&self.sets);
+        counts.map(|(samples, set)| samples * set.dataset.sequence_length() as u64).collect()
+    }
 }
 
-impl BatchSource for TextSource {
+impl BatchSource for TokenSource {
     fn micro_batch(&self, step: u64, u: usize) -> Result<Vec<Sequence>> {
-        let samples = self.sampler.micro_batch(step, u);
-        samples.map(|i| self.samples.sequence(i)).collect()
+        let places = self.sampler.micro_batch(step, u);
+        places.map(|Place { dataset, sample }| self.sets[dataset].sequence(sample)).collect()
     }
 }
 
@@ -144,6 +232,20 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
+    fn new(samples: Samples, config: &RunConfig) -> Self {
+        HeldOut {
+            samples,
+            global_batch_size: config.train.global_batch_size,
+            micro_batch_size: config.train.micro_batch_size,
+            batches: config.train.eval_batches,
+        }
+    }
+
+    /// Where the tokens are.
+    pub fn path(&self) -> &Path {
+        self.samples.dataset.tokens().path()
+    }
+
     /// Micro-batches over all data-parallel ranks, a multiple of those of a training step.
     pub fn micro_batches(&self) -> usize {
         let whole = usize::try_from(self.samples.dataset.len())
@@ -220,5 +322,28 @@ mod tests {
         assert_eq!(second.weights, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0]);
         assert_eq!((second.documents, second.padding), (vec![], 3));
         assert!(held_out.micro_batch(1).unwrap().iter().all(|sequence| sequence.padding == 7));
+    }
+
+    #[test]
+    fn prompts_and_streams_are_not_mixed() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = |name: &str, masked: bool| {
+            let path = folder.path().join(name);
+            let mut writer = TokenFileWriter::create(&path, 256).unwrap();
+            writer.document(&[1, 2]).unwrap();
+            if masked {
+                writer.completion(&[1], &[2]).unwrap();
+            }
+            writer.finish().unwrap();
+            Tokens::open(&path).unwrap()
+        };
+        let (stream, prompts) = (open("stream", false), open("prompts", true));
+        check_together([&stream].into_iter(), DataFormat::Text).unwrap();
+        check_together([&prompts].into_iter(), DataFormat::PromptCompletion).unwrap();
+        let refused =
+            |format| check_together([&prompts, &stream].into_iter(), format).unwrap_err().to_string();
+        let (text, completions) = (refused(DataFormat::Text), refused(DataFormat::PromptCompletion));
+        assert!(text.contains("prompts has prompts with completions: set data.format"), "{text}");
+        assert!(completions.contains("stream has no prompts with completions"), "{completions}");
     }
 }

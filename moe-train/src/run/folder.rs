@@ -63,6 +63,7 @@ impl RunFolder {
 
     /// Writes the resolved configuration.
     pub(super) fn write_config(&self, toml: &str) -> Result<()> {
+        fs::create_dir_all(&self.0).context("create", &self.0)?;
         Ok(replace(&self.0.join("config.toml"), toml.as_bytes())?)
     }
 }

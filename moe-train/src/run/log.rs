@@ -7,7 +7,7 @@ use crate::Result;
 use crate::config::RunConfig;
 use crate::data::BatchSizes;
 use crate::durable::Context;
-use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, StepRecord};
+use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, SetLoss, StepRecord};
 use crate::trainer::{SkippedSteps, StepReport};
 
 /// Writes on one rank what all ranks measured.
@@ -36,8 +36,14 @@ impl Log {
         Ok(Log { lines, events, progress, batch_sizes, sequence_length })
     }
 
-    /// A step that took `seconds`, and the steps that were skipped so far.
-    pub fn step(&mut self, report: &StepReport, seconds: f64, skipped: SkippedSteps) -> Result<()> {
+    /// A step that took `seconds`, the steps that were skipped so far, and the tokens of each dataset of a blend.
+    pub fn step(
+        &mut self,
+        report: &StepReport,
+        seconds: f64,
+        skipped: SkippedSteps,
+        blend_tokens: Vec<u64>,
+    ) -> Result<()> {
         let tokens_of_step = self.batch_sizes.of_step(report.step) as u64 * self.sequence_length;
         let record = StepRecord {
             step: report.step,
@@ -46,6 +52,7 @@ impl Log {
             grad_norm: report.grad_norm.is_finite().then_some(report.grad_norm),
             lr: report.lr,
             tokens: self.batch_sizes.cursor(report.step + 1) * self.sequence_length,
+            blend_tokens,
             tokens_per_second: tokens_of_step as f64 / seconds,
             aux_loss: report.aux_loss,
             sequence_aux_loss: report.sequence_aux_loss,
@@ -71,11 +78,14 @@ impl Log {
     }
 
     /// An evaluation. One that was written before the run was resumed is not written again.
-    pub fn eval(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        if self.lines.evaluated() != Some(step) {
-            let record = EvalRecord { step, val_loss };
-            self.lines.write(&record)?;
-            self.events.eval(&record)?;
+    pub fn eval(&mut self, record: &EvalRecord) -> Result<()> {
+        if self.lines.evaluated() != Some(record.step) {
+            self.lines.write(record)?;
+            self.events.eval(record)?;
+        }
+        let EvalRecord { step, val_loss, val_losses } = record;
+        for SetLoss { path, loss } in val_losses {
+            self.note(&format!("step {step}: validation loss {loss:.4} on {path}"))?;
         }
         self.note(&format!("step {step}: validation loss {val_loss:.4}"))
     }

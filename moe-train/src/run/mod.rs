@@ -14,7 +14,7 @@ use moe_comm::ThreadWorld;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_topology::{Mapping, draw};
 
-pub use data::{HeldOut, TextSource, open_held_out};
+pub use data::{HeldOut, TokenSource, open_held_out};
 pub use folder::RunFolder;
 
 use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
@@ -46,6 +46,11 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
     }
     let data = data::open(config, &folder, resume)?;
     if let Some(checkpoint) = &checkpoint {
+        let (then, now) = (RunState::of(checkpoint)?.blend_samples, data.train.lengths());
+        if then != now {
+            let (then, now) = (format!("{then:?}"), format!("{now:?}"));
+            return Err(Error::Resume { key: "the number of samples in each [[data.blend]]", then, now });
+        }
         for path in set_aside(&folder.checkpoints(), checkpoint.step())? {
             eprintln!("warning: the damaged checkpoint is kept as {}", path.display());
         }
@@ -58,7 +63,9 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         grouped(config.model.parameters()),
         grouped(config.model.active_parameters())
     );
-    println!("unigram entropy {:.3} nats/byte", data.unigram_entropy);
+    if let Some(unigram_entropy) = data.unigram_entropy {
+        println!("unigram entropy {unigram_entropy:.3} nats/byte");
+    }
     if let Some(checkpoint) = &checkpoint {
         println!("resuming after step {}", checkpoint.step());
     }
@@ -198,6 +205,7 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             ("train.micro_batch_size", train.micro_batch_size.to_string()),
             ("train.sequence_length", train.sequence_length.to_string()),
             ("data.format", config.data.format.name().to_owned()),
+            ("the list of weights of [[data.blend]]", format!("{:?}", config.data.weights())),
             ("data.separate_documents", config.data.separates_documents().to_string()),
         ]
     };
@@ -238,25 +246,32 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
 }
 
 /// The last words of a run.
-fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: f64) -> Result<()> {
-    if let Some(val_loss) = outcome.val_loss {
-        println!(
+fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -> Result<()> {
+    match (outcome.val_loss, unigram_entropy) {
+        (Some(val_loss), Some(unigram_entropy)) => println!(
             "validation loss {val_loss:.4} nats/byte, {:.3} below the unigram entropy",
             unigram_entropy - val_loss
-        );
+        ),
+        (Some(val_loss), None) => println!("validation loss {val_loss:.4} nats/token"),
+        (None, _) => {}
     }
     println!("checkpoint {}", outcome.checkpoint.display());
-    let sample = &config.sample;
-    let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
-    let sampling =
-        Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
-    println!("\n{}", generate(&weights, &sample.prompt, sampling)?);
+    // The tokens of a blend are of a tokenizer that only its maker knows.
+    if config.data.blend.is_empty() {
+        let sample = &config.sample;
+        let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
+        let sampling =
+            Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
+        println!("\n{}", generate(&weights, &sample.prompt, sampling)?);
+    }
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
     let run = config.train.output.display();
     let checkpoint = outcome.checkpoint.display();
     println!("\nNext, for instance:");
-    println!("  another prompt   {program} sample {checkpoint} --prompt 'fn main() {{'");
+    if config.data.blend.is_empty() {
+        println!("  another prompt   {program} sample {checkpoint} --prompt 'fn main() {{'");
+    }
     println!("  curves           tensorboard --logdir {run}/tensorboard   (or read {run}/metrics.jsonl)");
     let steps = 2 * outcome.step;
     let refold = match refolded(config) {

@@ -10,11 +10,12 @@ use moe_kernels::{Backend, Float};
 use moe_topology::Attention;
 
 use super::log::Log;
-use super::{HeldOut, RunFolder, TextSource};
+use super::{HeldOut, RunFolder, TokenSource};
 use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
 use crate::checkpoint::{Meta, RunState, Weights, restore, restore_weights, save};
 use crate::config::RunConfig;
+use crate::metrics::{EvalRecord, SetLoss};
 use crate::trainer::{RankTrainer, Setup, SkippedSteps};
 
 /// A run, the same on all ranks.
@@ -22,8 +23,8 @@ pub(super) struct Plan {
     pub setup: Setup,
     pub config: RunConfig,
     pub folder: RunFolder,
-    pub train: Arc<TextSource>,
-    pub held_out: Arc<HeldOut>,
+    pub train: Arc<TokenSource>,
+    pub held_out: Arc<Vec<HeldOut>>,
     /// Where to go on from.
     pub checkpoint: Option<PathBuf>,
     /// Whose weights to start from, otherwise.
@@ -80,7 +81,7 @@ pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, de
         let seconds = start.elapsed().as_secs_f64();
         let go_on = skipped.count(&report, plan.config.train.non_finite_limit());
         if let Some(log) = &mut log {
-            log.step(&report, seconds, skipped)?;
+            log.step(&report, seconds, skipped, plan.train.tokens_after(step + 1))?;
         }
         if !go_on {
             // What is saved below is the state before the step, so that a resume makes it again.
@@ -126,11 +127,17 @@ fn evaluate<T: Float, D: Backend<T>>(
     step: u64,
     log: &mut Option<Log>,
 ) -> Result<Option<f64>> {
-    let val_loss = trainer.evaluate(plan.held_out.micro_batches(), |u| plan.held_out.micro_batch(u))?;
-    if let (Some(log), Some(val_loss)) = (log, val_loss) {
-        log.eval(step, val_loss)?;
+    let mut losses = Vec::new();
+    for set in &*plan.held_out {
+        if let Some(loss) = trainer.evaluate(set.micro_batches(), |u| set.micro_batch(u))? {
+            losses.push(SetLoss { path: set.path().display().to_string(), loss });
+        }
     }
-    Ok(val_loss)
+    let record = EvalRecord::new(step, losses);
+    if let (Some(log), Some(record)) = (log, &record) {
+        log.eval(record)?;
+    }
+    Ok(record.map(|record| record.val_loss))
 }
 
 fn write<T: Float, D: Backend<T>>(
@@ -148,6 +155,7 @@ fn write<T: Float, D: Backend<T>>(
         updates: trainer.optimizer().updates(),
         skipped,
         cursor: plan.train.cursor_after(step),
+        blend_samples: plan.train.lengths(),
         config: plan.config.clone(),
     });
     let root = plan.folder.checkpoints();

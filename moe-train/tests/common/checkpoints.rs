@@ -31,7 +31,8 @@ pub fn meta(setup: &Setup, step: u64, updates: u64) -> Meta {
     let mut config = RunConfig::parse(text, "a test", &[] as &[&str]).unwrap();
     config.model = setup.model.clone();
     let cursor = step * setup.global_batch_size as u64;
-    Meta::of_run(RunState { updates, skipped: Default::default(), cursor, config })
+    let skipped = Default::default();
+    Meta::of_run(RunState { updates, skipped, cursor, blend_samples: Vec::new(), config })
 }
 
 /// All tensors of a checkpoint by name and kind, byte for byte.
