@@ -9,6 +9,7 @@ use crate::checkpoint::container::CheckpointError;
 use crate::checkpoint::upcycle::UpcycleError;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::diff::DiffError;
 use crate::durable::IoError;
 use crate::metrics::MetricsError;
 use crate::optim::GroupError;
@@ -36,6 +37,9 @@ pub enum Error {
     /// A trace was refused, or cannot be written.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// Tensors cannot be compared, or differ.
+    #[error(transparent)]
+    Diff(#[from] DiffError),
     /// A file of the run cannot be read or written.
     #[error(transparent)]
     Io(#[from] IoError),

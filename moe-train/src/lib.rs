@@ -10,7 +10,7 @@
 //! | shard an optimizer over exactly the ranks among which a gradient is partial | [`optim`] |
 //! | write and read checkpoints that know no mapping | [`checkpoint`] |
 //! | continue a text | [`infer`] |
-//! | hold a model against transformers, number by number | [`trace`] |
+//! | hold a model against transformers, number by number | [`trace`], [`diff`] |
 //!
 //! Two steps of a tiny model on four ranks, from memory:
 //!
@@ -87,6 +87,7 @@ pub mod checkpoint;
 pub mod command;
 pub mod config;
 pub mod data;
+pub mod diff;
 pub mod durable;
 pub mod error;
 pub mod infer;

@@ -898,3 +898,50 @@ fn an_interrupted_run_saves_and_goes_on() {
     place.run(&["checkpoint", "verify", "run"]).ok();
     goes_on_as_if_nothing_had_happened(&place, step + 3);
 }
+
+/// Traces of a checkpoint under two foldings are the same to rounding, and those of two checkpoints are not.
+#[test]
+fn traces_of_checkpoints_are_compared() {
+    let place = Place::new();
+    place.train(&[]).ok();
+    let ids: Vec<u8> = (0..2 * 7i64).flat_map(|i| (i * i % 256).to_le_bytes()).collect();
+    let ids = safetensors::tensor::TensorView::new(safetensors::Dtype::I64, vec![2, 7], &ids).unwrap();
+    safetensors::serialize_to_file([("input_ids", ids)], None, &place.path("ids.safetensors")).unwrap();
+    let trace = |checkpoint: &str, out: &str, folding: &[&str]| {
+        let fixed =
+            ["trace", "--checkpoint", checkpoint, "--tokens", "ids.safetensors", "--out", out, "--grads"];
+        place.run(&[&fixed, folding].concat())
+    };
+    let folding = ["--world-size", "8", "--tp", "2", "--cp", "2", "--pp", "2", "--ep", "2"];
+    let said = trace("run", "one", &[]).ok();
+    assert!(said.out.starts_with("loss "), "{said:?}");
+    trace(
+        "run",
+        "eight",
+        &[&folding[..], &["--dispatcher", "all-gather", "--recompute", "moe_act,core_attn"]].concat(),
+    )
+    .ok();
+    trace("run/checkpoints/step-4", "before", &["--pp", "2", "--world-size", "2"]).ok();
+    trace("run", "single", &["--dtype", "f32"]).ok();
+
+    place.run(&["diff", "one", "one"]).ok();
+    let said = place.run(&["diff", "one", "eight", "--tolerance", "1e-10"]).ok();
+    assert!(said.out.contains("grad.model.layers.1.mlp.experts.gate_up_proj"), "{said:?}");
+    place.run(&["diff", "one", "single", "--tolerance", "1e-4"]).ok();
+    place.run(&["diff", "one", "single", "--tolerance", "1e-9"]).refused(1, &["tensors differ"]);
+    place.run(&["diff", "one", "before", "--limit", "3"]).refused(1, &["tensors differ"]);
+    place.run(&["diff", "run", "run/checkpoints/step-6"]).ok();
+    let said = place
+        .run(&["diff", "run", "run/checkpoints/step-4", "--limit", "999"])
+        .refused(1, &["tensors differ"]);
+    assert!(said.out.contains("lm_head.weight (v)"), "{said:?}");
+
+    place.run(&["diff", "one", "nothing"]).refused(4, &["there is no nothing"]);
+    assert_eq!(place.run(&["diff", "one", "one", "--tolerance", "-1"]).status, 2);
+    trace("run", "none", &["--tp", "3", "--world-size", "3"]).refused(2, &["num_attention_heads"]);
+    trace("nothing", "none", &[]).refused(4, &["nothing"]);
+    place
+        .run(&["trace", "--checkpoint", "run", "--tokens", "run.toml", "--out", "none"])
+        .refused(3, &["run.toml"]);
+    assert!(!place.path("none").exists());
+}

@@ -179,8 +179,16 @@ impl HubFolder {
     }
 }
 
-/// The files of a folder with their tensors, each of which is in one file only.
-fn tensor_files(folder: &Path) -> Result<Vec<TensorFile>, WeightsError> {
+/// Whether `folder` has the weights of a model of the hub.
+pub fn is_hub_folder(folder: &Path) -> bool {
+    [SINGLE, INDEX].iter().any(|name| folder.join(name).is_file())
+}
+
+/// The safetensors files of a folder with their tensors, each of which is in one file only.
+///
+/// # Errors
+/// A file or the index is missing, malformed or cut off; a tensor is there twice; index and files disagree.
+pub fn tensor_files(folder: &Path) -> Result<Vec<TensorFile>, WeightsError> {
     let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
     match (single.is_file(), index.is_file()) {
         (true, false) => Ok(vec![TensorFile::open(&single)?]),

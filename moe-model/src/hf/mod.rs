@@ -40,7 +40,7 @@ mod write;
 pub use error::WeightsError;
 pub use family::Family;
 pub use float::FloatType;
-pub use folder::HubFolder;
+pub use folder::{HubFolder, is_hub_folder, tensor_files};
 pub use header::{StoredTensor, TensorFile};
 pub use index::ShardIndex;
 pub use module::ModulePlace;

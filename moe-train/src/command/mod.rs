@@ -3,6 +3,7 @@
 mod axes;
 mod checkpoint;
 mod data;
+mod diff;
 mod eval;
 mod sample;
 mod topology;
@@ -13,6 +14,7 @@ use clap::{Parser, Subcommand};
 use moe_model::Error::RouterNotANumber;
 use moe_pipeline::ExecuteError;
 
+use crate::diff::DiffError;
 use crate::trace::TraceError;
 use crate::{Error, Result};
 
@@ -36,6 +38,8 @@ enum Command {
     Eval(eval::Eval),
     /// Write a model's logits, losses and gradients on given tokens, as transformers computes and names them.
     Trace(trace::Trace),
+    /// Compare two sets of tensors: safetensors files, folders of the hub, or checkpoints.
+    Diff(diff::Diff),
     /// Look into checkpoints, and make one of another.
     #[command(subcommand)]
     Checkpoint(checkpoint::Checkpoint),
@@ -56,17 +60,19 @@ impl Cli {
             Command::Sample(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Trace(command) => command.run(),
+            Command::Diff(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
             Command::Data(command) => command.run(),
         }
     }
 }
 
-/// The process's exit status for an error: 2 for what the user asked (configuration, mapping, a run that it cannot be
+/// The process's exit status for an error: 1 for tensors that differ, 2 for what the user asked (configuration, mapping, a run that it cannot be
 /// asked of), 3 for data, 4 for checkpoints, 5 for a run that failed, 6 for one that stopped because numbers are not finite, 130
 /// for one that was interrupted.
 pub fn exit_status(error: &Error) -> u8 {
     match error {
+        Error::Diff(DiffError::Differ { .. }) => 1,
         Error::Config(_)
         | Error::Topology(_)
         | Error::RunExists { .. }
@@ -77,7 +83,7 @@ pub fn exit_status(error: &Error) -> u8 {
         Error::Trace(
             TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },
         ) => 3,
-        Error::Checkpoint(_) => 4,
+        Error::Checkpoint(_) | Error::Diff(_) => 4,
         Error::NonFinite { .. }
         | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. }) => 6,
         Error::Interrupted { .. } => 130,

@@ -23,7 +23,8 @@ pub struct Trace {
     /// A safetensors file with `input_ids`, [batch, seq] of 64-bit integers.
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
-    /// The safetensors file to write: logits, loss, aux_loss and, with --grads, grad.NAME of every parameter.
+    /// The safetensors file to write: input_ids, logits, loss, aux_loss and, with --grads, grad.NAME of every
+    /// parameter.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// The type of all computation.

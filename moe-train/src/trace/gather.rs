@@ -10,13 +10,15 @@ use moe_model::hf::ModulePlace;
 use safetensors::{Dtype, View};
 
 use super::rank::{LogitsBlock, Piece, RankTrace};
-use super::{Plan, TraceError};
+use super::{Plan, Tokens, TraceError};
 use crate::durable::{Context, rename, temporary_name};
 use crate::{Error, Result};
 
 /// Logits, losses and gradients of a batch.
 #[derive(Debug)]
 pub struct Trace<T> {
+    /// The tokens that were traced.
+    pub tokens: Tokens,
     /// The mean cross-entropy of next tokens, and the coefficient times the auxiliary loss where the model has one.
     pub loss: f64,
     /// The load-balancing loss over all layers and the whole batch, without its coefficient, where the model has one.
@@ -85,7 +87,8 @@ impl<T: Float> Trace<T> {
                 }
             }
         });
-        Ok(Trace { loss, aux_loss, logits, scalars, grads: grads.collect::<Result<_>>()? })
+        let tokens = plan.tokens.clone();
+        Ok(Trace { tokens, loss, aux_loss, logits, scalars, grads: grads.collect::<Result<_>>()? })
     }
 
     /// Its tensors by name: `logits` `[batch, seq, vocab]`, `loss` `[1]`, `aux_loss` `[1]`, `grad.NAME`.
@@ -101,13 +104,16 @@ impl<T: Float> Trace<T> {
         [logits].into_iter().chain(scalars).chain(grads)
     }
 
-    /// Writes them to a safetensors file, one after the other; the file is complete or absent.
+    /// Writes them, and `input_ids`, to a safetensors file, one after the other; the file is complete or absent.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let temporary = temporary_name(path);
-        let written = safetensors::serialize_to_file(self.tensors(), None, &temporary)
+        let Tokens { batch, length, ids } = &self.tokens;
+        let ids = ("input_ids", Written::Tokens { shape: [*batch, *length], ids });
+        let tensors = self.tensors().map(|(name, tensor)| (name, Written::Traced(tensor)));
+        let written = safetensors::serialize_to_file(tensors.chain([ids]), None, &temporary)
             .map_err(|source| TraceError::Write { path: path.to_owned(), source }.into())
             .and_then(|()| Ok(rename(&temporary, path).map_err(TraceError::Io)?));
         if written.is_err() && temporary.exists() {
@@ -201,5 +207,41 @@ impl<T: Float> View for TracedTensor<'_, T> {
 
     fn data_len(&self) -> usize {
         self.shape().iter().product::<usize>() * size_of::<T>()
+    }
+}
+
+/// What is written to a file.
+enum Written<'a, T> {
+    Traced(TracedTensor<'a, T>),
+    Tokens { shape: [usize; 2], ids: &'a [i64] },
+}
+
+impl<T: Float> View for Written<'_, T> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Written::Traced(tensor) => tensor.dtype(),
+            Written::Tokens { .. } => Dtype::I64,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        match self {
+            Written::Traced(tensor) => tensor.shape(),
+            Written::Tokens { shape, .. } => shape,
+        }
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self {
+            Written::Traced(tensor) => tensor.data(),
+            Written::Tokens { ids, .. } => Cow::Borrowed(bytemuck::cast_slice(ids)),
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        match self {
+            Written::Traced(tensor) => tensor.data_len(),
+            Written::Tokens { ids, .. } => size_of_val(*ids),
+        }
     }
 }

@@ -224,7 +224,8 @@ fn parts_of_a_trace() {
     again.write(&path).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(file.len(), whole.tensors().count());
+    assert_eq!(file.len(), whole.tensors().count() + 1);
+    assert_eq!(Tokens::read(&path).unwrap(), tokens);
     for (name, tensor) in whole.tensors() {
         let written = file.tensor(name).unwrap();
         assert_eq!((written.dtype(), written.shape()), (Dtype::F64, tensor.shape()));
