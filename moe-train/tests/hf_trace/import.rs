@@ -37,6 +37,11 @@ fn model(config: &Value) -> ModelConfig {
         "first_k_dense_replace",
         "n_shared_experts",
         "routed_scaling_factor",
+        "sliding_window",
+        "pad_token_id",
+        "mlp_only_layers",
+        "decoder_sparse_step",
+        "tie_word_embeddings",
     ] {
         model.extend(
             config.get(key).filter(|value| !value.is_null()).map(|value| (key.to_owned(), value.clone())),
@@ -45,7 +50,21 @@ fn model(config: &Value) -> ModelConfig {
     let experts = ["num_local_experts", "num_experts", "n_routed_experts"];
     let experts = experts.into_iter().find_map(|key| config.get(key)).unwrap();
     model.insert("num_local_experts".to_owned(), experts.clone());
-    model.insert("rope_theta".to_owned(), config["rope_parameters"]["rope_theta"].clone());
+    let mut rope = config.get("rope_parameters").or(config.get("rope_scaling")).unwrap().clone();
+    let mut rope_theta = config.get("rope_theta").cloned();
+    if let Some(rope) = rope.as_object_mut() {
+        rope_theta = rope_theta.or(rope.remove("rope_theta"));
+        if let Some(kind) = rope.remove("type") {
+            rope.insert("rope_type".to_owned(), kind);
+        }
+        if rope["rope_type"] != "default" {
+            model.insert("rope_scaling".to_owned(), Value::Object(rope.clone()));
+        }
+    }
+    model.insert("rope_theta".to_owned(), rope_theta.unwrap());
+    if family == "qwen2_moe" || family == "qwen3_moe" {
+        model.remove("sliding_window");
+    }
     if config["output_router_logits"] == true {
         let aux = json!([{ "scope": "model", "coef": config["router_aux_loss_coef"] }]);
         model.insert("router_aux_losses".to_owned(), aux);
@@ -56,6 +75,7 @@ fn model(config: &Value) -> ModelConfig {
         "qwen3_moe" => {
             json!({ "use_qk_norm": true, "scoring_func": "softmax", "head_dim": config["head_dim"] })
         }
+        "olmoe" => json!({ "use_qk_norm": true, "qk_norm_scope": "projection", "scoring_func": "softmax" }),
         "deepseek_v3" => json!({ "moe_router_enable_expert_bias": true, "scoring_func": "sigmoid" }),
         other => panic!("{other}"),
     };

@@ -200,6 +200,30 @@ fn deepseek_v3() {
     );
 }
 
+/// Linear RoPE, a window, a padding id, an older spelling.
+#[test]
+fn mixtral_linear_window() {
+    check("mixtral_linear_window", &["8 tp2 cp2 u2 ep4 etp2 ag", "4 tp4 ep2", "3", "2 pp2"]);
+}
+
+/// Experts in every other layer, weights divided by their sum, no auxiliary loss.
+#[test]
+fn qwen2_moe_sparse_step() {
+    check("qwen2_moe_sparse_step", &["12 tp3 pp2 ep2 etp3", "4 pp2 v2 cp2 ep2 ag", "4 pp4", "6 tp3 cp2 ep2"]);
+}
+
+/// A tied head, a dense layer, weights not divided by their sum.
+#[test]
+fn qwen3_moe_tied() {
+    check("qwen3_moe_tied", &["12 tp2 pp3 ep4 ag", "4 tp4 ep2 etp2", "6 pp3 cp2 u2 etp2", "3"]);
+}
+
+/// YaRN with both scales, one group, no latent of queries.
+#[test]
+fn deepseek_v3_yarn() {
+    check("deepseek_v3_yarn", &["8 tp2 pp2 cp2 ep2", "6 tp2 ep6 ag", "4 cp4 u2 etp2", "3"]);
+}
+
 /// Without gradients the same numbers, and the same whatever backward makes again.
 #[test]
 fn parts_of_a_trace() {
