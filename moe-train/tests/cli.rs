@@ -504,6 +504,22 @@ fn blends_are_the_same_under_any_folding_and_go_on() {
         assert!((x - y).abs() <= 1e-10 * y.abs(), "{x} and {y}");
     }
 
+    // Documents of the blend itself: two of 9, six of 31.
+    let own = ["train.output=own", moved, "data.validation=[]", "data.held_out=0.2"];
+    let said = train(&own, &[]).ok();
+    assert!(
+        said.out.contains("b: weight 3, 744 tokens in 31 documents, the last 6 held out, 18 samples"),
+        "{said:?}"
+    );
+    let eval = place.run(&["eval", "own"]).ok();
+    assert!(
+        eval.out.lines().map(|line| line.split(" on ").last().unwrap()).eq(["moved.tokens", "b"]),
+        "{eval:?}"
+    );
+    let none = ["train.output=none", moved, "data.validation=[]", "train.eval_interval=0", "train.steps=1"];
+    assert!(!train(&none, &[]).ok().out.contains("validation loss"));
+    place.run(&["eval", "none"]).refused(2, &["--tokens is needed with a run that was evaluated on nothing"]);
+
     let refused = |sets: &[&str], more: &[&str], status: i32, parts: &[&str]| {
         train(sets, more).refused(status, parts);
     };

@@ -30,23 +30,25 @@ impl Eval {
         let RunState { mut config, .. } = RunState::of(&checkpoint)?;
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());
-        let sets = match (self.tokens, config.data.blend.is_empty()) {
-            (Some(tokens), _) => vec![tokens],
-            (None, true) => vec![RunFolder::new(run.unwrap_or(".".as_ref())).held_out_tokens()],
-            (None, false) => config.data.validation.clone(),
+        let sets = match self.tokens {
+            Some(tokens) => vec![run::open_held_out(&config, &tokens)?],
+            None => run::held_out_sets(&config, &RunFolder::new(run.unwrap_or(".".as_ref())))?,
         };
         if sets.is_empty() {
             let (setting, problem) = ("--tokens", "is needed");
-            let other = "a run without data.validation".to_owned();
+            let other = "a run that was evaluated on nothing".to_owned();
             let fix = "name tokens to evaluate on".to_owned();
             Err(ConfigError::Conflict { setting, problem, other, fix })?;
         }
+        // One set needs no name.
+        let names: Vec<String> = match &sets[..] {
+            [_] => vec![String::new()],
+            sets => sets.iter().map(|set| format!(" on {}", set.path().display())).collect(),
+        };
         let step = checkpoint.step();
-        let weights = Arc::new(Weights::of(checkpoint)?);
-        for tokens in &sets {
-            // One set needs no name.
-            let on = if sets.len() > 1 { format!(" on {}", tokens.display()) } else { String::new() };
-            match run::evaluate(&config, &weights, tokens)? {
+        let losses = run::evaluate(&config, &Arc::new(Weights::of(checkpoint)?), sets)?;
+        for (loss, on) in losses.into_iter().zip(names) {
+            match loss {
                 Some(loss) => println!(
                     "step {step}: validation loss {loss:.6} nats per token, perplexity {:.4}{on}",
                     loss.exp()

@@ -39,8 +39,7 @@ impl RunConfig {
         let DataConfig { files, held_out, validation, .. } = &self.data;
         let allowed = "a list of at least one pattern, unless there is a [[data.blend]]";
         require("data.files", "[]", !files.is_empty(), allowed)?;
-        let held_out = held_out.unwrap_or(HELD_OUT);
-        require("data.held_out", held_out, held_out > 0.0 && held_out < 1.0, "above 0 and below 1")?;
+        check_held_out(held_out.unwrap_or(HELD_OUT))?;
         if !validation.is_empty() {
             return Err(ConfigError::Conflict {
                 setting: "data.validation",
@@ -65,15 +64,22 @@ impl RunConfig {
                 "text is tokenised into the folder of a run, a blend is read where it is; remove one of them";
             return conflict("data.files", "cannot stand", "[[data.blend]]", fix);
         }
-        if held_out.is_some() {
-            let fix = "all documents of a blend are trained on; remove it, and name other tokens in data.validation";
-            return conflict("data.held_out", "has no meaning", "[[data.blend]]", fix);
+        if let Some(held_out) = *held_out {
+            check_held_out(held_out)?;
+            if !validation.is_empty() {
+                let fix = "evaluate on documents of the blend or on other tokens; remove one of them";
+                return conflict("data.held_out", "cannot stand", "data.validation", fix);
+            }
         }
-        if validation.is_empty() && self.train.eval_interval > 0 {
-            let fix = "name tokens to evaluate on in data.validation, or remove it";
+        if validation.is_empty() && held_out.is_none() && self.train.eval_interval > 0 {
+            let fix = "say what to evaluate on with data.held_out or data.validation, or remove it";
             return conflict("train.eval_interval", "has no meaning", "[[data.blend]] alone", fix);
         }
         quotas(&self.data.weights())?;
         Ok(())
     }
+}
+
+fn check_held_out(share: f64) -> Result<(), ConfigError> {
+    require("data.held_out", share, share > 0.0 && share < 1.0, "above 0 and below 1")
 }

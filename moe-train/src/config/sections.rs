@@ -461,10 +461,11 @@ pub struct DataConfig {
     /// text unless given, always true for prompts with completions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub separate_documents: Option<bool>,
-    /// `files`: share of the documents that is kept for evaluation, 0.05 unless given.
+    /// Share of the documents that is kept for evaluation. Of `files`, 0.05 unless given, chosen at random; of each dataset of
+    /// a `blend`, the last ones, and none unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<f64>,
-    /// `blend`: tokens to evaluate on, each as the `path` of a dataset; none unless given.
+    /// `blend`: other tokens to evaluate on, each as the `path` of a dataset, in place of `held_out`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub validation: Vec<PathBuf>,
     /// `[[data.blend]]`: datasets of tokens, read where they are, in proportion to their weights.

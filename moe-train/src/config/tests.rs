@@ -691,6 +691,7 @@ fn a_blend_stands_in_place_of_files() {
     let text = config.to_toml().unwrap();
     assert!(text.contains("[[data.blend]]\npath = \"code.tokens\"\nweight = 1.0\n"), "{text}");
     assert_eq!(RunConfig::parse(&text, "resolved", &[] as &[&str]).unwrap(), config);
+    with(&["data.files=[]", BLEND, "data.held_out=0.1", "train.eval_interval=5"]).unwrap();
     // Tokens of a blend may be of any tokenizer.
     with(&["data.files=[]", BLEND, "model.vocab_size=65"]).unwrap();
     assert_eq!(with(&[]).unwrap().data.held_out, Some(0.05));
@@ -704,10 +705,14 @@ fn a_blend_without_meaning_is_refused() {
             &["data.files=['a']"][..],
             "data.files cannot stand with [[data.blend]]: text is tokenised into the folder",
         ),
-        (&["data.held_out=0.1"], "data.held_out has no meaning with [[data.blend]]: "),
+        (&["data.held_out=1.5"], "data.held_out = 1.5, but it must be above 0 and below 1"),
+        (
+            &["data.held_out=0.1", "data.validation=['held']"],
+            "data.held_out cannot stand with data.validation: ",
+        ),
         (
             &["train.eval_interval=5"],
-            "train.eval_interval has no meaning with [[data.blend]] alone: name tokens",
+            "train.eval_interval has no meaning with [[data.blend]] alone: say what to evaluate on with data.held_out or data.validation, or remove it",
         ),
         (&["data.blend=[]"], "data.files = [], but it must be a list of at least one pattern, unless"),
         (

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{DataError, Tokens};
+use super::{DataError, Documents, Tokens};
 
 /// Samples of at most S inputs, cut from tokens in one of two ways.
 ///
@@ -11,7 +11,7 @@ use super::{DataError, Tokens};
 /// - [Packed](Self::packed): a sample is as many whole documents, in their order, as fit into `S + 1` tokens.
 #[derive(Debug)]
 pub struct Dataset {
-    tokens: Tokens,
+    part: Documents,
     vocab_size: u64,
     sequence_length: usize,
     cut: Cut,
@@ -33,25 +33,37 @@ impl Dataset {
     ///
     /// # Errors
     /// There is no sample, or the tokens are of a larger vocabulary.
-    pub fn new(tokens: Tokens, vocab_size: usize, sequence_length: usize) -> Result<Self, DataError> {
-        let vocab_size = check_vocabulary(&tokens, vocab_size)?;
-        let len = tokens.len().saturating_sub(1).checked_div(sequence_length as u64).unwrap_or(0);
+    pub fn new(
+        part: impl Into<Documents>,
+        vocab_size: usize,
+        sequence_length: usize,
+    ) -> Result<Self, DataError> {
+        let part = part.into();
+        let vocab_size = check_vocabulary(part.tokens(), vocab_size)?;
+        let tokens = part.span().end - part.span().start;
+        let len = tokens.saturating_sub(1).checked_div(sequence_length as u64).unwrap_or(0);
         if len == 0 {
-            let (path, tokens) = (tokens.path().to_owned(), tokens.len());
+            let path = part.tokens().path().to_owned();
             return Err(DataError::TooShort { path, tokens, sequence_length });
         }
-        Ok(Dataset { tokens, vocab_size, sequence_length, cut: Cut::Stream { len } })
+        Ok(Dataset { part, vocab_size, sequence_length, cut: Cut::Stream { len } })
     }
 
     /// Samples of whole documents. 8 bytes of memory for each.
     ///
     /// # Errors
     /// A document is longer than `sequence_length + 1` tokens, or there is none; the tokens are of a larger vocabulary.
-    pub fn packed(tokens: Tokens, vocab_size: usize, sequence_length: usize) -> Result<Self, DataError> {
-        let vocab_size = check_vocabulary(&tokens, vocab_size)?;
-        let most = sequence_length as u64 + 1;
-        let (mut starts, mut end) = (vec![0], 0);
-        for index in 0..tokens.documents() {
+    pub fn packed(
+        part: impl Into<Documents>,
+        vocab_size: usize,
+        sequence_length: usize,
+    ) -> Result<Self, DataError> {
+        let part = part.into();
+        let (tokens, most) = (part.tokens(), sequence_length as u64 + 1);
+        let vocab_size = check_vocabulary(tokens, vocab_size)?;
+        let mut end = part.span().start;
+        let mut starts = vec![end];
+        for index in part.documents() {
             let document = tokens.document(index)?;
             let len = document.end.saturating_sub(document.start);
             if len > most {
@@ -64,12 +76,12 @@ impl Dataset {
             }
             end = document.end;
         }
-        if end == 0 {
+        if end == part.span().start {
             let (path, tokens) = (tokens.path().to_owned(), 0);
             return Err(DataError::TooShort { path, tokens, sequence_length });
         }
         starts.push(end);
-        Ok(Dataset { tokens, vocab_size, sequence_length, cut: Cut::Packed { starts } })
+        Ok(Dataset { part, vocab_size, sequence_length, cut: Cut::Packed { starts } })
     }
 
     /// The number of samples, n.
@@ -87,8 +99,13 @@ impl Dataset {
     }
 
     /// What it is cut from.
+    pub fn part(&self) -> &Documents {
+        &self.part
+    }
+
+    /// The tokens that these are of.
     pub fn tokens(&self) -> &Tokens {
-        &self.tokens
+        self.part.tokens()
     }
 
     /// The tokens of sample `i`, below [`len`](Self::len): `S + 1`, or fewer of a packed one.
@@ -96,12 +113,12 @@ impl Dataset {
     /// # Errors
     /// `i` is too large, or a token is not in the model's vocabulary.
     pub fn sample(&self, i: u64) -> Result<Vec<u32>, DataError> {
-        let range = self.range(i);
-        let tokens = self.tokens.tokens(range.clone())?;
+        let range = self.range(i)?;
+        let tokens = self.tokens().tokens(range.clone())?;
         match (range.start..).zip(&tokens).find(|&(_, &token)| u64::from(token) >= self.vocab_size) {
             None => Ok(tokens),
             Some((position, &token)) => Err(DataError::ForeignToken {
-                path: self.tokens.path().to_owned(),
+                path: self.tokens().path().to_owned(),
                 position,
                 token,
                 model_vocab_size: self.vocab_size,
@@ -114,7 +131,7 @@ impl Dataset {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn mask(&self, i: u64) -> Result<Vec<bool>, DataError> {
-        self.tokens.mask(self.range(i))
+        self.tokens().mask(self.range(i)?)
     }
 
     /// Positions in sample `i`, from 1 to S, at which a document starts; [`len`](Self::len) is above `i`.
@@ -122,26 +139,25 @@ impl Dataset {
     /// # Errors
     /// As [`sample`](Self::sample).
     pub fn document_starts(&self, i: u64) -> Result<Vec<usize>, DataError> {
-        let range = self.range(i);
+        let range = self.range(i)?;
         let first = range.start;
-        let starts = self.tokens.document_starts(range)?;
+        let starts = self.tokens().document_starts(range)?;
         Ok(starts.into_iter().map(|start| start.saturating_sub(first) as usize).collect())
     }
 
-    /// The tokens of sample `i`, outside of the file if there is no such sample.
-    fn range(&self, i: u64) -> Range<u64> {
-        match &self.cut {
+    /// The tokens of sample `i`, as a range of all tokens.
+    fn range(&self, i: u64) -> Result<Range<u64>, DataError> {
+        if i >= self.len() {
+            return Err(DataError::NoSample { path: self.tokens().path().to_owned(), i, len: self.len() });
+        }
+        Ok(match &self.cut {
             Cut::Stream { .. } => {
                 let s = self.sequence_length as u64;
-                let start = i.saturating_mul(s);
-                start..start.saturating_add(s + 1)
+                let start = self.part.span().start + i * s;
+                start..start + s + 1
             }
-            Cut::Packed { starts } => {
-                let at = |i: u64| usize::try_from(i).ok().and_then(|i| starts.get(i)).copied();
-                let end = at(i.saturating_add(1)).unwrap_or(u64::MAX);
-                at(i).unwrap_or(u64::MAX)..end
-            }
-        }
+            Cut::Packed { starts } => starts[i as usize]..starts[i as usize + 1],
+        })
     }
 }
 

@@ -133,6 +133,27 @@ pub enum DataError {
         /// Those of the other one's.
         other_vocab_size: u64,
     },
+    /// There are not two documents to part.
+    #[error(
+        "{} has {documents} documents, of which none can be held out: name other tokens in data.validation",
+        path.display()
+    )]
+    NoSplit {
+        /// The file.
+        path: PathBuf,
+        /// Its documents.
+        documents: u64,
+    },
+    /// A sample was asked for that is not there.
+    #[error("{}: there is no sample {i} of {len}", path.display())]
+    NoSample {
+        /// The file.
+        path: PathBuf,
+        /// The sample, from 0.
+        i: u64,
+        /// How many there are.
+        len: u64,
+    },
     /// A dataset in Megatron's format is damaged, foreign or of a kind that is not supported.
     #[error("Megatron dataset {}: {fault}", prefix.display())]
     Megatron {

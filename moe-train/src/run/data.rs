@@ -7,7 +7,7 @@ use super::RunFolder;
 use crate::Result;
 use crate::config::{ConfigError, DataFormat, RunConfig, TokenizerKind};
 use crate::data::{
-    Blend, ByteTokenizer, DataError, Dataset, Order, Place, Sampler, Tokens, find_files, prepare,
+    Blend, ByteTokenizer, DataError, Dataset, Documents, Order, Place, Sampler, Tokens, find_files, prepare,
     prepare_completions, unigram_entropy,
 };
 use crate::durable::Context;
@@ -78,21 +78,17 @@ fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<()> {
 
 /// Opens datasets where they are. Only their headers and indices are read.
 fn open_blend(config: &RunConfig) -> Result<RunData> {
-    let data = &config.data;
-    let train =
-        data.blend.iter().map(|dataset| Ok(Tokens::open(&dataset.path)?)).collect::<Result<Vec<_>>>()?;
-    let held_out = data.validation.iter().map(|path| Ok(Tokens::open(path)?)).collect::<Result<Vec<_>>>()?;
-    check_together(train.iter().chain(&held_out), data.format)?;
-    let samples = |tokens: Vec<Tokens>| {
-        tokens.into_iter().map(|tokens| Samples::new(tokens, config)).collect::<Result<Vec<_>>>()
-    };
-    let (train, held_out) = (samples(train)?, samples(held_out)?);
+    let (train, held_out) = blended(config)?;
     let lengths: Vec<u64> = train.iter().map(|samples| samples.dataset.len()).collect();
-    let blend = Blend::new(config.train.seed, &data.weights(), &lengths).map_err(ConfigError::from)?;
-    for (dataset, samples) in data.blend.iter().zip(&train) {
-        let tokens = samples.dataset.tokens();
+    let blend = Blend::new(config.train.seed, &config.data.weights(), &lengths).map_err(ConfigError::from)?;
+    for (dataset, samples) in config.data.blend.iter().zip(&train) {
+        let (part, tokens) = (samples.dataset.part(), samples.dataset.tokens());
+        let held_out = match tokens.documents() - part.documents().end {
+            0 => String::new(),
+            last => format!(", the last {last} held out"),
+        };
         println!(
-            "{}: weight {}, {} tokens in {} documents, {} samples",
+            "{}: weight {}, {} tokens in {} documents{held_out}, {} samples",
             dataset.path.display(),
             dataset.weight,
             tokens.len(),
@@ -101,8 +97,49 @@ fn open_blend(config: &RunConfig) -> Result<RunData> {
         );
     }
     let train = TokenSource::new(train, Order::Blend(blend), config)?;
-    let held_out = held_out.into_iter().map(|samples| HeldOut::new(samples, config)).collect();
     Ok(RunData { train, held_out, unigram_entropy: None })
+}
+
+/// What of the datasets of a blend is trained on, and what is evaluated.
+fn blended(config: &RunConfig) -> Result<(Vec<Samples>, Vec<HeldOut>)> {
+    let data = &config.data;
+    let (train, validation) =
+        (open_all(data.blend.iter().map(|set| &set.path))?, open_all(&data.validation)?);
+    check_together(train.iter().chain(&validation), data.format)?;
+    let mut parts = Vec::new();
+    let mut held_out: Vec<Documents> = validation.into_iter().map(Documents::from).collect();
+    for tokens in train {
+        match data.held_out {
+            None => parts.push(tokens.into()),
+            Some(share) => {
+                let [first, last] = Documents::split(tokens, share)?;
+                parts.push(first);
+                held_out.push(last);
+            }
+        }
+    }
+    let train = parts.into_iter().map(|part| Samples::new(part, config)).collect::<Result<_>>()?;
+    Ok((train, held_out_parts(held_out, config)?))
+}
+
+/// What a run is evaluated on.
+///
+/// # Errors
+/// It is damaged or too little.
+pub fn held_out_sets(config: &RunConfig, folder: &RunFolder) -> Result<Vec<HeldOut>> {
+    match (config.data.blend.is_empty(), config.data.held_out) {
+        (true, _) => Ok(vec![open_held_out(config, &folder.held_out_tokens())?]),
+        (false, Some(_)) => Ok(blended(config)?.1),
+        (false, None) => held_out_parts(open_all(&config.data.validation)?, config),
+    }
+}
+
+fn held_out_parts(parts: Vec<impl Into<Documents>>, config: &RunConfig) -> Result<Vec<HeldOut>> {
+    parts.into_iter().map(|part| Ok(HeldOut::new(Samples::new(part, config)?, config))).collect()
+}
+
+fn open_all<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<Vec<Tokens>> {
+    paths.into_iter().map(|path| Ok(Tokens::open(path)?)).collect()
 }
 
 /// That sets are all of the kind that is asked for, and of one tokenizer as far as they say.
@@ -146,11 +183,11 @@ struct Samples {
 }
 
 impl Samples {
-    fn new(tokens: Tokens, config: &RunConfig) -> Result<Self> {
+    fn new(part: impl Into<Documents>, config: &RunConfig) -> Result<Self> {
         let (vocab_size, length) = (config.model.vocab_size, config.train.sequence_length);
         let dataset = match config.data.format {
-            DataFormat::Text => Dataset::new(tokens, vocab_size, length)?,
-            DataFormat::PromptCompletion => Dataset::packed(tokens, vocab_size, length)?,
+            DataFormat::Text => Dataset::new(part, vocab_size, length)?,
+            DataFormat::PromptCompletion => Dataset::packed(part, vocab_size, length)?,
         };
         Ok(Samples { dataset, separate_documents: config.data.separates_documents() })
     }

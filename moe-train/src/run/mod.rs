@@ -14,7 +14,7 @@ use moe_comm::ThreadWorld;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_topology::{Mapping, draw};
 
-pub use data::{HeldOut, TokenSource, open_held_out};
+pub use data::{HeldOut, TokenSource, held_out_sets, open_held_out};
 pub use folder::RunFolder;
 
 use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
@@ -115,12 +115,12 @@ where
     outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })
 }
 
-/// The loss of weights on a file of tokens, under the folding of `config`; none if no token counts.
+/// The loss of weights on each of several sets, under the folding of `config`; none where no token counts.
 ///
 /// # Errors
 /// The weights or the tokens are damaged, or a rank fails.
-pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, tokens: &Path) -> Result<Option<f64>> {
-    fn on<T: Float>(config: &RunConfig, weights: Arc<Weights>, held_out: HeldOut) -> Result<Option<f64>>
+pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, sets: Vec<HeldOut>) -> Result<Vec<Option<f64>>> {
+    fn on<T: Float>(config: &RunConfig, weights: Arc<Weights>, sets: Vec<HeldOut>) -> Result<Vec<Option<f64>>>
     where
         Cpu: Backend<T>,
     {
@@ -130,14 +130,14 @@ pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, tokens: &Path) -> Re
         let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
             let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::new(threads))?;
             restore_weights(&mut trainer, &weights)?;
-            trainer.evaluate(held_out.micro_batches(), |u| held_out.micro_batch(u))
+            let mut loss = |set: &HeldOut| trainer.evaluate(set.micro_batches(), |u| set.micro_batch(u));
+            sets.iter().map(&mut loss).collect::<Result<Vec<_>>>()
         })?;
-        Ok(losses.into_iter().next().flatten())
+        Ok(losses.into_iter().next().unwrap_or_default())
     }
-    let held_out = open_held_out(config, tokens)?;
     match config.train.dtype {
-        TrainDType::F32 => on::<f32>(config, weights.clone(), held_out),
-        TrainDType::F64 => on::<f64>(config, weights.clone(), held_out),
+        TrainDType::F32 => on::<f32>(config, weights.clone(), sets),
+        TrainDType::F64 => on::<f64>(config, weights.clone(), sets),
     }
 }
 

@@ -1,5 +1,6 @@
 use std::fs;
 
+use super::super::{Dataset, Documents, Tokens};
 use super::*;
 
 fn write(path: &std::path::Path, vocab_size: u32, documents: &[&[u32]]) {
@@ -108,6 +109,35 @@ fn a_later_version_and_absurd_sizes_are_refused() {
     for header in [Header { tokens: u64::MAX, ..header }, Header { documents: u64::MAX, ..header }] {
         fs::write(&path, header.to_bytes()).unwrap();
         assert!(TokenFile::open(&path).is_err());
+    }
+}
+
+/// What a program that means harm could write: checksums that are right, of offsets that are not.
+#[test]
+fn documents_outside_of_the_tokens_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("t");
+    write(&path, 256, &[&[1, 2, 3, 4], &[5, 6, 7]]);
+    let good = fs::read(&path).unwrap();
+    for offsets in [[0, 8, 7], [0, u64::MAX, 7], [5, 4, 7], [0, 4, 8], [u64::MAX; 3]] {
+        let mut bytes = good.clone();
+        let at = bytes.len() - 24;
+        bytes[at..].copy_from_slice(&offsets.map(u64::to_le_bytes).concat());
+        let content = blake3::hash(&bytes[HEADER..]);
+        bytes[40..72].copy_from_slice(content.as_bytes());
+        let header = blake3::hash(&bytes[..72]);
+        bytes[72..104].copy_from_slice(header.as_bytes());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, bytes).unwrap();
+        let open = || Tokens::open(&path).unwrap();
+        open().verify().unwrap();
+        let error = Dataset::packed(open(), 256, 5).unwrap_err().to_string();
+        assert!(error.contains("t: document ") && error.ends_with("the content is damaged"), "{error}");
+        // A stream has samples all the same; where documents start it may not.
+        let stream = Dataset::new(open(), 256, 2).unwrap();
+        assert_eq!(stream.sample(2).unwrap(), [5, 6, 7]);
+        assert!((0..3).any(|i| stream.document_starts(i).is_err()));
+        let _ = Documents::split(open(), 0.5);
     }
 }
 
