@@ -248,7 +248,7 @@ fn vocabulary_and_update(c: &mut Criterion) {
     });
     let parameters = EXPERTS * 3 * FFN * HIDDEN;
     measure(c, "adamw", parameters, |cpu| {
-        let [mut w, mut master, mut m, mut v, g] = [1, 2, 3, 4, 5].map(|_| matrix(cpu, 1, parameters));
+        let [mut master, mut m, mut v, g] = [2, 3, 4, 5].map(|_| matrix(cpu, 1, parameters));
         let hyper = AdamW {
             lr: 1e-4,
             beta1: 0.9,
@@ -260,8 +260,9 @@ fn vocabulary_and_update(c: &mut Criterion) {
         };
         let cpu = cpu.clone();
         Box::new(move || {
-            let (w, master) = (mutable!(w), mutable!(master));
-            cpu.adamw(w, master, mutable!(m).into(), mutable!(v).into(), g.view(), &hyper).expect("adamw");
+            let master = mutable!(master);
+            let (m, v) = (mutable!(m).into(), mutable!(v).into());
+            Optim::<f32>::adamw(&cpu, None, master, m, v, g.view(), &hyper).expect("adamw");
         })
     });
     measure(c, "dot", parameters, |cpu| {

@@ -24,6 +24,13 @@ pub trait Device: Clone + Debug + Send + Sync + 'static {
 
     /// Allocates `bytes` bytes of unspecified content.
     fn alloc(&self, bytes: usize) -> Result<Self::Buf>;
+    /// Allocates `bytes` bytes that are 0. A device whose fresh memory is 0 anyway need not touch it, so that what is never
+    /// written takes no memory there.
+    fn alloc_zeroed(&self, bytes: usize) -> Result<Self::Buf> {
+        let mut buf = self.alloc(bytes)?;
+        self.zero(&mut buf, 0..bytes)?;
+        Ok(buf)
+    }
     /// Length of a buffer in bytes, as asked for.
     fn byte_len(buf: &Self::Buf) -> usize;
     /// Sets a byte range to zero.

@@ -97,6 +97,11 @@ pub trait Float:
     fn from_acc(x: Self::Acc) -> Self;
     /// Widens to the accumulator (exact).
     fn to_acc(self) -> Self::Acc;
+
+    /// Whether the type is its own accumulator.
+    fn is_acc() -> bool {
+        Self::DTYPE == Self::Acc::DTYPE
+    }
 }
 
 macro_rules! float {

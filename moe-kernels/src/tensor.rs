@@ -193,6 +193,20 @@ impl<'a, T: Element, D: Device> ViewMut<'a, T, D> {
     }
 }
 
+impl<'a, T: Float, D: Device> ViewMut<'a, T, D> {
+    /// The same matrix as one of the accumulation type, which must be `T` itself.
+    pub fn into_acc(self) -> Result<ViewMut<'a, T::Acc, D>> {
+        require_acc::<T>()?;
+        Ok(ViewMut { buf: self.buf, layout: self.layout, element: PhantomData })
+    }
+}
+
+fn require_acc<T: Float>() -> Result<()> {
+    crate::check::argument("into_acc", T::is_acc(), || {
+        format!("{} is not its own accumulation type, {}", T::DTYPE, T::Acc::DTYPE)
+    })
+}
+
 /// An owned matrix. Clones and row or column slices share memory; what is shared is never written
 /// ([`Tensor::view_mut`] refuses), so a tensor that was handed to a communicator stays as it was.
 #[derive(Debug)]
@@ -217,10 +231,8 @@ impl<T: Element, D: Device> Tensor<T, D> {
 
     /// A new matrix of zeros.
     pub fn zeros(device: &D, rows: usize, cols: usize) -> Result<Self> {
-        let bytes = rows * cols * size_of::<T>();
-        let mut buf = device.alloc(bytes)?;
-        device.zero(&mut buf, 0..bytes)?;
-        Ok(Tensor { buf: Arc::new(buf), layout: Layout::contiguous(rows, cols), element: PhantomData })
+        let buf = Arc::new(device.alloc_zeroed(rows * cols * size_of::<T>())?);
+        Ok(Tensor { buf, layout: Layout::contiguous(rows, cols), element: PhantomData })
     }
 
     /// A new matrix with these elements, row by row.
@@ -236,6 +248,24 @@ impl<T: Element, D: Device> Tensor<T, D> {
         let mut buf = device.alloc(size_of_val(elements))?;
         device.upload(&mut buf, 0, bytemuck::cast_slice(elements))?;
         Ok(Tensor { buf: Arc::new(buf), layout: Layout::contiguous(rows, cols), element: PhantomData })
+    }
+
+    /// A new matrix with the same elements, which shares no memory; they must be contiguous.
+    pub fn copy(&self, device: &D) -> Result<Self> {
+        let [rows, cols] = self.layout.reshape(self.layout.rows, self.layout.cols)?.shape();
+        let bytes = self.byte_range();
+        let mut buf = device.alloc(bytes.len())?;
+        device.copy(&mut buf, 0, &self.buf, bytes)?;
+        Ok(Tensor { buf: Arc::new(buf), layout: Layout::contiguous(rows, cols), element: PhantomData })
+    }
+
+    /// Writes these elements, row by row, over those from element `at` on of a contiguous matrix; [`Error::Shared`] while
+    /// another tensor or a communicator holds the memory.
+    pub fn upload(&mut self, device: &D, at: usize, elements: &[T]) -> Result<()> {
+        let whole = self.layout.reshape(1, self.layout.len())?;
+        let offset = whole.columns(at..at.saturating_add(elements.len()))?.offset;
+        let mut view = self.view_mut()?;
+        device.upload(view.buf(), offset * size_of::<T>(), bytemuck::cast_slice(elements))
     }
 
     /// A matrix inside a buffer (what a communicator returned, say).
@@ -315,6 +345,12 @@ impl<T: Element, D: Device> Tensor<T, D> {
 }
 
 impl<T: Float, D: Device> Tensor<T, D> {
+    /// The same matrix as one of the accumulation type, which must be `T` itself.
+    pub fn into_acc(self) -> Result<Tensor<T::Acc, D>> {
+        require_acc::<T>()?;
+        Ok(Tensor { buf: self.buf, layout: self.layout, element: PhantomData })
+    }
+
     /// A new matrix from doubles, rounded.
     pub fn from_f64(device: &D, rows: usize, cols: usize, elements: &[f64]) -> Result<Self> {
         let rounded: Vec<T> = elements.iter().map(|&x| T::from_f64(x)).collect();

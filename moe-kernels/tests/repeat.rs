@@ -150,7 +150,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     let grad = matrix(cpu, 1, flat, 21)?;
     let hyper =
         AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5 };
-    let (weight_view, master_view) = (weight.view_mut()?, master.view_mut()?);
+    let (weight_view, master_view) = (Some(weight.view_mut()?), master.view_mut()?);
     cpu.adamw(weight_view, master_view, m.view_mut()?.into(), v.view_mut()?.into(), grad.view(), &hyper)?;
     bits.keep(cpu, "adamw", &weight)?;
 

@@ -1,7 +1,5 @@
 //! The crate's error type.
 
-use moe_kernels::DType;
-
 use crate::recompute::RecomputeModule;
 
 /// Result of every fallible call of this crate.
@@ -208,16 +206,6 @@ pub enum Error {
         expected: usize,
         /// Values given.
         got: usize,
-    },
-    /// A weight was set from a buffer of another size.
-    #[error("bucket of {expected} {dtype} elements was given {got}")]
-    BucketLength {
-        /// Elements of the bucket.
-        expected: usize,
-        /// Elements given.
-        got: usize,
-        /// Type of the elements.
-        dtype: DType,
     },
 }
 

@@ -1,10 +1,12 @@
 //! Laws of parameter layouts: whatever the folding, every logical element has one owner and one starting value.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::ops::Range;
 
-use moe_model::params::{ParamLayout, ParamLayoutBuilder};
+use moe_model::params::{BucketLayout, Init, Logical, Name, ParamLayout, ParamLayoutBuilder, Placed, Stream};
 use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
-use moe_topology::{Attention, Folding, Mapping};
+use moe_topology::{Attention, Folding, Mapping, Owner, Placement};
 use proptest::prelude::*;
 
 fn model() -> ModelConfig {
@@ -55,6 +57,37 @@ fn foldings() -> impl Strategy<Value = Folding> {
     })
 }
 
+fn initial(bucket: &BucketLayout, seed: u64, range: Range<usize>) -> Vec<f64> {
+    let mut values = vec![0.0; range.len()];
+    let done: Result<(), Infallible> = bucket.initial(seed, range.clone(), |at, run| {
+        values[at - range.start..][..run.len()].copy_from_slice(run);
+        Ok(())
+    });
+    done.unwrap();
+    values
+}
+
+/// A bucket that takes more than one run of elements, so that several cores make it, is made of the elements.
+#[test]
+fn large_tensors_start_as_small_ones_do() {
+    let folding = Folding::new(Mapping { world_size: 3, tp: 3, ..Mapping::default() }).unwrap();
+    let mut params = ParamLayoutBuilder::new(&folding, 1);
+    let placement =
+        Placement::new(&[301, 1539], &[(1, Attention::TP)], Attention::DP, Owner::Stage(0)).unwrap();
+    let (name, placement, init) = (Name::One("w".into()), Placed::Attention(placement), Init::Normal(2.0));
+    params.add(&[Logical { name, placement, init }]).unwrap();
+    let layout = params.build();
+    let [bucket] = layout.buckets() else { panic!("one bucket") };
+    let stream = Stream::new(5, "w", Init::Normal(2.0));
+    let range = 1000..bucket.len - 777;
+    let values = initial(bucket, 5, range.clone());
+    for (at, value) in range.zip(values) {
+        let want =
+            if at < 301 * 513 { stream.element((at / 513 * 1539 + 513 + at % 513) as u64) } else { 0.0 };
+        assert_eq!(value.to_bits(), want.to_bits(), "element {at}");
+    }
+}
+
 /// Keys of a ring come in two runs of positions each, which a window does not fit.
 #[test]
 fn a_window_on_a_ring_is_refused() {
@@ -102,15 +135,15 @@ proptest! {
         let one = layout(&Folding::new(Mapping::default()).unwrap(), 0);
         let mut start: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
         for bucket in one.buckets() {
-            let values = bucket.initial(seed, 0..bucket.len);
+            let values = initial(bucket, seed, 0..bucket.len);
             for part in &bucket.parts {
                 start.insert(&part.name, values[part.range()].to_vec());
             }
         }
         let rank = seed as usize % folding.world_size();
         for bucket in layout(&folding, rank).buckets() {
-            let values = bucket.initial(seed, 0..bucket.len);
-            prop_assert_eq!(&values[bucket.slice.clone()], &bucket.initial(seed, bucket.slice.clone())[..]);
+            let values = initial(bucket, seed, 0..bucket.len);
+            prop_assert_eq!(&values[bucket.slice.clone()], &initial(bucket, seed, bucket.slice.clone())[..]);
             for part in &bucket.parts {
                 for (n, value) in values[part.range()].iter().enumerate() {
                     prop_assert_eq!(*value, start[part.name.as_str()][part.logical_index(n)]);

@@ -8,7 +8,7 @@ use common::checkpoints::{meta, rewrite};
 use common::{DEADLINE, Outcome, RandomBatches, assert_equal, gather, pieces, setup, tiny_model};
 use moe_comm::{Comms, ThreadWorld};
 use moe_dispatch::DispatcherKind;
-use moe_kernels::{Backend, Cpu, Float, Tensor};
+use moe_kernels::{Backend, Cpu, Float};
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::config::ScoringFunc;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
@@ -93,7 +93,7 @@ fn logits(checkpoint: &Path) -> Vec<f64> {
                 let values = bytes.chunks_exact(8).map(|x| f64::from_le_bytes(x.try_into().unwrap()));
                 weights[part.range()].iter_mut().zip(values).for_each(|(to, x)| *to = x);
             }
-            params.set_weights(bucket, Tensor::from_slice(&device, 1, weights.len(), &weights)?)?;
+            params.weights_mut(bucket)?.upload(&device, 0, &weights)?;
         }
         let mut groups = Comms::<Cpu>::builder();
         groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));

@@ -39,8 +39,13 @@ pub fn memory<D: Device>(device: &D) {
     assert_eq!(device.memory().peak, live);
 
     assert_eq!(D::byte_len(&device.alloc(0).expect("nothing")), 0);
-    let zeros = Tensor::<f64, D>::zeros(device, 3, 5).expect("zeros");
-    assert_eq!(zeros.to_vec(device).expect("download"), [0.0; 15]);
+    for _ in 0..2 {
+        // Fresh memory the first time, and what is not 0 any more, perhaps, the second time.
+        let mut zeros = Tensor::<f64, D>::zeros(device, 3, 5).expect("zeros");
+        assert_eq!(zeros.to_vec(device).expect("download"), [0.0; 15]);
+        let buf = zeros.view_mut().expect("exclusive");
+        device.upload({ buf }.buf(), 8, bytemuck::bytes_of(&1.0f64)).expect("upload");
+    }
 
     let values: Vec<i32> = (0..12).collect();
     let mut t = Tensor::from_slice(device, 3, 4, &values).expect("tensor");

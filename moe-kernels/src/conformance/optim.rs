@@ -73,6 +73,8 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
     let mut pmaster = place::<T::Acc, D>(device, &master);
     let [mut pm, mut pv] = bf16.map(|bf16| Kept::<T::Acc, D>::zeros(device, n, bf16));
     let [mut m, mut v] = [(); 2].map(|()| Matrix::from_fn(1, n, |_, _| 0.0));
+    let mut own = place::<T::Acc, D>(device, &master);
+    let [mut own_m, mut own_v] = bf16.map(|bf16| Kept::<T::Acc, D>::zeros(device, n, bf16));
     for step in 1..4 {
         let h = AdamW {
             lr: 0.01 * step as f64,
@@ -89,7 +91,7 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
         }
         let pg = place::<T::Acc, D>(device, &grad);
         device
-            .adamw(weight.view_mut(), pmaster.view_mut(), pm.view_mut(), pv.view_mut(), pg.view(), &h)
+            .adamw(Some(weight.view_mut()), pmaster.view_mut(), pm.view_mut(), pv.view_mut(), pg.view(), &h)
             .expect("adamw");
         for i in 0..n {
             let g = grad.data[i] * h.grad_scale;
@@ -108,9 +110,14 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
             Matrix::row(&pmaster.read().data.iter().map(|&x| T::from_f64(x).to_f64()).collect::<Vec<_>>());
         assert_close(&what("weight"), &weight.read(), &rounded, 0.0);
 
+        device
+            .adamw(None, own.view_mut(), own_m.view_mut(), own_v.view_mut(), pg.view(), &h)
+            .expect("adamw of weights that are their own master");
+        assert_close(&what("the master alone"), &own.read(), &pmaster.read(), 0.0);
+
         let longer = place::<T::Acc, D>(device, &Matrix::from_fn(1, n + 1, |_, _| 0.0));
         let refused = device.adamw(
-            weight.view_mut(),
+            Some(weight.view_mut()),
             pmaster.view_mut(),
             pm.view_mut(),
             pv.view_mut(),
@@ -120,7 +127,7 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
         assert_refused("grad", refused);
         let zeroth = AdamW { step: 0, ..h };
         let refused = device.adamw(
-            weight.view_mut(),
+            Some(weight.view_mut()),
             pmaster.view_mut(),
             pm.view_mut(),
             pv.view_mut(),

@@ -126,26 +126,27 @@ impl Drop for CpuBuf {
 /// Words of 16 bytes of which those from `start` on begin a cache line.
 #[derive(Default)]
 struct Block {
-    words: Vec<u128>,
+    words: Box<[u128]>,
     start: usize,
 }
 
 const WORD: usize = size_of::<u128>();
 const LINE: usize = 64;
+/// Blocks of so many bytes and more go back to the system: between the passes of a step, the gradients of a large layer
+/// are to leave room for what else is large, and fresh pages cost little beside the work on so many elements.
+const LARGE: usize = 64 << 20;
 
 impl Block {
-    /// `None` if the system has no memory left.
+    /// Of zeros, which take no memory before they are written; `None` if the system has none left.
     fn new(bytes: usize) -> Option<Block> {
         let len = bytes / WORD + (LINE / WORD - 1);
-        let mut words: Vec<u128> = Vec::new();
-        words.try_reserve_exact(len).ok()?;
-        words.resize(len, 0);
+        let words: Box<[u128]> = bytemuck::allocation::try_zeroed_slice_box(len).ok()?;
         let start = words.as_ptr().align_offset(LINE);
         Some(Block { words, start })
     }
 }
 
-/// Keeps freed blocks by size class, because fresh pages are far dearer than used ones.
+/// Keeps freed blocks by size class, unless they are [`LARGE`], because fresh pages are far dearer than used ones.
 struct Allocator {
     poison: bool,
     state: Mutex<State>,
@@ -169,34 +170,30 @@ impl Allocator {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(self: &Arc<Self>, bytes: usize) -> Result<CpuBuf> {
+    /// A buffer, and whether its block is fresh, which is all zeros.
+    fn take(self: &Arc<Self>, bytes: usize) -> Result<(CpuBuf, bool)> {
         let mut state = self.lock();
         let out_of_memory = Error::OutOfMemory { requested: bytes, live: state.stats.live };
         let Some(class) = size_class(bytes) else { return Err(out_of_memory) };
-        let block = match state.free.get_mut(&class).and_then(Vec::pop) {
+        let kept = state.free.get_mut(&class).and_then(Vec::pop);
+        let fresh = kept.is_none();
+        let block = match kept.or_else(|| Block::new(class)) {
             Some(block) => block,
-            None => match Block::new(class) {
-                Some(block) => block,
-                None => {
-                    state.free.clear();
-                    Block::new(class).ok_or(out_of_memory)?
-                }
-            },
+            None => {
+                state.free.clear();
+                Block::new(class).ok_or(out_of_memory)?
+            }
         };
         state.stats.live += bytes;
         state.stats.peak = state.stats.peak.max(state.stats.live);
         drop(state);
-        let mut buf = CpuBuf { block, bytes, allocator: self.clone() };
-        if self.poison {
-            buf.as_bytes_mut().fill(0xff);
-        }
-        Ok(buf)
+        Ok((CpuBuf { block, bytes, allocator: self.clone() }, fresh))
     }
 
     fn give_back(&self, block: Block, bytes: usize) {
         let mut state = self.lock();
         state.stats.live -= bytes;
-        if let Some(class) = size_class(bytes) {
+        if let Some(class) = size_class(bytes).filter(|&class| class < LARGE) {
             state.free.entry(class).or_default().push(block);
         }
     }
@@ -213,7 +210,19 @@ impl Device for Cpu {
     type Buf = CpuBuf;
 
     fn alloc(&self, bytes: usize) -> Result<CpuBuf> {
-        self.allocator.take(bytes)
+        let (mut buf, _) = self.allocator.take(bytes)?;
+        if self.allocator.poison {
+            buf.as_bytes_mut().fill(0xff);
+        }
+        Ok(buf)
+    }
+
+    fn alloc_zeroed(&self, bytes: usize) -> Result<CpuBuf> {
+        let (mut buf, fresh) = self.allocator.take(bytes)?;
+        if !fresh {
+            buf.as_bytes_mut().fill(0);
+        }
+        Ok(buf)
     }
 
     fn byte_len(buf: &CpuBuf) -> usize {
@@ -289,6 +298,28 @@ mod tests {
         drop(b);
         cpu.reset_peak();
         assert_eq!(cpu.memory(), MemoryStats::default());
+    }
+
+    #[test]
+    fn zeros_are_zeros_in_fresh_blocks_and_in_used_ones() {
+        for cpu in [Cpu::new(1), Cpu::poisoned(1)] {
+            for _ in 0..2 {
+                let mut a = cpu.alloc_zeroed(1000).unwrap();
+                assert!(a.as_bytes().iter().all(|&byte| byte == 0));
+                a.as_bytes_mut().fill(7);
+            }
+        }
+    }
+
+    #[test]
+    fn large_blocks_are_not_kept() {
+        let cpu = Cpu::new(1);
+        for (bytes, kept) in [(LARGE / 2, 1), (LARGE, 0), (LARGE + 1, 0)] {
+            drop(cpu.alloc(bytes).unwrap());
+            let state = cpu.allocator.lock();
+            assert_eq!(state.free.get(&size_class(bytes).unwrap()).map_or(0, Vec::len), kept, "{bytes}");
+            assert_eq!(state.stats.live, 0);
+        }
     }
 
     #[test]

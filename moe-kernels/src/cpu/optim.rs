@@ -46,13 +46,12 @@ impl<T: CpuFloat> Factors<T> {
 }
 
 simd! {
-    fn update<T>(weight: &mut [T], master: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], f: Factors<T>) {
-        for ((((weight, master), m), v), &g) in weight.iter_mut().zip(master).zip(m).zip(v).zip(grad) {
+    fn update<T>(master: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], f: Factors<T>) {
+        for (((master, m), v), &g) in master.iter_mut().zip(m).zip(v).zip(grad) {
             let g = g * f.grad_scale;
             *m = f.beta1 * *m + f.one_minus_beta1 * g;
             *v = f.beta2 * *v + f.one_minus_beta2 * (g * g);
             *master = f.keep * *master - f.step_size * *m / ((*v * f.correction2).sqrt() + f.eps);
-            *weight = *master;
         }
     }
 }
@@ -116,7 +115,7 @@ fn shape<T: CpuFloat>(moment: &MomentMut<'_, T, Cpu>) -> [usize; 2] {
 impl<T: CpuFloat> Optim<T> for Cpu {
     fn adamw(
         &self,
-        mut weight: ViewMut<'_, T, Self>,
+        mut weight: Option<ViewMut<'_, T, Self>>,
         mut master: ViewMut<'_, T, Self>,
         mut m: MomentMut<'_, T, Self>,
         mut v: MomentMut<'_, T, Self>,
@@ -126,31 +125,37 @@ impl<T: CpuFloat> Optim<T> for Cpu {
         const KERNEL: &str = "adamw";
         let [_, n] = grad.shape();
         check::shape(KERNEL, "grad", [1, n], grad.shape())?;
-        check::shape(KERNEL, "weight", [1, n], weight.shape())?;
+        if let Some(weight) = &weight {
+            check::shape(KERNEL, "weight", [1, n], weight.shape())?;
+        }
         check::shape(KERNEL, "master", [1, n], master.shape())?;
         check::shape(KERNEL, "m", [1, n], shape(&m))?;
         check::shape(KERNEL, "v", [1, n], shape(&v))?;
         check::argument(KERNEL, hyper.step > 0, || "updates are numbered from 1".to_owned())?;
         let factors = Factors::new(hyper);
         let grad = Mat::from(grad).vector();
-        let (mut weight, mut master) =
-            (MatMut::from(&mut weight).vector(), MatMut::from(&mut master).vector());
+        let mut weight = weight.as_mut().map(|weight| MatMut::from(weight).vector());
+        let mut master = MatMut::from(&mut master).vector();
         let (mut m, mut v) = (Kept::new(&mut m), Kept::new(&mut v));
         let tasks = blocks(n, rows_per_piece(1))
             .map(|r| {
                 let len = r.len();
-                (take(&mut weight, len), take(&mut master, len), m.take(len), v.take(len), &grad[r])
+                let weight = weight.as_mut().map(|weight| take(weight, len));
+                (weight, take(&mut master, len), m.take(len), v.take(len), &grad[r])
             })
             .collect();
         self.for_each(tasks, |(mut weight, mut master, mut m, mut v, grad)| {
             let (mut wide_m, mut wide_v) = ([T::ZERO; CHUNK], [T::ZERO; CHUNK]);
             for grad in grad.chunks(CHUNK) {
                 let len = grad.len();
-                let (weight, master) = (take(&mut weight, len), take(&mut master, len));
+                let master = take(&mut master, len);
                 let (mut m, mut v) = (m.take(len), v.take(len));
-                update(weight, master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
+                update(master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
                 m.close(&wide_m);
                 v.close(&wide_v);
+                if let Some(weight) = &mut weight {
+                    take(weight, len).copy_from_slice(master);
+                }
             }
         })
     }

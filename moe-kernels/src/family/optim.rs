@@ -39,12 +39,13 @@ impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
 /// Optimizer updates on flat slices.
 pub trait Optim<T: Float>: Device {
     /// With `g = grad · grad_scale`: `m = β1·m + (1−β1)·g`, `v = β2·v + (1−β2)·g²`,
-    /// `master −= lr · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`, `weight` = `master` rounded.
+    /// `master −= lr · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`, `weight` = `master` rounded, unless the
+    /// weights are their own master.
     /// All `[1, n]`. Everything is computed in `T::Acc`; a moment that is kept in bf16 is rounded after `master` was
     /// updated by its unrounded value.
     fn adamw(
         &self,
-        weight: ViewMut<'_, T, Self>,
+        weight: Option<ViewMut<'_, T, Self>>,
         master: ViewMut<'_, T::Acc, Self>,
         m: MomentMut<'_, T::Acc, Self>,
         v: MomentMut<'_, T::Acc, Self>,

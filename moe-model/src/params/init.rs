@@ -3,6 +3,9 @@
 //! Element `n` of a tensor (row-major, unsharded) is drawn from a counter-based generator, so every rank makes its
 //! own block of the same tensor under any mapping.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+
 use moe_kernels::random::philox4x32_10;
 
 /// How a tensor starts.
@@ -47,21 +50,84 @@ impl Stream {
         }
     }
 
-    /// Standard normal by Box and Muller: the counter `n >> 1` gives a pair, cosine for even `n`, sine for odd.
+    /// The elements from `n` on, as many as `out` takes.
+    pub fn fill(&self, n: u64, out: &mut [f64]) {
+        let Init::Normal(std) = self.init else { return out.fill(self.element(n)) };
+        let (odd, pairs) = out.split_at_mut((n as usize % 2).min(out.len()));
+        odd.fill(self.element(n));
+        for (pair, out) in (n.div_ceil(2)..).zip(pairs.chunks_mut(2)) {
+            for (out, normal) in out.iter_mut().zip(self.pair(pair)) {
+                *out = std * normal;
+            }
+        }
+    }
+
+    /// Standard normal.
     fn normal(&self, n: u64) -> f64 {
-        let pair = n >> 1;
+        self.pair(n >> 1)[n as usize & 1]
+    }
+
+    /// Two standard normals by Box and Muller, of the counter `pair`: the cosine is element `2·pair`, the sine the next.
+    fn pair(&self, pair: u64) -> [f64; 2] {
         let [a, b, c, d] = philox4x32_10([pair as u32, (pair >> 32) as u32, 0, 0], self.key);
         let bits = |low: u32, high: u32| (((high as u64) << 32 | low as u64) >> 11) as f64;
         const ULP: f64 = 1.0 / (1u64 << 53) as f64;
         let radius = libm::sqrt(-2.0 * libm::log((bits(a, b) + 1.0) * ULP));
         let angle = 2.0 * std::f64::consts::PI * (bits(c, d) * ULP);
-        radius * if n & 1 == 0 { libm::cos(angle) } else { libm::sin(angle) }
+        [radius * libm::cos(angle), radius * libm::sin(angle)]
     }
+}
+
+/// Gives `put` what each of `runs` makes, with where it belongs, in no order. Where there are several, all cores make them.
+pub(super) fn on_all_cores<F, E>(
+    runs: &[(usize, F)],
+    mut put: impl FnMut(usize, &[f64]) -> Result<(), E>,
+) -> Result<(), E>
+where
+    F: Fn() -> Vec<f64> + Sync,
+{
+    let cores = std::thread::available_parallelism().map_or(1, usize::from).min(runs.len());
+    if cores < 2 {
+        return runs.iter().try_for_each(|(at, run)| put(*at, &run()));
+    }
+    let next = AtomicUsize::new(0);
+    let (done, made) = mpsc::sync_channel(cores);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            let (next, done) = (&next, done.clone());
+            scope.spawn(move || {
+                while let Some((at, run)) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // Nobody receives any more after an error of `put`.
+                    if done.send((*at, run())).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(done);
+        // Consumed here, so that an error ends the threads.
+        made.into_iter().try_for_each(|(at, values)| put(at, &values))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_of_elements_are_the_elements() {
+        for init in [Init::Ones, Init::Zeros, Init::Normal(0.5)] {
+            let stream = Stream::new(3, "a", init);
+            for (first, len) in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 6), (0, 7), (5, 6), (5, 7), (1 << 40, 9)]
+            {
+                let mut run = vec![f64::NAN; len];
+                stream.fill(first, &mut run);
+                let bits = |x: f64| x.to_bits();
+                let elements = (first..first + len as u64).map(|n| bits(stream.element(n)));
+                assert!(run.into_iter().map(bits).eq(elements), "{init:?}: {len} from {first}");
+            }
+        }
+    }
 
     #[test]
     fn moments_and_independence_of_names() {

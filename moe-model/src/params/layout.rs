@@ -5,11 +5,14 @@ use std::ops::Range;
 
 use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Mapping, Placement, View};
 
-use super::init::{Init, Stream};
+use super::init::{Init, Stream, on_all_cores};
 use crate::{DecoderStage, Error, Execution, ModelConfig, PipelineLayout, Result};
 
 /// Storage tensors start at multiples of this many elements, which suits vector and bulk copies on every device.
 const ALIGN: usize = 64;
+
+/// Starting values that are computed at a time.
+const RUN: usize = 1 << 17;
 
 /// A placement in either view.
 #[derive(Debug, Clone, PartialEq)]
@@ -148,6 +151,19 @@ impl Part {
         self.offset..self.offset + self.len()
     }
 
+    /// The starting values of some elements of the block.
+    fn initial(&self, stream: Stream, elements: Range<usize>) -> Vec<f64> {
+        let mut values = vec![0.0; elements.len()];
+        let mut at = elements.start;
+        while at < elements.end {
+            let end = elements.end.min((at / self.cols.len() + 1) * self.cols.len());
+            let run = at - elements.start..end - elements.start;
+            stream.fill(self.logical_index(at) as u64, &mut values[run]);
+            at = end;
+        }
+        values
+    }
+
     /// Row-major index in the logical tensor of the block's element `n`.
     pub fn logical_index(&self, n: usize) -> usize {
         let width = self.cols.len();
@@ -211,17 +227,29 @@ pub struct BucketLayout {
 }
 
 impl BucketLayout {
-    /// The starting values of the elements in `range` (0 in padding).
-    pub fn initial(&self, seed: u64, range: Range<usize>) -> Vec<f64> {
-        let mut values = vec![0.0; range.len()];
-        for part in &self.parts {
+    /// Gives `put` the starting values of the elements in `range`, some at a time in no order, each run with its first
+    /// element's place in the bucket. What it leaves out, padding among it, is 0. All cores compute.
+    ///
+    /// # Errors
+    /// Those of `put`.
+    pub fn initial<E>(
+        &self,
+        seed: u64,
+        range: Range<usize>,
+        put: impl FnMut(usize, &[f64]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let mut runs = Vec::new();
+        for part in self.parts.iter().filter(|part| part.init != Init::Zeros) {
             let stream = Stream::new(seed, &part.name, part.init);
             let own = part.range();
-            for at in own.start.max(range.start)..own.end.min(range.end) {
-                values[at - range.start] = stream.element(part.logical_index(at - own.start) as u64);
+            let mut start = own.start.max(range.start);
+            while start < own.end.min(range.end) {
+                let end = own.end.min(range.end).min(start + RUN);
+                runs.push((start, move || part.initial(stream, start - part.offset..end - part.offset)));
+                start = end;
             }
         }
-        values
+        on_all_cores(&runs, put)
     }
 }
 

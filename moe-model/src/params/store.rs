@@ -16,13 +16,49 @@ pub type WeightAndGrad<'a, T, D> = (View<'a, T, D>, ViewMut<'a, <T as Float>::Ac
 #[derive(Debug)]
 pub struct ParamStore<T: Float, D: Device> {
     layout: ParamLayout,
-    /// None while they are arriving.
-    weights: Vec<Option<Tensor<T, D>>>,
-    arriving: Vec<Option<Pending<T, D>>>,
+    weights: Vec<Weights<T, D>>,
     grads: Vec<Grads<T::Acc, D>>,
     buffers: Vec<Tensor<T::Acc, D>>,
     /// Whether buckets are reduced as soon as they are complete.
     reduce_early: bool,
+}
+
+#[derive(Debug)]
+enum Weights<T, D: Device> {
+    Here(Tensor<T, D>),
+    /// This rank's slice, and all of them, which are on their way.
+    Arriving(Tensor<T, D>, Pending<T, D>),
+    /// This rank's slice was taken, to be written.
+    Taken,
+}
+
+impl<T: Element, D: Device> Weights<T, D> {
+    fn here(&self) -> Result<&Tensor<T, D>> {
+        match self {
+            Weights::Here(weights) => Ok(weights),
+            Weights::Arriving(..) | Weights::Taken => Err(Error::NoWeights),
+        }
+    }
+
+    fn here_mut(&mut self) -> Result<&mut Tensor<T, D>> {
+        match self {
+            Weights::Here(weights) => Ok(weights),
+            Weights::Arriving(..) | Weights::Taken => Err(Error::NoWeights),
+        }
+    }
+
+    /// Waits for them, if they are on their way.
+    fn arrive(&mut self) -> Result<()> {
+        if let Weights::Arriving(..) = self {
+            let Weights::Arriving(_, pending) = std::mem::replace(self, Weights::Taken) else {
+                return Ok(());
+            };
+            let weights = pending.wait()?;
+            let [rows, cols] = weights.shape();
+            *self = Weights::Here(weights.reshape(1, rows * cols)?);
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug)]
@@ -59,31 +95,30 @@ impl<A: Float, D: Device> Grads<A, D> {
 impl<T: Float, D: Device> ParamStore<T, D> {
     /// Weights at their starting values, which depend on `seed` and names alone: rounded to `T::Acc`, then to `T`.
     pub fn new(layout: ParamLayout, seed: u64, device: &D) -> Result<Self> {
-        Self::with_weights(layout, device, |bucket| {
-            let values = bucket.initial(seed, 0..bucket.len).into_iter();
-            Ok(values.map(|x| T::from_acc(T::Acc::from_f64(x))).collect())
-        })
+        let mut params = Self::zeros(layout, device)?;
+        params.start(seed, device)?;
+        Ok(params)
     }
 
-    /// Weights that `of` gives, bucket by bucket; buffers start at 0.
-    ///
-    /// # Errors
-    /// Those of `of`, or the device has no memory.
-    pub fn with_weights<E: From<Error>>(
-        layout: ParamLayout,
-        device: &D,
-        mut of: impl FnMut(&BucketLayout) -> std::result::Result<Vec<T>, E>,
-    ) -> std::result::Result<Self, E> {
-        let mut weights = Vec::with_capacity(layout.buckets().len());
-        for bucket in layout.buckets() {
-            let values = of(bucket)?;
-            weights.push(Some(Tensor::from_slice(device, 1, bucket.len, &values).map_err(Error::from)?));
-        }
-        let arriving = weights.iter().map(|_| None).collect();
+    /// Weights of 0, to be written.
+    pub fn zeros(layout: ParamLayout, device: &D) -> Result<Self> {
+        let zeros = |bucket: &BucketLayout| Ok(Weights::Here(Tensor::zeros(device, 1, bucket.len)?));
+        let weights = layout.buckets().iter().map(zeros).collect::<Result<Vec<_>>>()?;
         let grads = weights.iter().map(|_| Grads::None).collect();
         let buffers = layout.buffers().map(|(_, buffer)| Tensor::zeros(device, 1, buffer.len));
-        let buffers = buffers.collect::<std::result::Result<_, _>>().map_err(Error::from)?;
-        Ok(ParamStore { layout, weights, arriving, grads, buffers, reduce_early: false })
+        let buffers = buffers.collect::<std::result::Result<_, _>>()?;
+        Ok(ParamStore { layout, weights, grads, buffers, reduce_early: false })
+    }
+
+    /// Makes weights of 0 what they are at the start, as in [`new`](Self::new).
+    pub fn start(&mut self, seed: u64, device: &D) -> Result<()> {
+        for (bucket, weights) in self.layout.buckets().iter().zip(&mut self.weights) {
+            bucket.initial(seed, 0..bucket.len, |at, values| {
+                let values: Vec<T> = values.iter().map(|&x| T::from_acc(T::Acc::from_f64(x))).collect();
+                Ok::<_, Error>(weights.here_mut()?.upload(device, at, &values)?)
+            })?;
+        }
+        Ok(())
     }
 
     /// Where everything lies.
@@ -113,7 +148,7 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     /// A weight to read and its gradient to add to.
     pub fn weight_and_grad(&mut self, id: ParamId) -> Result<WeightAndGrad<'_, T, D>> {
         let slot = self.layout.slot(id);
-        let weight = self.weights[slot.bucket].as_ref().ok_or(Error::NoWeights)?.view();
+        let weight = self.weights[slot.bucket].here()?.view();
         let weight = weight.columns(slot.range())?.reshape(slot.rows, slot.cols)?;
         let grad = self.grads[slot.bucket].sum_mut()?.view_mut()?;
         Ok((weight, grad.columns(slot.range())?.reshape(slot.rows, slot.cols)?))
@@ -165,19 +200,35 @@ impl<T: Float, D: Device> ParamStore<T, D> {
 
     /// A bucket's weights, `[1, len]`.
     pub fn weights(&self, bucket: usize) -> Result<&Tensor<T, D>> {
-        self.weights[bucket].as_ref().ok_or(Error::NoWeights)
+        self.weights[bucket].here()
     }
 
-    /// Replaces a bucket's weights, `[1, len]`.
-    pub fn set_weights(&mut self, bucket: usize, weights: Tensor<T, D>) -> Result<()> {
-        let expected = self.layout.buckets()[bucket].len;
-        let [rows, cols] = weights.shape();
-        if rows * cols != expected {
-            return Err(Error::BucketLength { expected, got: rows * cols, dtype: <T as Element>::DTYPE });
+    /// A bucket's weights, `[1, len]`, to write: all ranks of its group the same.
+    pub fn weights_mut(&mut self, bucket: usize) -> Result<&mut Tensor<T, D>> {
+        self.weights[bucket].here_mut()
+    }
+
+    /// This rank's slice of a bucket's weights, `[1, slice]`, also while the others' are on their way.
+    pub fn slice(&self, bucket: usize) -> Result<Tensor<T, D>> {
+        match &self.weights[bucket] {
+            Weights::Arriving(slice, _) => Ok(slice.clone()),
+            weights => Ok(weights.here()?.columns(self.layout.buckets()[bucket].slice.clone())?),
         }
-        self.weights[bucket] = Some(weights.reshape(1, expected)?);
-        self.arriving[bucket] = None;
-        Ok(())
+    }
+
+    /// Gives up a bucket's weights but for this rank's slice, `[1, slice]`, which is to be written and handed to
+    /// [`start_gather`](Self::start_gather). A rank alone writes the weights where they are.
+    pub fn take_slice(&mut self, bucket: usize, device: &D) -> Result<Tensor<T, D>> {
+        self.weights[bucket].arrive()?;
+        self.weights[bucket].here()?;
+        let Weights::Here(weights) = std::mem::replace(&mut self.weights[bucket], Weights::Taken) else {
+            return Err(Error::NoWeights);
+        };
+        let BucketLayout { slice, len, .. } = &self.layout.buckets()[bucket];
+        match slice.len() == *len {
+            true => Ok(weights),
+            false => Ok(weights.columns(slice.clone())?.copy(device)?),
+        }
     }
 
     /// A buffer, `[1, len]`.
@@ -199,30 +250,20 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Starts to gather a bucket's weights from the slices of its group, `[1, slice]` each. Collective.
-    pub fn start_gather(&mut self, bucket: usize, slice: &Tensor<T, D>, comms: &Comms<D>) -> Result<()> {
+    pub fn start_gather(&mut self, bucket: usize, slice: Tensor<T, D>, comms: &Comms<D>) -> Result<()> {
         let group = comms.keyed(self.layout.buckets()[bucket].group)?;
-        self.arriving[bucket] = Some(group.start_all_gather_rows(slice)?);
-        self.weights[bucket] = None;
+        let pending = group.start_all_gather_rows(&slice)?;
+        self.weights[bucket] = Weights::Arriving(slice, pending);
         Ok(())
     }
 
     /// Waits for the weights of a segment, if they are being gathered: before its layer uses them.
     pub fn await_weights(&mut self, segment: Segment) -> Result<()> {
-        for at in 0..self.layout.used_by(segment).len() {
-            self.arrive(self.layout.used_by(segment)[at])?;
-        }
-        Ok(())
+        self.layout.used_by(segment).iter().try_for_each(|&bucket| self.weights[bucket].arrive())
     }
 
     /// Waits for all weights that are being gathered.
     pub fn await_all_weights(&mut self) -> Result<()> {
-        (0..self.weights.len()).try_for_each(|bucket| self.arrive(bucket))
-    }
-
-    fn arrive(&mut self, bucket: usize) -> Result<()> {
-        match self.arriving[bucket].take() {
-            Some(pending) => self.set_weights(bucket, pending.wait()?),
-            None => Ok(()),
-        }
+        self.weights.iter_mut().try_for_each(Weights::arrive)
     }
 }

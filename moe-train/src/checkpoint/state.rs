@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use moe_comm::Comm;
 use moe_kernels::{Backend, DType, Device, Element, Float, Tensor, bf16};
-use moe_model::params::{BucketLayout, BufferId, BufferLayout, ParamLayout, ParamStore, Part};
+use moe_model::params::{BufferId, BufferLayout, ParamLayout, ParamStore, Part};
 use moe_topology::Attention;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceFile, PieceSpec, PieceWriter};
 use super::weights::elements;
 use super::{Meta, RunState, Weights};
-use crate::optim::{Moment, Shard, sliced_parts};
+use crate::optim::{Moment, sliced_parts};
 use crate::trainer::RankTrainer;
 use crate::{Error, Result};
 
@@ -73,21 +73,21 @@ fn write<T: Float, D: Backend<T>>(
 ) -> Result<PieceFile> {
     let cx = trainer.cx();
     let mut writer = PieceWriter::create(folder, rank)?;
-    for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
+    for (index, bucket) in cx.params.buckets().iter().enumerate() {
         for moment in Moment::ALL {
-            let (dtype, bytes) = shard.to_bytes(moment, &cx.device)?;
+            let kept = trainer.optimizer().kept(&cx.params, index, moment)?;
             for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
                 let spec = PieceSpec {
                     tensor: part.name.clone(),
                     kind: moment.name().to_owned(),
-                    dtype,
+                    dtype: kept.dtype(),
                     dims: part.dims,
                     rows: part.rows.clone(),
                     cols: part.cols.clone(),
                     part: range.start - part.offset..range.end - part.offset,
                 };
                 let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
-                writer.write(spec, &bytes[local.start * dtype.size()..local.end * dtype.size()])?;
+                writer.write(spec, &kept.to_bytes(local, &cx.device)?)?;
             }
         }
     }
@@ -127,38 +127,48 @@ pub(super) fn check_tensor(
     .into())
 }
 
-/// This rank's slice of a bucket, where `read` gives the rows of a part that meet it.
-fn read_slice<A: Float>(
-    bucket: &BucketLayout,
-    read: impl Fn(&Part, Range<usize>) -> Result<Vec<A>>,
-) -> Result<Vec<A>> {
-    let mut slice = vec![A::ZERO; bucket.slice.len()];
-    for (part, range) in sliced_parts(bucket) {
-        let width = part.cols.len();
-        let within = range.start - part.offset..range.end - part.offset;
-        let first = within.start / width;
-        let rows = part.rows.start + first..part.rows.start + within.end.div_ceil(width);
-        let block = read(part, rows)?;
-        slice[range.start - bucket.slice.start..range.end - bucket.slice.start]
-            .copy_from_slice(&block[within.start - first * width..within.end - first * width]);
+/// Reads one kind of what is kept of this rank's slices into `trainer`, part by part, where `read` gives the rows of a part
+/// that meet a slice.
+fn read_slices<T: Float, D: Backend<T>>(
+    trainer: &mut RankTrainer<T, D>,
+    moment: Moment,
+    read: impl Fn(&Part, Range<usize>) -> Result<Vec<T::Acc>>,
+) -> Result<()> {
+    let (optimizer, cx) = trainer.state_mut();
+    for index in 0..cx.params.buckets().len() {
+        let bucket = cx.params.buckets()[index].clone();
+        for (part, range) in sliced_parts(&bucket) {
+            let width = part.cols.len();
+            let within = range.start - part.offset..range.end - part.offset;
+            let first = within.start / width;
+            let rows = part.rows.start + first..part.rows.start + within.end.div_ceil(width);
+            let block = read(part, rows)?;
+            let elements = &block[within.start - first * width..within.end - first * width];
+            optimizer.write(cx, index, moment, range.start - bucket.slice.start, elements)?;
+        }
     }
-    Ok(slice)
+    Ok(())
 }
 
-/// Rows of a part as a run kept them, in the accumulation type. Moments may have been kept in bf16, which is read exactly.
+/// The type in which a run kept part of its state: moments may have been in bf16.
+fn kept_dtype<A: Float>(checkpoint: &Checkpoint, moment: Moment, part: &Part) -> Result<DType> {
+    let dtype = match checkpoint.tensor(&part.name, moment.name())?.dtype {
+        DType::Bf16 if moment != Moment::Master => DType::Bf16,
+        _ => A::DTYPE,
+    };
+    check_tensor(checkpoint, &part.name, moment.name(), part.dims, dtype)?;
+    Ok(dtype)
+}
+
+/// Rows of a part as a run kept them, in the accumulation type, which is exact.
 fn read_kept<A: Float>(
     checkpoint: &Checkpoint,
     moment: Moment,
     part: &Part,
     rows: Range<usize>,
 ) -> Result<Vec<A>> {
-    let kind = moment.name();
-    let dtype = match checkpoint.tensor(&part.name, kind)?.dtype {
-        DType::Bf16 if moment != Moment::Master => DType::Bf16,
-        _ => A::DTYPE,
-    };
-    check_tensor(checkpoint, &part.name, kind, part.dims, dtype)?;
-    let bytes = checkpoint.read_block(&part.name, kind, rows, part.cols.clone())?;
+    let dtype = kept_dtype::<A>(checkpoint, moment, part)?;
+    let bytes = checkpoint.read_block(&part.name, moment.name(), rows, part.cols.clone())?;
     Ok(match dtype {
         DType::Bf16 => elements::<bf16>(&bytes).map(|x| A::from_f64(x.to_f64())).collect(),
         _ => elements(&bytes).collect(),
@@ -190,16 +200,15 @@ pub(crate) fn read_params<T: Float, D: Device>(
     weights: &Weights,
     device: &D,
 ) -> Result<ParamStore<T, D>> {
-    let mut params = ParamStore::with_weights(layout, device, |bucket| {
-        let mut values = vec![T::ZERO; bucket.len];
-        for part in &bucket.parts {
-            let block = weights.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
-            for (value, read) in values[part.range()].iter_mut().zip(block) {
-                *value = T::from_acc(read);
-            }
+    let mut params = ParamStore::zeros(layout, device)?;
+    for index in 0..params.buckets().len() {
+        for part in params.buckets()[index].parts.clone() {
+            let block: Vec<T::Acc> =
+                weights.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
+            let values: Vec<T> = block.into_iter().map(T::from_acc).collect();
+            params.weights_mut(index)?.upload(device, part.offset, &values)?;
         }
-        Ok::<_, Error>(values)
-    })?;
+    }
     for (id, values) in read_buffers(&params, device, |buffer| weights.read_buffer(&buffer.name, buffer.len))?
     {
         params.set_buffer(id, values)?;
@@ -211,7 +220,8 @@ pub(crate) fn read_params<T: Float, D: Device>(
 /// this run keeps in bf16 are rounded. Collective over the world.
 ///
 /// # Errors
-/// It is of another model or element type or of no run, lacks a tensor, or is damaged; the trainer's state is then as it was.
+/// It is of another model or element type or of no run, or lacks a tensor; the trainer's state is then as it was. Or it is
+/// damaged; the trainer's state is then of no use.
 pub fn restore<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
     checkpoint: &Checkpoint,
@@ -219,17 +229,20 @@ pub fn restore<T: Float, D: Backend<T>>(
     Meta::of(checkpoint)?.check_model(checkpoint.path(), &trainer.setup().model)?;
     let run = RunState::of(checkpoint)?;
     let cx = trainer.cx();
-    let mut shards = Vec::new();
-    for bucket in cx.params.buckets() {
-        let [master, m, v] = Moment::ALL
-            .map(|moment| read_slice(bucket, |part, rows| read_kept(checkpoint, moment, part, rows)));
-        shards.push(Shard::new(&cx.device, &[master?, m?, v?], trainer.setup().optimizer.moments)?);
+    for (part, _) in cx.params.buckets().iter().flat_map(sliced_parts) {
+        for moment in Moment::ALL {
+            kept_dtype::<T::Acc>(checkpoint, moment, part)?;
+        }
     }
     let buffers = read_buffers(&cx.params, &cx.device, |buffer| {
         check_tensor(checkpoint, &buffer.name, BUFFER, [1, buffer.len], T::Acc::DTYPE)?;
         Ok(elements(&checkpoint.read_tensor(&buffer.name, BUFFER)?).collect())
     })?;
-    take_over(trainer, shards, run.updates, buffers)?;
+    trainer.await_weights()?;
+    for moment in Moment::ALL {
+        read_slices(trainer, moment, |part, rows| read_kept(checkpoint, moment, part, rows))?;
+    }
+    take_over(trainer, run.updates, buffers)?;
     Ok(run)
 }
 
@@ -238,35 +251,32 @@ pub fn restore<T: Float, D: Backend<T>>(
 /// Moments are 0 and no update was made. Collective over the world.
 ///
 /// # Errors
-/// They are of another model, a tensor is missing, too large for this run's type, or damaged; the trainer's state is then as
-/// it was.
+/// They are of another model; the trainer's state is then as it was. Or a tensor is missing, too large for this run's type,
+/// or damaged; the trainer's state is then of no use.
 pub fn restore_weights<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
     weights: &Weights,
 ) -> Result<()> {
     weights.meta().check_model(weights.path(), &trainer.setup().model)?;
     let cx = trainer.cx();
-    let mut shards = Vec::new();
-    for bucket in cx.params.buckets() {
-        let master = read_slice(bucket, |part, rows| {
-            weights.read::<T::Acc>(&part.name, part.dims, rows, part.cols.clone())
-        })?;
-        let zeros = || vec![T::Acc::ZERO; bucket.slice.len()];
-        shards.push(Shard::new(&cx.device, &[master, zeros(), zeros()], trainer.setup().optimizer.moments)?);
-    }
     let buffers =
         read_buffers(&cx.params, &cx.device, |buffer| weights.read_buffer(&buffer.name, buffer.len))?;
-    take_over(trainer, shards, 0, buffers)
+    trainer.await_weights()?;
+    let (optimizer, cx) = trainer.state_mut();
+    optimizer.forget(&cx.params, &cx.device)?;
+    read_slices(trainer, Moment::Master, |part, rows| {
+        weights.read(&part.name, part.dims, rows, part.cols.clone())
+    })?;
+    take_over(trainer, 0, buffers)
 }
 
 fn take_over<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
-    shards: Vec<Shard<T::Acc, D>>,
     updates: u64,
     buffers: Buffers<T, D>,
 ) -> Result<()> {
     let (optimizer, cx) = trainer.state_mut();
-    optimizer.restore(cx, shards, updates)?;
+    optimizer.weights_from_master(cx, updates)?;
     for (id, values) in buffers {
         cx.params.set_buffer(id, values)?;
     }

@@ -8,8 +8,8 @@ use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore};
 
 use super::groups::{ParamGroups, TensorHyper};
-use super::shard::{sliced_parts, weights_from_master};
-use super::state::{MomentDTypes, Shard};
+use super::shard::sliced_parts;
+use super::state::{Kept, Moment, MomentDTypes, Shard};
 use crate::Result;
 
 /// Constants of AdamW.
@@ -27,7 +27,8 @@ pub struct Hyper {
     pub moments: MomentDTypes,
 }
 
-/// Master weights and moments of one rank, cut over the groups in which gradients are partial.
+/// Master weights and moments of one rank, cut over the groups in which gradients are partial. Weights of the accumulation
+/// type are their own master; they are in the parameter store.
 #[derive(Debug)]
 pub struct Optimizer<T: Float, D: Device> {
     hyper: Hyper,
@@ -37,7 +38,7 @@ pub struct Optimizer<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Backend<T>> Optimizer<T, D> {
-    /// Starting state: master weights as the weights start, moments zero.
+    /// Starting state: master weights as the weights start from `seed`, moments zero.
     ///
     /// # Errors
     /// `groups` are not those of this model, or the device refuses.
@@ -49,7 +50,8 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         device: &D,
     ) -> Result<Self> {
         let runs = params.buckets().iter().map(|bucket| runs(bucket, groups)).collect::<Result<_>>()?;
-        let shards = params.buckets().iter().map(|bucket| Shard::start(bucket, seed, hyper.moments, device));
+        let shards =
+            params.buckets().iter().map(|bucket| Shard::start::<T>(bucket, seed, hyper.moments, device));
         Ok(Optimizer { hyper, shards: shards.collect::<Result<_>>()?, runs, updates: 0 })
     }
 
@@ -58,59 +60,100 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         self.updates
     }
 
-    /// The slices, in bucket order.
-    pub fn shards(&self) -> &[Shard<T::Acc, D>] {
-        &self.shards
+    /// What is kept of this rank's slice of a bucket of `params`, sharing memory.
+    pub fn kept(&self, params: &ParamStore<T, D>, bucket: usize, moment: Moment) -> Result<Kept<T::Acc, D>> {
+        let Shard { master, m, v } = &self.shards[bucket];
+        Ok(match (moment, master) {
+            (Moment::Master, Some(master)) => Kept::Acc(master.clone()),
+            (Moment::Master, None) => Kept::Acc(params.slice(bucket)?.into_acc()?),
+            (Moment::First, _) => m.clone(),
+            (Moment::Second, _) => v.clone(),
+        })
     }
 
     /// One update from this rank's slices of the reduced gradients, bucket by bucket, in the order in which the next step
-    /// needs them; starts to gather the weights of each and does not wait. Collective.
+    /// needs them; starts to gather the weights of each and does not wait. A gradient's memory is free after its update.
+    /// Collective.
     pub fn update(
         &mut self,
         cx: &mut Cx<T, D>,
-        grads: &[Tensor<T::Acc, D>],
+        grads: Vec<Tensor<T::Acc, D>>,
         lr: f64,
         grad_scale: f64,
     ) -> Result<()> {
         self.updates += 1;
         let Hyper { beta1, beta2, eps, .. } = self.hyper;
         for (bucket, ((shard, grad), runs)) in self.shards.iter_mut().zip(grads).zip(&self.runs).enumerate() {
-            let mut weights = Tensor::uninit(&cx.device, 1, grad.shape()[1])?;
-            for (run, TensorHyper { lr_scale, weight_decay, frozen }) in runs {
-                if *frozen {
-                    let master = shard.master.view().columns(run.clone())?;
-                    cx.device.narrow(weights.view_mut()?.columns(run.clone())?, master)?;
-                    continue;
-                }
+            let mut weights = cx.params.take_slice(bucket, &cx.device)?;
+            for (run, hyper) in runs.iter().filter(|(_, hyper)| !hyper.frozen) {
+                let weight = weights.view_mut()?.columns(run.clone())?;
+                let (weight, master) = match &mut shard.master {
+                    Some(master) => (Some(weight), master.view_mut()?.columns(run.clone())?),
+                    None => (None, weight.into_acc()?),
+                };
+                let (m, v) = (shard.m.part_mut(run.clone())?, shard.v.part_mut(run.clone())?);
                 let hyper = AdamW {
-                    lr: lr * lr_scale,
+                    lr: lr * hyper.lr_scale,
                     beta1,
                     beta2,
                     eps,
-                    weight_decay: *weight_decay,
+                    weight_decay: hyper.weight_decay,
                     step: self.updates,
                     grad_scale,
                 };
-                Optim::<T>::adamw(
-                    &cx.device,
-                    weights.view_mut()?.columns(run.clone())?,
-                    shard.master.view_mut()?.columns(run.clone())?,
-                    shard.m.part_mut(run.clone())?,
-                    shard.v.part_mut(run.clone())?,
-                    grad.view().columns(run.clone())?,
-                    &hyper,
-                )?;
+                let grad = grad.view().columns(run.clone())?;
+                Optim::<T>::adamw(&cx.device, weight, master, m, v, grad, &hyper)?;
             }
-            cx.params.start_gather(bucket, &weights, &cx.comms)?;
+            cx.params.start_gather(bucket, weights, &cx.comms)?;
         }
         Ok(())
     }
 
-    /// Takes over a checkpoint's state and makes its master weights the weights. Collective.
-    pub fn restore(&mut self, cx: &mut Cx<T, D>, shards: Vec<Shard<T::Acc, D>>, updates: u64) -> Result<()> {
-        self.shards = shards;
+    /// Makes all moments 0.
+    pub(crate) fn forget(&mut self, params: &ParamStore<T, D>, device: &D) -> Result<()> {
+        let dtypes = self.hyper.moments;
+        for (shard, bucket) in self.shards.iter_mut().zip(params.buckets()) {
+            shard.m = Kept::zeros(device, bucket.slice.len(), dtypes.exp_avg)?;
+            shard.v = Kept::zeros(device, bucket.slice.len(), dtypes.exp_avg_sq)?;
+        }
+        Ok(())
+    }
+
+    /// Writes elements of what is kept of a bucket's slice, from the `at`-th on. Master weights become the weights with
+    /// [`weights_from_master`](Self::weights_from_master).
+    pub(crate) fn write(
+        &mut self,
+        cx: &mut Cx<T, D>,
+        bucket: usize,
+        moment: Moment,
+        at: usize,
+        elements: &[T::Acc],
+    ) -> Result<()> {
+        let Shard { master, m, v } = &mut self.shards[bucket];
+        match (moment, master) {
+            (Moment::Master, Some(master)) => Ok(master.upload(&cx.device, at, elements)?),
+            (Moment::Master, None) => {
+                let first = cx.params.buckets()[bucket].slice.start;
+                let elements: Vec<T> = elements.iter().copied().map(T::from_acc).collect();
+                Ok(cx.params.weights_mut(bucket)?.upload(&cx.device, first + at, &elements)?)
+            }
+            (Moment::First, _) => m.upload(&cx.device, at, elements),
+            (Moment::Second, _) => v.upload(&cx.device, at, elements),
+        }
+    }
+
+    /// Makes the master weights the weights, after `updates` updates, and gathers them: after a checkpoint was read.
+    /// Collective.
+    pub(crate) fn weights_from_master(&mut self, cx: &mut Cx<T, D>, updates: u64) -> Result<()> {
         self.updates = updates;
-        weights_from_master(cx, &self.shards)
+        for (bucket, shard) in self.shards.iter().enumerate() {
+            let mut slice = cx.params.take_slice(bucket, &cx.device)?;
+            if let Some(master) = &shard.master {
+                cx.device.narrow(slice.view_mut()?, master.view())?;
+            }
+            cx.params.start_gather(bucket, slice, &cx.comms)?;
+        }
+        Ok(cx.params.await_all_weights()?)
     }
 }
 

@@ -1,9 +1,12 @@
 //! The distributed optimizer: ZeRO-1 over exactly the groups in which gradients are partial.
 //!
 //! Per bucket of the parameter store: gradients are reduce-scattered over the bucket's group, each rank updates its slice
-//! of master weights and moments, and the updated weights are gathered over the same group. Buckets do not reach beyond a
+//! of weights and moments, and the updated weights are gathered over the same group. Buckets do not reach beyond a
 //! layer, so that a reduction can begin while earlier layers are at their backward pass. Which group that is comes
 //! from the placements; this module knows no layer and no list of expert parameters.
+//!
+//! Weights of the accumulation type are their own master: a rank alone updates them where they are. Moments are memory of
+//! zeros, which the host has to provide as they are first written, and a gradient is freed when its bucket was updated.
 
 mod adamw;
 mod groups;
@@ -16,5 +19,5 @@ pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use norm::{GradNorm, ParamNames};
 pub use shard::{reduce_gradients, sliced_parts};
-pub use state::{Moment, MomentDType, MomentDTypes, Shard};
+pub use state::{Kept, Moment, MomentDType, MomentDTypes};
 pub use tensors::model_tensors;

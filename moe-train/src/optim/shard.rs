@@ -1,4 +1,4 @@
-//! A rank's slice of every bucket, and the two collectives around an update.
+//! A rank's slice of every bucket, and the reduction of its gradients.
 
 use std::ops::Range;
 
@@ -9,7 +9,6 @@ use moe_model::Cx;
 use moe_model::params::{BucketLayout, Part};
 use moe_topology::Attention;
 
-use super::state::Shard;
 use crate::Result;
 
 /// The parts of `bucket` that meet this rank's slice, each with the elements they share, counted in the bucket.
@@ -69,17 +68,4 @@ fn add_other_stage<T: Float, D: Backend<T>>(
     let mut sum = Tensor::uninit(&cx.device, rows, cols)?;
     Elementwise::<T::Acc>::add(&cx.device, sum.view_mut()?, slice.view(), received.view())?;
     Ok(sum)
-}
-
-/// Rounds the master weights of every slice and gathers them: after a checkpoint was read. Collective.
-pub fn weights_from_master<T: Float, D: Backend<T>>(
-    cx: &mut Cx<T, D>,
-    shards: &[Shard<T::Acc, D>],
-) -> Result<()> {
-    for (bucket, shard) in shards.iter().enumerate() {
-        let mut slice = Tensor::uninit(&cx.device, 1, shard.master.shape()[1])?;
-        cx.device.narrow(slice.view_mut()?, shard.master.view())?;
-        cx.params.start_gather(bucket, &slice, &cx.comms)?;
-    }
-    Ok(cx.params.await_all_weights()?)
 }

@@ -51,41 +51,62 @@ pub struct MomentDTypes {
     pub exp_avg_sq: Option<MomentDType>,
 }
 
-/// A moment of a slice, `[1, slice]`.
-#[derive(Debug)]
-pub(super) enum Kept<A: Float, D: Device> {
+/// What is kept of a slice, `[1, slice]`, in the type in which it is kept.
+#[derive(Debug, Clone)]
+pub enum Kept<A: Float, D: Device> {
+    /// In the accumulation type.
     Acc(Tensor<A, D>),
+    /// A moment in bf16.
     Bf16(Tensor<bf16, D>),
 }
 
 impl<A: Float, D: Device> Kept<A, D> {
-    fn new(device: &D, elements: &[A], dtype: Option<MomentDType>) -> Result<Self> {
-        let n = elements.len();
+    /// Zeros, which take memory on the host as they are first written.
+    pub(super) fn zeros(device: &D, n: usize, dtype: Option<MomentDType>) -> Result<Self> {
         Ok(match dtype {
-            None => Kept::Acc(Tensor::from_slice(device, 1, n, elements)?),
-            Some(MomentDType::Bf16) => {
-                let rounded: Vec<bf16> = elements.iter().map(|x| Float::from_f64(x.to_f64())).collect();
-                Kept::Bf16(Tensor::from_slice(device, 1, n, &rounded)?)
-            }
+            None => Kept::Acc(Tensor::zeros(device, 1, n)?),
+            Some(MomentDType::Bf16) => Kept::Bf16(Tensor::zeros(device, 1, n)?),
         })
     }
 
     /// Some of the elements, to update.
-    pub fn part_mut(&mut self, range: Range<usize>) -> Result<MomentMut<'_, A, D>> {
+    pub(super) fn part_mut(&mut self, range: Range<usize>) -> Result<MomentMut<'_, A, D>> {
         Ok(match self {
             Kept::Acc(own) => MomentMut::Acc(own.view_mut()?.columns(range)?),
             Kept::Bf16(own) => MomentMut::Bf16(own.view_mut()?.columns(range)?),
         })
     }
 
-    fn to_bytes(&self, device: &D) -> Result<(DType, Vec<u8>)> {
+    /// Writes elements from the `at`-th on, rounded if they are kept in bf16.
+    pub(crate) fn upload(&mut self, device: &D, at: usize, elements: &[A]) -> Result<()> {
         match self {
-            Kept::Acc(own) => to_bytes(own, device),
-            Kept::Bf16(own) => to_bytes(own, device),
+            Kept::Acc(own) => own.upload(device, at, elements)?,
+            Kept::Bf16(own) => {
+                let rounded: Vec<bf16> = elements.iter().map(|x| Float::from_f64(x.to_f64())).collect();
+                own.upload(device, at, &rounded)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The type in which it is kept.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Kept::Acc(_) => A::DTYPE,
+            Kept::Bf16(_) => DType::Bf16,
         }
     }
 
-    fn to_f64(&self, device: &D) -> Result<Vec<f64>> {
+    /// Some of the elements, little-endian, in that type.
+    pub(crate) fn to_bytes(&self, range: Range<usize>, device: &D) -> Result<Vec<u8>> {
+        match self {
+            Kept::Acc(own) => to_bytes(own, range, device),
+            Kept::Bf16(own) => to_bytes(own, range, device),
+        }
+    }
+
+    /// All elements (exact).
+    pub fn to_f64(&self, device: &D) -> Result<Vec<f64>> {
         Ok(match self {
             Kept::Acc(own) => own.to_f64(device)?,
             Kept::Bf16(own) => own.to_f64(device)?,
@@ -93,50 +114,43 @@ impl<A: Float, D: Device> Kept<A, D> {
     }
 }
 
-fn to_bytes<E: Element, D: Device>(tensor: &Tensor<E, D>, device: &D) -> Result<(DType, Vec<u8>)> {
-    Ok((E::DTYPE, bytemuck::cast_slice(&tensor.to_vec(device)?).to_vec()))
+fn to_bytes<E: Element, D: Device>(
+    tensor: &Tensor<E, D>,
+    range: Range<usize>,
+    device: &D,
+) -> Result<Vec<u8>> {
+    let part = tensor.columns(range)?;
+    let mut bytes = vec![0; part.byte_range().len()];
+    device.download(part.buf(), part.byte_range().start, &mut bytes)?;
+    Ok(bytes)
 }
 
-/// Master weights and moments of this rank's slice of one bucket.
+/// What is kept beside the weights of this rank's slice of one bucket.
 #[derive(Debug)]
-pub struct Shard<A: Float, D: Device> {
-    pub(super) master: Tensor<A, D>,
-    pub(super) m: Kept<A, D>,
-    pub(super) v: Kept<A, D>,
+pub(super) struct Shard<A: Float, D: Device> {
+    /// The master weights. None where the weights are of the accumulation type: they are their own master.
+    pub master: Option<Tensor<A, D>>,
+    pub m: Kept<A, D>,
+    pub v: Kept<A, D>,
 }
 
 impl<A: Float, D: Device> Shard<A, D> {
-    /// From the slice's elements of each kind, in the order of [`Moment::ALL`].
-    pub(crate) fn new(device: &D, [master, m, v]: &[Vec<A>; 3], dtypes: MomentDTypes) -> Result<Self> {
-        Ok(Shard {
-            master: Tensor::from_slice(device, 1, master.len(), master)?,
-            m: Kept::new(device, m, dtypes.exp_avg)?,
-            v: Kept::new(device, v, dtypes.exp_avg_sq)?,
-        })
-    }
-
-    /// The starting values of `bucket`'s slice, moments zero.
-    pub(super) fn start(bucket: &BucketLayout, seed: u64, dtypes: MomentDTypes, device: &D) -> Result<Self> {
-        let master = bucket.initial(seed, bucket.slice.clone()).into_iter().map(A::from_f64).collect();
-        let zeros = || vec![A::ZERO; bucket.slice.len()];
-        Shard::new(device, &[master, zeros(), zeros()], dtypes)
-    }
-
-    /// The elements of one kind, little-endian, in the type in which they are kept.
-    pub(crate) fn to_bytes(&self, moment: Moment, device: &D) -> Result<(DType, Vec<u8>)> {
-        match moment {
-            Moment::Master => to_bytes(&self.master, device),
-            Moment::First => self.m.to_bytes(device),
-            Moment::Second => self.v.to_bytes(device),
+    /// For weights in `T` as they start from `seed`; moments are 0.
+    pub fn start<T: Float<Acc = A>>(
+        bucket: &BucketLayout,
+        seed: u64,
+        dtypes: MomentDTypes,
+        device: &D,
+    ) -> Result<Self> {
+        let (slice, n) = (bucket.slice.clone(), bucket.slice.len());
+        let mut master = if T::is_acc() { None } else { Some(Tensor::zeros(device, 1, n)?) };
+        if let Some(master) = &mut master {
+            bucket.initial(seed, slice.clone(), |at, values| {
+                let values: Vec<A> = values.iter().copied().map(A::from_f64).collect();
+                master.upload(device, at - slice.start, &values)
+            })?;
         }
-    }
-
-    /// The elements of one kind (exact), `[1, slice]`.
-    pub fn to_f64(&self, moment: Moment, device: &D) -> Result<Vec<f64>> {
-        match moment {
-            Moment::Master => Ok(self.master.to_f64(device)?),
-            Moment::First => self.m.to_f64(device),
-            Moment::Second => self.v.to_f64(device),
-        }
+        let m = Kept::zeros(device, n, dtypes.exp_avg)?;
+        Ok(Shard { master, m, v: Kept::zeros(device, n, dtypes.exp_avg_sq)? })
     }
 }

@@ -137,7 +137,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         report.updated = report.is_finite() && total_weight > 0.0;
         if report.updated {
             let scale = norm.clip_factor(self.setup.clip_grad);
-            self.optimizer.update(&mut self.cx, &grads, report.lr, scale)?;
+            self.optimizer.update(&mut self.cx, grads, report.lr, scale)?;
             if !self.setup.overlap_param_gather {
                 self.cx.params.await_all_weights()?;
             }

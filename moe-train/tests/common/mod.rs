@@ -334,8 +334,9 @@ where
 {
     let cx = trainer.cx();
     let mut pieces = Vec::new();
-    for (bucket, shard) in cx.params.buckets().iter().zip(trainer.optimizer().shards()) {
-        let [master, m, v] = Moment::ALL.map(|moment| shard.to_f64(moment, &cx.device));
+    for (index, bucket) in cx.params.buckets().iter().enumerate() {
+        let kept = |moment| trainer.optimizer().kept(&cx.params, index, moment)?.to_f64(&cx.device);
+        let [master, m, v] = Moment::ALL.map(kept);
         let slices = [master?, m?, v?];
         for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
             let local = range.start - bucket.slice.start..range.end - bucket.slice.start;
