@@ -1,0 +1,101 @@
+"""Writes the seeds of the fuzz targets: what is read without an error, and inputs near it. Needs the standard library alone.
+
+    python3 fuzz/make_corpus.py
+"""
+
+import json
+import struct
+from pathlib import Path
+
+FUZZ = Path(__file__).parent
+FIXTURES = FUZZ.parent / "moe-train/tests/fixtures"
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+HIDDEN, VOCAB, WIDTH, HEAD = 4, 5, 3, 2
+LAYER = "model.layers.0."
+SHAPES = {
+    "model.embed_tokens.weight": [VOCAB, HIDDEN],
+    LAYER + "input_layernorm.weight": [HIDDEN],
+    LAYER + "self_attn.q_proj.weight": [2 * HEAD, HIDDEN],
+    LAYER + "self_attn.k_proj.weight": [HEAD, HIDDEN],
+    LAYER + "self_attn.v_proj.weight": [HEAD, HIDDEN],
+    LAYER + "self_attn.o_proj.weight": [HIDDEN, 2 * HEAD],
+    LAYER + "self_attn.q_norm.weight": [HEAD],
+    LAYER + "self_attn.k_norm.weight": [HEAD],
+    LAYER + "post_attention_layernorm.weight": [HIDDEN],
+    LAYER + "mlp.gate.weight": [2, HIDDEN],
+    **{
+        f"{LAYER}mlp.experts.{e}.{projection}_proj.weight": [HIDDEN, WIDTH] if projection == "down" else [WIDTH, HIDDEN]
+        for e in range(2)
+        for projection in ("gate", "up", "down")
+    },
+    "model.norm.weight": [HIDDEN],
+    "lm_head.weight": [VOCAB, HIDDEN],
+}
+
+
+def safetensors(shapes, dtype):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        size = WIDTHS[dtype] * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + bytes(end)
+
+
+def seed(target, name, data):
+    folder = FUZZ / "corpus" / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+for dtype in ("F32", "BF16", "F16"):
+    seed("safetensors", dtype.lower(), safetensors(SHAPES, dtype))
+whole = safetensors(SHAPES, "BF16")
+seed("safetensors", "cut_off", whole[:-1])
+seed("safetensors", "no_number", whole[:-2] + b"\xc0\x7f")
+huge = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 1 << 63]}}).encode()
+seed("safetensors", "huge", struct.pack("<Q", len(huge)) + huge)
+seed("safetensors", "long_header", struct.pack("<Q", 1 << 63) + b"{}")
+
+names = list(SHAPES)
+shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+(FUZZ / "seeds").mkdir(exist_ok=True)
+for file, tensors in shards.items():
+    (FUZZ / "seeds" / file).write_bytes(safetensors({name: SHAPES[name] for name in tensors}, "BF16"))
+places = {name: file for file, tensors in shards.items() for name in tensors}
+for name, weight_map in {
+    "whole": places,
+    "missing": {name: file for name, file in places.items() if name != "lm_head.weight"},
+    "elsewhere": {**places, "lm_head.weight": "../c.safetensors"},
+    "other_file": {**places, "lm_head.weight": "a.safetensors"},
+}.items():
+    seed("shard_index", name, json.dumps({"metadata": {}, "weight_map": weight_map}, separators=(",", ":")).encode())
+
+for idx in sorted((FIXTURES / "megatron").glob("*.idx")):
+    length = idx.with_suffix(".bin").stat().st_size
+    seed("megatron_idx", idx.stem, struct.pack("<Q", length) + idx.read_bytes())
+
+for version in (1, 2):
+    # Six tokens of two bytes in two documents; the target makes the checksum of the header.
+    header = b"MOETOKEN" + struct.pack("<IIQQQ", version, 2, 9, 6, 2) + bytes(88)
+    body = struct.pack("<6H", *range(6)) + bytes(4) + struct.pack("<3Q", 0, 4, 6)
+    seed("token_file", f"version_{version}", header + body + (b"\x3e" + bytes(7)) * (version == 2))
+
+
+def piece(tensor, rows, part, offset, dtype="f32"):
+    return {
+        "tensor": tensor, "kind": "param", "dtype": dtype, "dims": [4, 2], "rows": {"start": rows[0], "end": rows[1]},
+        "cols": {"start": 0, "end": 2}, "part": {"start": part[0], "end": part[1]}, "offset": offset,
+        "bytes": (part[1] - part[0]) * 4, "blake3": f"#{(part[1] - part[0]) * 4}",
+    }  # fmt: skip
+
+
+for name, pieces in {
+    "halves": [piece("a", (0, 4), (0, 8), 0), piece("b", (0, 2), (0, 4), 32), piece("b", (2, 4), (0, 4), 48)],
+    "overlap": [piece("a", (0, 4), (0, 8), 0), piece("a", (2, 4), (0, 4), 32), piece("b", (2, 4), (0, 4), 48)],
+}.items():
+    manifest = {"version": 1, "step": 1, "meta": {}, "files": [{"name": "rank-00000.bin", "pieces": pieces}]}
+    seed("checkpoint", name, json.dumps(manifest, separators=(",", ":")).encode())
