@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 mod latent;
 mod rope;
 mod routing;
+mod sizes;
 
 pub use latent::LatentAttention;
 pub use rope::{RopeScaling, RotaryFrequencies, Yarn};
@@ -439,6 +440,7 @@ impl ModelConfig {
             // Token ids, positions and row counts are 32-bit on devices.
             in_range(name, value as f64, 1.0..=f64::from(i32::MAX), "from 1 to 2147483647")?;
         }
+        self.check_sizes()?;
         let heads = ("num_attention_heads", self.num_attention_heads);
         self.check_latent()?;
         if self.kv_lora_rank.is_none() {

@@ -128,7 +128,7 @@ pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, sets: Vec<HeldOut>) 
         let (world_size, deadline) = (setup.folding.world_size(), config.train.deadline_seconds);
         let threads = threads(world_size);
         let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
-            let mut trainer = RankTrainer::<T, Cpu>::new(setup.clone(), &world, Cpu::new(threads))?;
+            let mut trainer = RankTrainer::<T, Cpu>::zeros(setup.clone(), &world, Cpu::new(threads))?;
             restore_weights(&mut trainer, &weights)?;
             let mut loss = |set: &HeldOut| trainer.evaluate(set.micro_batches(), |u| set.micro_batch(u));
             sets.iter().map(&mut loss).collect::<Result<Vec<_>>>()

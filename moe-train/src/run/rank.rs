@@ -54,7 +54,9 @@ pub(super) enum End {
 
 /// Trains on one rank until the last step or an interruption, then saves.
 pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
-    let mut trainer = RankTrainer::<T, D>::new(plan.setup.clone(), world, device)?;
+    let given = plan.checkpoint.is_some() || plan.init.is_some();
+    let make = if given { RankTrainer::<T, D>::zeros } else { RankTrainer::new };
+    let mut trainer = make(plan.setup.clone(), world, device)?;
     let (mut step, mut skipped) = match (&plan.checkpoint, &plan.init) {
         (Some(path), _) => {
             let checkpoint = Checkpoint::open(path)?;

@@ -41,9 +41,16 @@ pub struct RankTrainer<T: Float, D: Backend<T>> {
 impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
+        let mut trainer = Self::zeros(setup, world, device)?;
+        trainer.cx.params.start(trainer.setup.seed, &trainer.cx.device)?;
+        Ok(trainer)
+    }
+
+    /// As [`new`](Self::new), but with weights of 0, for a checkpoint to be [read](crate::checkpoint::restore) into.
+    pub fn zeros(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
         let rank = world.rank();
         let (stages, layout) = build(&setup, rank)?;
-        let params = ParamStore::new(layout, setup.seed, &device)?;
+        let params = ParamStore::zeros(layout, &device)?;
         let tensors = model_tensors(&setup.model)?;
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
