@@ -475,10 +475,10 @@ impl ModelConfig {
             let allowed = format!("less than vocab_size = {}", self.vocab_size);
             in_range("pad_token_id", id as f64, 0.0..=(self.vocab_size - 1) as f64, &allowed)?;
         }
-        if self.qk_norm_scope == QkNormScope::Projection {
+        if self.qk_norm_scope == QkNormScope::Projection && !self.use_qk_norm {
             return Err(ConfigError::Unsupported {
-                setting: "qk_norm_scope = projection",
-                why: "it is not built yet",
+                setting: "qk_norm_scope = projection without use_qk_norm",
+                why: "it says what the norms of queries and keys are over; give use_qk_norm = true or leave it out",
             });
         }
         for (name, value) in
@@ -693,6 +693,11 @@ mod tests {
     fn norms_of_heads_and_biases_are_parameters() {
         let normed = ModelConfig { use_qk_norm: true, ..mixtral() };
         assert_eq!(normed.parameters() - mixtral().parameters(), 32 * 2 * 128);
+        let whole = ModelConfig { qk_norm_scope: QkNormScope::Projection, ..normed };
+        whole.check().unwrap();
+        assert_eq!(whole.parameters() - mixtral().parameters(), 32 * (32 + 8) * 128);
+        let refused = refusal(|c| c.qk_norm_scope = QkNormScope::Projection);
+        assert!(refused.starts_with("qk_norm_scope = projection without use_qk_norm"));
         let biased = ModelConfig { attention_bias: true, ..mixtral() };
         assert_eq!(biased.parameters() - mixtral().parameters(), 32 * (32 + 2 * 8) * 128);
         assert!(refusal(|c| c.sliding_window = Some(0)).starts_with("sliding_window = 0"));

@@ -88,6 +88,7 @@ pub mod moe;
 pub mod norm;
 pub mod params;
 pub mod pipeline;
+pub mod projection_norm;
 pub mod projections;
 pub mod qkv;
 pub mod recompute;

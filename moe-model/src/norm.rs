@@ -17,8 +17,8 @@ pub struct RmsNorm {
 /// What backward needs: the input and the inverse root mean squares.
 #[derive(Debug)]
 pub struct RmsNormSaved<T: Float, D: Device> {
-    x: Tensor<T, D>,
-    rstd: Tensor<T::Acc, D>,
+    pub(crate) x: Tensor<T, D>,
+    pub(crate) rstd: Tensor<T::Acc, D>,
 }
 
 impl RmsNorm {

@@ -6,13 +6,14 @@ use moe_topology::{Attention, Owner, Placement};
 
 use crate::axes::{CP_DP, SHARED_KV};
 use crate::bias::{Bias, BiasPlace};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, QkNormScope};
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
+use crate::projection_norm::ProjectionNorms;
 use crate::{Cx, Result};
 
 /// `q = rope(norm(W_q h + b_q))`, `k = rope(norm(W_k h + b_k))`, `v = W_v h + b_v`, column-parallel: biases with
-/// `attention_bias`, norms of each head with `use_qk_norm`.
+/// `attention_bias`, norms of each head or of all heads together with `use_qk_norm`.
 ///
 /// With fewer KV heads than TP ranks, neighbouring ranks (the inner digit of TP) hold the same KV head and their gradients
 /// are summed.
@@ -32,12 +33,14 @@ struct Biases {
     v: Bias,
 }
 
-/// Their weights `[head_dim]` are on every rank: each TP rank sees other heads, so their gradients are partial over TP too.
-/// (Ranks that share a KV head see other queries of it: their gradients of the head are partial, so these are as well.)
 #[derive(Debug, Clone, Copy)]
-struct Norms {
-    q: RmsNorm,
-    k: RmsNorm,
+enum Norms {
+    /// Of each head. Their weights `[head_dim]` are on every rank: each TP rank sees other heads, so their gradients are
+    /// partial over TP too. (Ranks that share a KV head see other queries of it: their gradients of the head are partial, so
+    /// these are as well.)
+    Heads { q: RmsNorm, k: RmsNorm, head_dim: usize },
+    /// Of all heads.
+    Projections(ProjectionNorms),
 }
 
 /// What backward needs of a forward pass, besides its input.
@@ -98,9 +101,14 @@ impl Qkv {
         let mut norm = |name: &str| {
             RmsNorm::new(params, format!("{prefix}.{name}.weight"), head_dim, config.rms_norm_eps, stage)
         };
-        let norms = match config.use_qk_norm {
-            true => Some(Norms { q: norm("q_norm")?, k: norm("k_norm")? }),
-            false => None,
+        let norms = match (config.use_qk_norm, config.qk_norm_scope) {
+            (false, _) => None,
+            (true, QkNormScope::Head) => {
+                Some(Norms::Heads { q: norm("q_norm")?, k: norm("k_norm")?, head_dim })
+            }
+            (true, QkNormScope::Projection) => {
+                Some(Norms::Projections(ProjectionNorms::new(params, config, prefix, queries, keys)?))
+            }
         };
         Ok(Qkv { q, kv, biases, norms, head_dim })
     }
@@ -134,11 +142,10 @@ impl Qkv {
         project(kv.view_mut()?.columns(values.clone())?, kv_weight.rows(values)?, v_bias)?;
 
         let mut norms = None;
-        if let Some(Norms { q, k }) = self.norms {
-            let (q_normed, q_saved) = q.forward(self.by_head(&q_raw)?, cx)?;
-            let (k_normed, k_saved) = k.forward(self.by_head(&k_raw)?, cx)?;
-            (q_raw, k_raw) = (q_normed.reshape(n, q_width)?, k_normed.reshape(n, kv_width)?);
-            norms = Some([q_saved, k_saved]);
+        if let Some(norm) = self.norms {
+            let saved;
+            ([q_raw, k_raw], saved) = norm.forward([q_raw, k_raw], cx)?;
+            norms = Some(saved);
         }
         let batch = cx.batch(m)?;
         cx.rope.apply(device, q.view_mut()?, q_raw.view(), self.head_dim, batch, Rotation::Forward)?;
@@ -165,9 +172,8 @@ impl Qkv {
         let batch = cx.batch(m)?;
         cx.rope.apply(&device, dq_raw.view_mut()?, dq.view(), self.head_dim, batch, Rotation::Backward)?;
         cx.rope.apply(&device, dk_raw.view_mut()?, dk.view(), self.head_dim, batch, Rotation::Backward)?;
-        if let (Some(Norms { q, k }), Some([q_saved, k_saved])) = (self.norms, norms) {
-            dq_raw = q.backward(&self.by_head(&dq_raw)?, q_saved, cx)?.reshape(n, q_width)?;
-            dk_raw = k.backward(&self.by_head(&dk_raw)?, k_saved, cx)?.reshape(n, kv_width)?;
+        if let (Some(norm), Some(saved)) = (self.norms, norms) {
+            [dq_raw, dk_raw] = norm.backward([&dq_raw, &dk_raw], saved, cx)?;
         }
         let mut dkv = Tensor::uninit(&device, n, 2 * kv_width)?;
         device.copy_rows(dkv.view_mut()?.columns(0..kv_width)?, dk_raw.view())?;
@@ -200,10 +206,47 @@ impl Qkv {
         }
         Ok(())
     }
+}
 
-    /// A row for each head of each token.
-    fn by_head<T: Float, D: Device>(&self, x: &Tensor<T, D>) -> Result<Tensor<T, D>> {
-        let [n, width] = x.shape();
-        Ok(x.reshape(n * width / self.head_dim, self.head_dim)?)
+impl Norms {
+    /// Normed queries and keys.
+    fn forward<T: Float, D: Backend<T>>(
+        &self,
+        [q, k]: [Tensor<T, D>; 2],
+        cx: &Cx<T, D>,
+    ) -> Result<([Tensor<T, D>; 2], [RmsNormSaved<T, D>; 2])> {
+        match *self {
+            Norms::Heads { q: q_norm, k: k_norm, head_dim } => {
+                let ([n, q_width], kv_width) = (q.shape(), k.shape()[1]);
+                let (q, q_saved) = q_norm.forward(by_head(&q, head_dim)?, cx)?;
+                let (k, k_saved) = k_norm.forward(by_head(&k, head_dim)?, cx)?;
+                Ok(([q.reshape(n, q_width)?, k.reshape(n, kv_width)?], [q_saved, k_saved]))
+            }
+            Norms::Projections(norms) => norms.forward([q, k], cx),
+        }
     }
+
+    /// The gradients of what was normed; adds to those of the weights.
+    fn backward<T: Float, D: Backend<T>>(
+        &self,
+        [dq, dk]: [&Tensor<T, D>; 2],
+        saved: [RmsNormSaved<T, D>; 2],
+        cx: &mut Cx<T, D>,
+    ) -> Result<[Tensor<T, D>; 2]> {
+        match *self {
+            Norms::Heads { q, k, head_dim } => {
+                let ([n, q_width], kv_width, [q_saved, k_saved]) = (dq.shape(), dk.shape()[1], saved);
+                let dq = q.backward(&by_head(dq, head_dim)?, q_saved, cx)?;
+                let dk = k.backward(&by_head(dk, head_dim)?, k_saved, cx)?;
+                Ok([dq.reshape(n, q_width)?, dk.reshape(n, kv_width)?])
+            }
+            Norms::Projections(norms) => norms.backward([dq, dk], saved, cx),
+        }
+    }
+}
+
+/// A row for each head of each token.
+fn by_head<T: Float, D: Device>(x: &Tensor<T, D>, head_dim: usize) -> Result<Tensor<T, D>> {
+    let [n, width] = x.shape();
+    Ok(x.reshape(n * width / head_dim, head_dim)?)
 }

@@ -5,7 +5,7 @@ mod common;
 use common::{check, setup, tiny_model, train};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_model::ModelConfig;
-use moe_model::config::{RopeScaling, Yarn};
+use moe_model::config::{QkNormScope, RopeScaling, Yarn};
 use moe_topology::{Attention, Mapping};
 use moe_train::trainer::Setup;
 
@@ -64,6 +64,35 @@ fn scaled_rotations() {
     assert_eq!(loss(Some(RopeScaling::Linear { factor: 1.0 })), loss(None));
     assert_ne!(loss(Some(RopeScaling::Linear { factor: 2.0 })), loss(None));
     assert_ne!(loss(Some(RopeScaling::Linear { factor: 4.0 })), loss(yarn()));
+}
+
+/// As OLMoE: norms over all heads. Ranks of TP share keys' heads in twos and threes, of Ulysses too.
+#[test]
+fn norms_over_projections() {
+    let model = ModelConfig { use_qk_norm: true, qk_norm_scope: QkNormScope::Projection, ..tiny_model() };
+    check_all(
+        &model,
+        &[
+            ((2, 1, 1, 1, 1, 1, 2), AllToAll),
+            ((3, 2, 1, 1, 1, 1, 2), AllToAll),
+            ((6, 1, 1, 1, 1, 2, 1), AllGather),
+            ((1, 2, 2, 1, 3, 1, 2), AllToAll),
+            ((2, 2, 1, 1, 3, 1, 4), AllToAll),
+            ((2, 3, 3, 2, 1, 1, 2), AllToAll),
+        ],
+        long,
+    );
+    let shared = ModelConfig { num_attention_heads: 12, num_key_value_heads: 2, attention_bias: true, ..model };
+    check_all(
+        &shared,
+        &[
+            ((4, 1, 1, 1, 1, 1, 2), AllToAll),
+            ((6, 1, 1, 1, 1, 1, 2), AllToAll),
+            ((4, 2, 1, 2, 1, 1, 4), AllGather),
+            ((2, 2, 2, 1, 1, 1, 2), AllToAll),
+        ],
+        long,
+    );
 }
 
 /// The last id of a block of the vocabulary, the first, and one in a block that is short.

@@ -73,6 +73,7 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
         );
         assert_refused("dx", refused);
     }
+    parts::<T, D>(device, tolerance);
     // Sums over more rows than one piece of work: dw is exact where dy, x and rstd are powers of two.
     let (n, h) = (700, 33);
     let x = Matrix::from_fn(n, h, |i, _| if i % 2 == 0 { 1.0 } else { -1.0 });
@@ -88,4 +89,66 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
     let want =
         Matrix::from_fn(1, h, |_, c| 1.0 + (0..n).map(|i| 0.5 * dy.at(i, c) * x.at(i, c)).sum::<f64>());
     assert_close("dw of many rows", &dw.read(), &want, 0.0);
+}
+
+/// Rows whose elements are spread over ranks, as unequally as can be: parts of them, and the sums over the parts.
+fn parts<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
+    let mut random = Random::new(61);
+    for (n, widths) in [(0, vec![3, 2]), (5, vec![7]), (7, vec![3, 20, 1]), (23, vec![16, 13])] {
+        let h: usize = widths.iter().sum();
+        let what = format!("{n}×{widths:?}");
+        let (x, w) = (random.matrix::<T>(n, h), random.matrix::<T>(1, h));
+        let (dy, dw) = (random.matrix::<T>(n, h), random.matrix::<T::Acc>(1, h));
+        let starts = widths.iter().scan(0, |end, width| Some(std::mem::replace(end, *end + width)));
+        let columns: Vec<_> = starts.zip(&widths).map(|(start, width)| start..start + width).collect();
+        let part = |m: &Matrix, c: &std::ops::Range<usize>| {
+            Matrix::from_fn(m.rows, c.len(), |i, j| m.at(i, c.start + j))
+        };
+        let added = |of_part: &dyn Fn(&std::ops::Range<usize>) -> Matrix| {
+            let zeros = Matrix::from_fn(1, n, |_, _| 0.0);
+            place::<T::Acc, D>(device, &columns.iter().fold(zeros, |sum, c| sum.plus(&of_part(c))))
+        };
+        let squares = added(&|c| {
+            let (px, mut sums) = (place::<T, D>(device, &part(&x, c)), output::<T::Acc, D>(device, 1, n));
+            device.rms_norm_sums(sums.view_mut(), px.view()).expect("rms_norm_sums");
+            sums.read()
+        });
+        let products = added(&|c| {
+            let [px, pdy, pw] = [&x, &dy, &w].map(|m| place::<T, D>(device, &part(m, c)));
+            let mut sums = output::<T::Acc, D>(device, 1, n);
+            let result = device.rms_norm_backward_sums(sums.view_mut(), pdy.view(), px.view(), pw.view());
+            result.expect("rms_norm_backward_sums");
+            sums.read()
+        });
+        let tolerance = tolerance.max(GRADIENT);
+        let want_dx = gradient(&x, |x| forward(x, &w).dot(&dy));
+        let want_dw = dw.plus(&gradient(&w, |w| forward(&x, w).dot(&dy)));
+        for c in &columns {
+            let [px, pdy, pw] = [&x, &dy, &w].map(|m| place::<T, D>(device, &part(m, c)));
+            let (mut y, mut r) = (output::<T, D>(device, n, c.len()), output::<T::Acc, D>(device, 1, n));
+            let sums = squares.view();
+            let result = device.rms_norm_part(y.view_mut(), r.view_mut(), px.view(), pw.view(), sums, h, EPS);
+            result.expect("rms_norm_part");
+            assert_close(&format!("rms_norm_part {what}"), &y.read(), &part(&forward(&x, &w), c), tolerance);
+            assert_close(&format!("rstd of a part {what}"), &r.read(), &rstd(&x), tolerance);
+
+            let mut dx = output::<T, D>(device, n, c.len());
+            let mut pdw = place::<T::Acc, D>(device, &part(&dw, c));
+            let result = device.rms_norm_part_backward(
+                dx.view_mut(),
+                pdw.view_mut(),
+                pdy.view(),
+                px.view(),
+                pw.view(),
+                r.view(),
+                products.view(),
+                h,
+            );
+            result.expect("rms_norm_part_backward");
+            assert_close(&format!("dx of a part {what}"), &dx.read(), &part(&want_dx, c), tolerance * 10.0);
+            assert_close(&format!("dw of a part {what}"), &pdw.read(), &part(&want_dw, c), tolerance * 10.0);
+        }
+        let (px, mut wrong) = (place::<T, D>(device, &x), output::<T::Acc, D>(device, 1, n + 1));
+        assert_refused("sums", device.rms_norm_sums(wrong.view_mut(), px.view()));
+    }
 }

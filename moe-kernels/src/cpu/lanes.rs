@@ -49,6 +49,23 @@ pub(super) fn sum_by2<T: Copy, A: CpuFloat>(a: &[T], b: &[T], f: impl Fn(T, T) -
     fold(lanes, |x, y| x + y)
 }
 
+/// `Σ f(a[i], b[i], c[i])` over three slices of one length.
+#[inline(always)]
+pub(super) fn sum_by3<T: CpuFloat>(a: &[T], b: &[T], c: &[T], f: impl Fn(T, T, T) -> T) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
+    let ((b_chunks, b_rest), (c_chunks, c_rest)) = (b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    for ((a, b), c) in a_chunks.iter().zip(b_chunks).zip(c_chunks) {
+        for (((lane, &x), &y), &z) in lanes.iter_mut().zip(a).zip(b).zip(c) {
+            *lane += f(x, y, z);
+        }
+    }
+    for (((lane, &x), &y), &z) in lanes.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
+        *lane += f(x, y, z);
+    }
+    fold(lanes, |x, y| x + y)
+}
+
 #[inline(always)]
 fn larger<T: CpuFloat>(x: T, y: T) -> T {
     if x < y { y } else { x }
