@@ -21,6 +21,9 @@ pub struct RmsNormSaved<T: Float, D: Device> {
     pub(crate) rstd: Tensor<T::Acc, D>,
 }
 
+/// Queries and keys after their norms, and what backward needs of each.
+pub type NormedPair<T, D> = ([Tensor<T, D>; 2], [RmsNormSaved<T, D>; 2]);
+
 impl RmsNorm {
     /// Its weight `[hidden]` is on every rank of the stage; each sees other tokens, so the gradient is partial over all
     /// axes of the attention view but pp.

@@ -6,7 +6,7 @@ use moe_topology::{Attention, Owner, Placement};
 
 use crate::bias::BiasPlace;
 use crate::config::ModelConfig;
-use crate::norm::RmsNormSaved;
+use crate::norm::{NormedPair, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::{Cx, Result};
 
@@ -22,9 +22,6 @@ pub struct ProjectionNorms {
     k: ParamId,
     eps: f64,
 }
-
-/// What backward needs of a forward pass, of queries and of keys.
-pub type ProjectionNormsSaved<T, D> = [RmsNormSaved<T, D>; 2];
 
 impl ProjectionNorms {
     /// `{prefix}.q_norm.weight`, `[heads · head_dim]`, and `{prefix}.k_norm.weight`, `[kv_heads · head_dim]`, which lie as the
@@ -58,7 +55,7 @@ impl ProjectionNorms {
         &self,
         [q, k]: [Tensor<T, D>; 2],
         cx: &Cx<T, D>,
-    ) -> Result<([Tensor<T, D>; 2], ProjectionNormsSaved<T, D>)> {
+    ) -> Result<NormedPair<T, D>> {
         let device = &cx.device;
         let sums = summed(
             q.shape()[0],
@@ -83,7 +80,7 @@ impl ProjectionNorms {
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         [dq, dk]: [&Tensor<T, D>; 2],
-        [q, k]: ProjectionNormsSaved<T, D>,
+        [q, k]: [RmsNormSaved<T, D>; 2],
         cx: &mut Cx<T, D>,
     ) -> Result<[Tensor<T, D>; 2]> {
         let (device, whole) = (cx.device.clone(), cx.group(Attention::TP)?.size());

@@ -7,7 +7,7 @@ use moe_topology::{Attention, Owner, Placement};
 use crate::axes::{CP_DP, SHARED_KV};
 use crate::bias::{Bias, BiasPlace};
 use crate::config::{ModelConfig, QkNormScope};
-use crate::norm::{RmsNorm, RmsNormSaved};
+use crate::norm::{NormedPair, RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::projection_norm::ProjectionNorms;
 use crate::{Cx, Result};
@@ -214,7 +214,7 @@ impl Norms {
         &self,
         [q, k]: [Tensor<T, D>; 2],
         cx: &Cx<T, D>,
-    ) -> Result<([Tensor<T, D>; 2], [RmsNormSaved<T, D>; 2])> {
+    ) -> Result<NormedPair<T, D>> {
         match *self {
             Norms::Heads { q: q_norm, k: k_norm, head_dim } => {
                 let ([n, q_width], kv_width) = (q.shape(), k.shape()[1]);

@@ -37,6 +37,15 @@ fn latent_attention_equals_transformers() {
     }
 }
 
+/// Norms over all heads and YaRN as transformers has them, and a token whose lookups give no gradient.
+#[test]
+fn what_published_models_add_equals_transformers() {
+    let golden: Value = serde_json::from_str(include_str!("fixtures/golden_published.json")).unwrap();
+    for run in golden["runs"].as_array().unwrap() {
+        equals_pytorch(run["model"].clone(), &golden["train"], run, run["name"].as_str().unwrap());
+    }
+}
+
 /// Biases of dense layers, of a shared expert, of experts.
 #[test]
 fn biases_equal_pytorch() {

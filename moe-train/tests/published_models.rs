@@ -82,7 +82,8 @@ fn norms_over_projections() {
         ],
         long,
     );
-    let shared = ModelConfig { num_attention_heads: 12, num_key_value_heads: 2, attention_bias: true, ..model };
+    let shared =
+        ModelConfig { num_attention_heads: 12, num_key_value_heads: 2, attention_bias: true, ..model };
     check_all(
         &shared,
         &[

@@ -7,7 +7,7 @@ use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::RecomputeModule::{self, CoreAttn, Full, Layernorm, Mlp, Moe, MoeAct, SharedExperts};
-use moe_model::config::{AuxLoss, AuxLossScope, ScoringFunc};
+use moe_model::config::{AuxLoss, AuxLossScope, QkNormScope, ScoringFunc};
 use moe_model::{DropUnit, ExpertCapacity, ModelConfig, PipelineLayout, RecomputeModules};
 use moe_topology::{Attention, Mapping};
 use moe_train::trainer::Setup;
@@ -38,10 +38,16 @@ fn gated() -> ModelConfig {
     }
 }
 
-/// The shared expert has no gate; projections have biases.
+/// The shared expert has no gate; projections have biases and norms over all heads.
 fn plain() -> ModelConfig {
     let n_shared_experts = Some(2);
-    ModelConfig { shared_expert_intermediate_size: None, n_shared_experts, attention_bias: true, ..gated() }
+    ModelConfig {
+        shared_expert_intermediate_size: None,
+        n_shared_experts,
+        attention_bias: true,
+        qk_norm_scope: QkNormScope::Projection,
+        ..gated()
+    }
 }
 
 /// Latent attention, biases wherever there can be, a router with noise that looks at the whole step.
@@ -50,6 +56,7 @@ fn latent() -> ModelConfig {
         num_key_value_heads: 12,
         head_dim: None,
         use_qk_norm: false,
+        qk_norm_scope: QkNormScope::Head,
         q_lora_rank: Some(10),
         kv_lora_rank: Some(14),
         qk_nope_head_dim: Some(3),
