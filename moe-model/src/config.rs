@@ -279,6 +279,35 @@ pub enum ConfigError {
 }
 
 impl ModelConfig {
+    /// Keys that change neither weights nor what is computed of them: losses, what starts weights, what disturbs or spreads
+    /// the choice of experts in training, and the type that routers compute in.
+    pub const TRAINING_ALONE: [&str; 7] = [
+        "initializer_range",
+        "router_aux_loss_coef",
+        "router_aux_losses",
+        "router_z_loss_coef",
+        "router_jitter_noise",
+        "moe_router_sinkhorn_iterations",
+        "moe_router_dtype",
+    ];
+
+    /// The first key in which two models differ, but for those that `may`, with its value here and there.
+    pub fn first_difference(
+        &self,
+        other: &ModelConfig,
+        may: impl Fn(&str) -> bool,
+    ) -> Option<(String, String, String)> {
+        let keys = |model: &ModelConfig| match serde_json::to_value(model) {
+            Ok(serde_json::Value::Object(keys)) => keys,
+            _ => serde_json::Map::new(),
+        };
+        let (a, b) = (keys(self), keys(other));
+        let mut names = a.keys().chain(b.keys());
+        let name = names.find(|name| a.get(*name) != b.get(*name) && !may(name))?;
+        let show = |value: Option<&serde_json::Value>| value.map_or("absent".to_owned(), ToString::to_string);
+        Some((name.clone(), show(a.get(name)), show(b.get(name))))
+    }
+
     /// Width of one head of grouped-query attention: [`head_dim`](Self#structfield.head_dim), or
     /// `hidden_size / num_attention_heads`.
     pub fn head_dim(&self) -> usize {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use moe_comm::WorldError;
+use moe_model::hf::{HubConfigError, WeightsError};
 use moe_pipeline::ExecuteError;
 
 use crate::checkpoint::container::CheckpointError;
@@ -31,6 +32,20 @@ pub enum Error {
     /// A checkpoint is wrong, or cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The weights of a folder of the hub are wrong, or cannot be written.
+    #[error(transparent)]
+    HubWeights(#[from] WeightsError),
+    /// The configuration of a folder of the hub was refused, or no family of the hub has a model.
+    #[error(transparent)]
+    HubConfig(#[from] HubConfigError),
+    /// A `config.json` cannot be read.
+    #[error("{} {what}", path.display())]
+    HubConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// A checkpoint cannot become one of another model.
     #[error(transparent)]
     Upcycle(#[from] UpcycleError),

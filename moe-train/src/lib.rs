@@ -9,6 +9,7 @@
 //! | turn text into samples in an order that no mapping changes | [`data`] |
 //! | shard an optimizer over exactly the ranks among which a gradient is partial | [`optim`] |
 //! | write and read checkpoints that know no mapping | [`checkpoint`] |
+//! | take a model of the Hugging Face hub in, and hand it back | [`checkpoint::import`], [`checkpoint::export`] |
 //! | continue a text | [`infer`] |
 //! | hold a model against transformers, number by number | [`trace`], [`diff`] |
 //!
@@ -76,8 +77,7 @@
 //!
 //! # When not to use it
 //!
-//! - To fine-tune or serve published models: Hugging Face weights are not read yet, and [`infer`] is for looking at what was
-//!   trained.
+//! - To serve models: [`infer`] is for looking at what was trained.
 //! - On GPUs: the only device so far is `moe_kernels::Cpu`, with ranks as threads of one process.
 //! - For dense models: every layer has experts.
 

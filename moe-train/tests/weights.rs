@@ -99,7 +99,7 @@ fn copied(path: &Path, root: &Path, kinds: &[&str], meta: &Meta) -> PathBuf {
 }
 
 fn without_run() -> Meta {
-    Meta { model: writer().model, run: None }
+    Meta { model: writer().model, hub: None, run: None }
 }
 
 fn values(path: &Path, narrow: bool) -> Vec<(String, Vec<f64>)> {

@@ -36,10 +36,10 @@ pub struct Yarn {
     /// Turns up to which frequencies are divided; 1 unless given.
     #[serde(default = "default_beta_slow")]
     pub beta_slow: f64,
-    /// With `mscale_all_dim`, a part of [`attention_factor`](Self::attention_factor).
+    /// With `mscale_all_dim`, a part of [`attention_factor`](Self#structfield.attention_factor).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mscale: Option<f64>,
-    /// With `mscale`, a part of [`attention_factor`](Self::attention_factor); with latent attention also of the scale of
+    /// With `mscale`, a part of [`attention_factor`](Self#structfield.attention_factor); with latent attention also of the scale of
     /// its scores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mscale_all_dim: Option<f64>,

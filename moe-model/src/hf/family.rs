@@ -14,3 +14,31 @@ pub enum Family {
     /// `deepseek_v3` (arXiv 2412.19437).
     DeepseekV3,
 }
+
+impl Family {
+    /// All of them.
+    pub const ALL: [Family; 5] =
+        [Family::Mixtral, Family::Qwen2Moe, Family::Qwen3Moe, Family::Olmoe, Family::DeepseekV3];
+
+    /// Its `model_type`.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Family::Mixtral => "mixtral",
+            Family::Qwen2Moe => "qwen2_moe",
+            Family::Qwen3Moe => "qwen3_moe",
+            Family::Olmoe => "olmoe",
+            Family::DeepseekV3 => "deepseek_v3",
+        }
+    }
+
+    /// Its class in transformers, of models that predict the next token.
+    pub const fn architecture(self) -> &'static str {
+        match self {
+            Family::Mixtral => "MixtralForCausalLM",
+            Family::Qwen2Moe => "Qwen2MoeForCausalLM",
+            Family::Qwen3Moe => "Qwen3MoeForCausalLM",
+            Family::Olmoe => "OlmoeForCausalLM",
+            Family::DeepseekV3 => "DeepseekV3ForCausalLM",
+        }
+    }
+}

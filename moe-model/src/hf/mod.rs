@@ -1,6 +1,7 @@
-//! Models of the Hugging Face hub: their weights in safetensors files, under the names of their family.
+//! Models of the Hugging Face hub: their configurations, and their weights in safetensors files, under the names of their
+//! family.
 //!
-//! A folder of the hub has one tensor per expert and matrix, in one file or in shards with an index. [`HubNames`] says for
+//! [`HubConfig`] reads a `config.json`. A folder of the hub has one tensor per expert and matrix, in one file or in shards with an index. [`HubNames`] says for
 //! every logical tensor of a model what it is called there; [`HubFolder`] reads blocks of a folder that has exactly those;
 //! [`WritePlan`] writes one.
 //!
@@ -27,6 +28,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod config;
 mod error;
 mod family;
 mod float;
@@ -37,6 +39,7 @@ mod module;
 mod names;
 mod write;
 
+pub use config::{HubConfig, HubConfigError};
 pub use error::WeightsError;
 pub use family::Family;
 pub use float::FloatType;

@@ -1,9 +1,12 @@
 //! What a checkpoint holds besides tensors.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use moe_model::ModelConfig;
+use moe_model::hf::FloatType;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::container::{Checkpoint, CheckpointError};
 use crate::config::RunConfig;
@@ -15,9 +18,25 @@ use crate::trainer::SkippedSteps;
 pub struct Meta {
     /// The model whose tensors these are.
     pub model: ModelConfig,
+    /// The folder of the hub that the weights came from, if they came from one, also by way of runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hub: Option<HubOrigin>,
     /// Where the run stood that wrote it; none for weights alone, which belong to no run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunState>,
+}
+
+/// A folder of the hub, as far as a model that came from there is to go back as it came.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HubOrigin {
+    /// Its `config.json`.
+    pub config: Value,
+    /// The type that most weights had.
+    pub dtype: FloatType,
+    /// The tensors that were of another type, by their names in a layout.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub other_dtypes: BTreeMap<String, FloatType>,
 }
 
 /// The state of a run that is no tensor.
@@ -39,9 +58,9 @@ pub struct RunState {
 }
 
 impl Meta {
-    /// That of a run's checkpoint.
-    pub fn of_run(run: RunState) -> Self {
-        Meta { model: run.config.model.clone(), run: Some(run) }
+    /// That of a run's checkpoint, whose weights came from `hub` in the beginning.
+    pub fn of_run(run: RunState, hub: Option<HubOrigin>) -> Self {
+        Meta { model: run.config.model.clone(), hub, run: Some(run) }
     }
 
     /// Reads that of a checkpoint.
@@ -55,12 +74,29 @@ impl Meta {
         })
     }
 
+    /// Refuses weights of another model; keys that act in training alone, [`ModelConfig::TRAINING_ALONE`], may differ.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OtherModel`].
+    pub fn check_weights(&self, path: &Path, model: &ModelConfig) -> Result<(), CheckpointError> {
+        self.check(path, model, |key| ModelConfig::TRAINING_ALONE.contains(&key))
+    }
+
     /// Refuses a checkpoint of another model, naming the first key that differs; `path` is the checkpoint's.
     ///
     /// # Errors
     /// [`CheckpointError::OtherModel`].
     pub fn check_model(&self, path: &Path, model: &ModelConfig) -> Result<(), CheckpointError> {
-        match first_difference(&self.model, model, |_| false) {
+        self.check(path, model, |_| false)
+    }
+
+    fn check(
+        &self,
+        path: &Path,
+        model: &ModelConfig,
+        may: impl Fn(&str) -> bool,
+    ) -> Result<(), CheckpointError> {
+        match self.model.first_difference(model, may) {
             None => Ok(()),
             Some((key, written, wanted)) => {
                 Err(CheckpointError::OtherModel { path: path.to_owned(), key, written, wanted })
@@ -78,21 +114,4 @@ impl RunState {
         let path = checkpoint.path().to_owned();
         Meta::of(checkpoint)?.run.ok_or(CheckpointError::NoRun { path })
     }
-}
-
-/// The first key in which two models differ, but for those that may, with its values.
-pub(super) fn first_difference(
-    a: &ModelConfig,
-    b: &ModelConfig,
-    may: impl Fn(&str) -> bool,
-) -> Option<(String, String, String)> {
-    let keys = |model: &ModelConfig| match serde_json::to_value(model) {
-        Ok(serde_json::Value::Object(keys)) => keys,
-        _ => serde_json::Map::new(),
-    };
-    let (a, b) = (keys(a), keys(b));
-    let mut names = a.keys().chain(b.keys());
-    let name = names.find(|name| a.get(*name) != b.get(*name) && !may(name))?;
-    let show = |value: Option<&serde_json::Value>| value.map_or("absent".to_owned(), ToString::to_string);
-    Some((name.clone(), show(a.get(name)), show(b.get(name))))
 }

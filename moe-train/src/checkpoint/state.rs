@@ -248,16 +248,16 @@ pub fn restore<T: Float, D: Backend<T>>(
 
 /// Takes over weights and buffers, whatever folding wrote them and in whatever type of floats: what a new run starts from,
 /// or what is evaluated. Those of another type than this run's master weights are widened exactly or rounded to the nearest.
-/// Moments are 0 and no update was made. Collective over the world.
+/// Moments are 0 and no update was made. Only this rank's blocks are read, one at a time. Collective over the world.
 ///
 /// # Errors
-/// They are of another model; the trainer's state is then as it was. Or a tensor is missing, too large for this run's type,
+/// They are of another model (what acts in training alone may differ, see [`Meta::check_weights`]); the trainer's state is then as it was. Or a tensor is missing, too large for this run's type,
 /// or damaged; the trainer's state is then of no use.
 pub fn restore_weights<T: Float, D: Backend<T>>(
     trainer: &mut RankTrainer<T, D>,
     weights: &Weights,
 ) -> Result<()> {
-    weights.meta().check_model(weights.path(), &trainer.setup().model)?;
+    weights.meta().check_weights(weights.path(), &trainer.setup().model)?;
     let cx = trainer.cx();
     let buffers =
         read_buffers(&cx.params, &cx.device, |buffer| weights.read_buffer(&buffer.name, buffer.len))?;

@@ -19,7 +19,7 @@ use moe_model::params::{BufferLayout, ParamLayout, Part, Stream};
 use super::container::{Checkpoint, CheckpointError, PendingCheckpoint, PieceSpec, PieceWriter};
 use super::state::{BUFFER, check_tensor};
 use super::weights::elements;
-use super::{Meta, RunState, meta};
+use super::{Meta, RunState};
 use crate::Result;
 use crate::config::RunConfig;
 use crate::optim::Moment;
@@ -129,7 +129,7 @@ impl Plan {
         if model.moe_layers().next().is_none() {
             return Err(UpcycleError::NoExperts);
         }
-        if let Some((key, dense, wanted)) = meta::first_difference(dense, model, about_experts) {
+        if let Some((key, dense, wanted)) = dense.first_difference(model, about_experts) {
             return Err(UpcycleError::Differs { key, dense, wanted });
         }
         if model.shared_expert_width().is_some() {
@@ -234,7 +234,7 @@ pub fn upcycle(
     }
     let (skipped, config) = (SkippedSteps::default(), config.clone());
     let run = RunState { updates: 0, skipped, cursor: 0, blend_samples: Vec::new(), config };
-    let meta = serde_json::to_value(Meta::of_run(run)).map_err(|error| CheckpointError::Manifest {
+    let meta = serde_json::to_value(Meta::of_run(run, None)).map_err(|error| CheckpointError::Manifest {
         path: root.to_owned(),
         what: format!("cannot hold the configuration: {error}"),
     })?;

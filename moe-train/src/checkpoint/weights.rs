@@ -1,24 +1,30 @@
 //! Where a model's weights come from.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use moe_kernels::{DType, Element, Float, bf16};
 use moe_model::ModelConfig;
+use moe_model::hf::{FloatType, HubFolder};
+use serde_json::Value;
 
 use super::container::{Checkpoint, CheckpointError, TensorInfo};
 use super::state::BUFFER;
-use super::{Meta, RunState};
+use super::{HubOrigin, Meta, RunState};
 use crate::Result;
 use crate::optim::Moment;
+use crate::run::{CHECKPOINTS, SIDE_FILES};
 
 /// A model's weights, read block by block under the names that a [layout](moe_model::params::ParamLayout) gives them, in any
-/// type of floats: what a new run starts from, and what is evaluated or sampled.
+/// type of floats: what a new run starts from, and what is evaluated, sampled, traced or exported. They are those of a
+/// checkpoint or of a folder of the hub.
 ///
 /// ```no_run
 /// use moe_train::run::open_weights;
 ///
-/// let weights = open_weights("runs/first".as_ref())?; // or the folder of one checkpoint
+/// // A run, the folder of one checkpoint, or a folder of the hub.
+/// let weights = open_weights("runs/first".as_ref())?;
 /// let dims = [weights.model().vocab_size, weights.model().hidden_size];
 /// // Rows 10 to 19 of the embedding, as doubles.
 /// let block = weights.read::<f64>("model.embed_tokens.weight", dims, 10..20, 0..dims[1])?;
@@ -27,8 +33,14 @@ use crate::optim::Moment;
 /// ```
 #[derive(Debug)]
 pub struct Weights {
-    checkpoint: Checkpoint,
+    source: Source,
     meta: Meta,
+}
+
+#[derive(Debug)]
+enum Source {
+    Checkpoint(Checkpoint),
+    Hub(HubFolder),
 }
 
 impl Weights {
@@ -38,12 +50,37 @@ impl Weights {
     /// It is not that of a model.
     pub fn of(checkpoint: Checkpoint) -> Result<Self> {
         let meta = Meta::of(&checkpoint)?;
-        Ok(Weights { checkpoint, meta })
+        Ok(Weights { source: Source::Checkpoint(checkpoint), meta })
+    }
+
+    /// Those of a folder of the hub with this `config.json`, which says that it has this model.
+    ///
+    /// # Errors
+    /// The folder was opened for another model.
+    pub fn of_hub(folder: HubFolder, config: Value, model: ModelConfig) -> Result<Self> {
+        let mut sizes = BTreeMap::new();
+        for tensor in folder.names().tensors() {
+            *sizes.entry(folder.dtype(&tensor.name)?).or_insert(0) += tensor.len();
+        }
+        let most = sizes.into_iter().max_by_key(|&(_, elements)| elements);
+        let dtype = most.map_or(FloatType::F32, |(dtype, _)| dtype);
+        let mut other_dtypes = BTreeMap::new();
+        for tensor in folder.names().tensors() {
+            let own = folder.dtype(&tensor.name)?;
+            if own != dtype {
+                other_dtypes.insert(tensor.name.clone(), own);
+            }
+        }
+        let hub = Some(HubOrigin { config, dtype, other_dtypes });
+        Ok(Weights { source: Source::Hub(folder), meta: Meta { model, hub, run: None } })
     }
 
     /// The folder they are in.
     pub fn path(&self) -> &Path {
-        self.checkpoint.path()
+        match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.path(),
+            Source::Hub(folder) => folder.path(),
+        }
     }
 
     /// What is known of them.
@@ -65,10 +102,37 @@ impl Weights {
         self.meta.run.as_ref().ok_or_else(|| CheckpointError::NoRun { path: path() }.into())
     }
 
-    /// The type that they are kept in: that of the first parameter by name.
+    /// The folder with what else belongs to a model of the hub, its tokenizer above all: the folder of the hub itself, or
+    /// the one beside a checkpoint, or in the folder of its run.
+    pub fn side_files(&self) -> Option<PathBuf> {
+        match &self.source {
+            Source::Checkpoint(checkpoint) => {
+                let beside = checkpoint.path().parent()?;
+                let root = match beside.ends_with(CHECKPOINTS) {
+                    true => beside.parent()?,
+                    false => beside,
+                };
+                let folder = root.join(SIDE_FILES);
+                folder.is_dir().then_some(folder)
+            }
+            Source::Hub(folder) => Some(folder.path().to_owned()),
+        }
+    }
+
+    /// The type of master weights that holds them exactly.
     pub fn dtype(&self) -> DType {
-        let mut params = self.checkpoint.tensors().filter(|tensor| tensor.kind == Moment::Master.name());
-        params.next().map_or(DType::F32, |tensor| tensor.dtype)
+        match &self.source {
+            Source::Checkpoint(checkpoint) => {
+                let mut params = checkpoint.tensors().filter(|tensor| tensor.kind == Moment::Master.name());
+                params.next().map_or(DType::F32, |tensor| tensor.dtype)
+            }
+            Source::Hub(_) => {
+                let double = self.meta.hub.iter().any(|HubOrigin { dtype, other_dtypes, .. }| {
+                    other_dtypes.values().chain([dtype]).any(|&dtype| dtype == FloatType::F64)
+                });
+                if double { DType::F64 } else { DType::F32 }
+            }
+        }
     }
 
     /// A block of the parameter `name` of shape `dims` (a vector is `[1, n]`), row by row. Widening is exact, narrowing
@@ -76,7 +140,7 @@ impl Weights {
     ///
     /// # Errors
     /// There is no such parameter or block, it has another shape, what was read is damaged, or an element is infinite in `A`
-    /// alone.
+    /// alone; of the hub, or not finite at all.
     pub fn read<A: Float>(
         &self,
         name: &str,
@@ -103,18 +167,34 @@ impl Weights {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<Vec<A>> {
-        let TensorInfo { dims: written, dtype, .. } = self.checkpoint.tensor(name, kind)?;
-        let other = || CheckpointError::OtherTensor {
+        let other = |written: String| CheckpointError::OtherTensor {
             path: self.path().to_owned(),
             tensor: name.to_owned(),
-            written: format!("{written:?} {dtype}"),
+            written,
             wanted: format!("{dims:?} {}", A::DTYPE),
         };
+        let checkpoint = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Hub(folder) => {
+                let written = folder.names().tensor(name).map_or(dims, |tensor| tensor.dims);
+                return match written == dims {
+                    true => Ok(folder.read(name, rows, cols)?),
+                    false => Err(other(format!("{written:?} {}", folder.dtype(name)?)).into()),
+                };
+            }
+        };
+        let TensorInfo { dims: written, dtype, .. } = checkpoint.tensor(name, kind)?;
         if written != dims {
-            return Err(other().into());
+            return Err(other(format!("{written:?} {dtype}")).into());
         }
-        let bytes = self.checkpoint.read_block(name, kind, rows, cols)?;
-        let block = floats::<A>(dtype, &bytes).ok_or_else(other)?;
+        let inside = |range: &Range<usize>, len| range.start <= range.end && range.end <= len;
+        if dtype == A::DTYPE && inside(&rows, dims[0]) && inside(&cols, dims[1]) {
+            let mut block = vec![A::ZERO; rows.len() * cols.len()];
+            checkpoint.read_block_into(name, kind, rows, cols, bytemuck::cast_slice_mut(&mut block))?;
+            return Ok(block);
+        }
+        let bytes = checkpoint.read_block(name, kind, rows, cols)?;
+        let block = floats::<A>(dtype, &bytes).ok_or_else(|| other(format!("{written:?} {dtype}")))?;
         block.map_err(|value| {
             let (path, tensor) = (self.path().to_owned(), name.to_owned());
             CheckpointError::Overflow { path, tensor, value, wanted: A::DTYPE }.into()
@@ -134,7 +214,6 @@ fn floats<A: Float>(dtype: DType, bytes: &[u8]) -> Option<std::result::Result<Ve
             .collect()
     }
     Some(match dtype {
-        _ if dtype == A::DTYPE => Ok(elements(bytes).collect()),
         DType::F64 => each::<f64, A>(bytes),
         DType::F32 => each::<f32, A>(bytes),
         DType::Bf16 => each::<bf16, A>(bytes),

@@ -5,6 +5,8 @@ mod checkpoint;
 mod data;
 mod diff;
 mod eval;
+mod export;
+mod import;
 mod sample;
 mod topology;
 mod trace;
@@ -38,6 +40,10 @@ enum Command {
     Eval(eval::Eval),
     /// Write a model's logits, losses and gradients on given tokens, as transformers computes and names them.
     Trace(trace::Trace),
+    /// Make a checkpoint of a Hugging Face folder.
+    Import(import::Import),
+    /// Write a Hugging Face folder with the weights of a checkpoint.
+    Export(export::Export),
     /// Compare two sets of tensors: safetensors files, folders of the hub, or checkpoints.
     Diff(diff::Diff),
     /// Look into checkpoints, and make one of another.
@@ -60,6 +66,8 @@ impl Cli {
             Command::Sample(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Trace(command) => command.run(),
+            Command::Import(command) => command.run(),
+            Command::Export(command) => command.run(),
             Command::Diff(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
             Command::Data(command) => command.run(),
@@ -83,7 +91,11 @@ pub fn exit_status(error: &Error) -> u8 {
         Error::Trace(
             TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },
         ) => 3,
-        Error::Checkpoint(_) | Error::Diff(_) => 4,
+        Error::Checkpoint(_)
+        | Error::Diff(_)
+        | Error::HubWeights(_)
+        | Error::HubConfig(_)
+        | Error::HubConfigFile { .. } => 4,
         Error::NonFinite { .. }
         | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. }) => 6,
         Error::Interrupted { .. } => 130,

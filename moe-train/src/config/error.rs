@@ -1,5 +1,7 @@
 //! Why a configuration was refused.
 
+use std::path::PathBuf;
+
 use moe_model::config::ConfigError as ModelError;
 
 use crate::data::{BlendError, RampUpError};
@@ -68,6 +70,14 @@ pub enum ConfigError {
         other: String,
         /// What to do instead.
         fix: String,
+    },
+    /// The model was left to weights that cannot be opened.
+    #[error("[model] is not complete, and train.init_checkpoint = {path:?} cannot fill it up: {what}")]
+    Init {
+        /// The weights.
+        path: PathBuf,
+        /// The reason.
+        what: String,
     },
     /// A setting that is known but not built.
     #[error("{setting} is not supported in training yet: {fix}")]

@@ -40,6 +40,7 @@ mod capacity;
 mod data;
 mod error;
 mod forced;
+mod init;
 mod overrides;
 mod parallel;
 mod sections;
@@ -93,7 +94,8 @@ impl RunConfig {
         Self::parse(&text, &path.display().to_string(), overrides)
     }
 
-    /// As [`load`](Self::load), from text; `origin` is its name in messages.
+    /// As [`load`](Self::load), from text; `origin` is its name in messages. A `[model]` that lacks a key that it must have, or
+    /// all of them, is filled up with the model of `train.init_checkpoint`.
     ///
     /// # Errors
     /// The text is not TOML, a key is unknown or missing, a value has the wrong type or is out of range, the fields do
@@ -106,6 +108,7 @@ impl RunConfig {
         for text in overrides {
             overrides::apply(&mut root, text.as_ref())?;
         }
+        init::complete_model(&mut root)?;
         let sections = [
             ("model", field_names::<ModelConfig>()),
             ("parallel", field_names::<ParallelConfig>()),

@@ -115,9 +115,11 @@ pub struct TrainConfig {
     /// Type of weights and activations.
     #[serde(default)]
     pub dtype: TrainDType,
-    /// The folder of a checkpoint, or of a run (its newest one), whose weights a new run starts from, whatever folding
-    /// wrote it and in whatever type: widened exactly, or rounded to the nearest. At random unless given. A run that is
-    /// resumed goes on from its own.
+    /// What a new run starts from: the weights of a checkpoint, of a run (its newest one) or of a Hugging Face folder,
+    /// whatever folding wrote them and in whatever type, widened exactly or rounded to the nearest. At random unless given.
+    /// `[model]` may then be left out, or give some keys only: the others are those of the weights' model. What is given must
+    /// be as there, unless it acts in training alone: see [`Meta::check_weights`](crate::checkpoint::Meta::check_weights). A
+    /// run that is resumed goes on from its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub init_checkpoint: Option<PathBuf>,
     /// Optimizer steps.

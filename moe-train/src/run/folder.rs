@@ -3,10 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::copy_side_files;
 use crate::durable::{Context, replace};
 use crate::{Error, Result};
 
-/// The folder of a run: `config.toml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/step-N/` and the tokens in `data/`.
+/// The name of the folder of a run's checkpoints.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
+
+/// The name of the folder, in a run's or beside the checkpoint of an import, of what else belongs to a model of the hub.
+pub(crate) const SIDE_FILES: &str = "hub";
+
+/// The folder of a run: `config.toml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/step-N/`, the tokens in `data/`, and in
+/// `hub/` what else belongs to a model that came from the hub.
 #[derive(Debug, Clone)]
 pub struct RunFolder(PathBuf);
 
@@ -28,7 +36,12 @@ impl RunFolder {
 
     /// The folders `step-N`.
     pub fn checkpoints(&self) -> PathBuf {
-        self.0.join("checkpoints")
+        self.0.join(CHECKPOINTS)
+    }
+
+    /// What else belongs to a model of the hub that the run started from: its tokenizer above all.
+    pub fn side_files(&self) -> PathBuf {
+        self.0.join(SIDE_FILES)
     }
 
     /// The choices of routers, in folders `step-N`.
@@ -59,6 +72,16 @@ impl RunFolder {
     pub(super) fn create_data(&self) -> Result<()> {
         let path = self.0.join("data");
         Ok(fs::create_dir_all(&path).context("create", &path)?)
+    }
+
+    /// Copies what else belongs to a model of the hub from the folder `from`, in place of what a run left here that ended
+    /// before its first step.
+    pub(super) fn take_side_files(&self, from: &Path) -> Result<()> {
+        let own = self.side_files();
+        if own.exists() {
+            fs::remove_dir_all(&own).context("remove", &own)?;
+        }
+        copy_side_files(from, &own)
     }
 
     /// Writes the resolved configuration.

@@ -12,13 +12,16 @@ use std::time::Duration;
 
 use moe_comm::ThreadWorld;
 use moe_kernels::{Backend, Cpu, Float};
+use moe_model::ModelConfig;
+use moe_model::hf::HubConfig;
 use moe_topology::{Mapping, draw};
 
 pub use data::{HeldOut, TokenSource, held_out_sets, open_held_out};
 pub use folder::RunFolder;
+pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
 
-use crate::checkpoint::container::{Checkpoint, open_newest, set_aside};
-use crate::checkpoint::{Meta, RunState, Weights, restore_weights};
+use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
+use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
 use crate::config::{RunConfig, TrainDType};
 use crate::infer::{Sampling, generate};
 use crate::optim::{Hyper, MomentDTypes};
@@ -74,6 +77,14 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         println!("starting from the weights of {}", init.path().display());
     }
 
+    let hub = match (&checkpoint, &init) {
+        (Some(checkpoint), _) => Meta::of(checkpoint)?.hub,
+        (None, Some(init)) => init.meta().hub.clone(),
+        (None, None) => None,
+    };
+    if let Some(side_files) = init.as_ref().and_then(Weights::side_files) {
+        folder.take_side_files(&side_files)?;
+    }
     let train = Arc::new(data.train);
     let plan = Plan {
         setup,
@@ -83,6 +94,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         held_out: Arc::new(data.held_out),
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
         init: init.map(Arc::new),
+        hub,
         interrupted: interrupt::flag(),
     };
     let outcome = match config.train.dtype {
@@ -221,16 +233,35 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
 fn initial(config: &RunConfig) -> Result<Option<Weights>> {
     let Some(path) = &config.train.init_checkpoint else { return Ok(None) };
     let weights = open_weights(path)?;
-    weights.meta().check_model(weights.path(), &config.model)?;
+    weights.meta().check_weights(weights.path(), &config.model)?;
     Ok(Some(weights))
 }
 
-/// Opens the weights of a checkpoint, or those of the newest whole one of a run.
+/// Opens the weights of a checkpoint, those of the newest whole one of a run, or those of a folder of the hub.
 ///
 /// # Errors
-/// There is none, or it is not that of a model.
+/// There is none, it is not that of a model, or the folder of the hub is refused.
 pub fn open_weights(path: &Path) -> Result<Weights> {
-    Weights::of(open_checkpoint(path)?)
+    match is_hub_folder(path) {
+        true => open_hub(path, &mut |skipped| eprintln!("warning: {skipped}")),
+        false => Weights::of(open_checkpoint(path)?),
+    }
+}
+
+/// The model of weights that [`open_weights`] opens; none of them is read.
+pub(crate) fn model_of(path: &Path) -> Result<ModelConfig> {
+    if is_hub_folder(path) {
+        return Ok(HubConfig::parse(&read_config(path)?)?.model);
+    }
+    let root = RunFolder::new(path).checkpoints();
+    let checkpoint = match root.is_dir() {
+        true => {
+            let newest = list(&root)?.into_iter().rev().find_map(|listed| listed.checkpoint.ok());
+            newest.ok_or(CheckpointError::None { root })?
+        }
+        false => Checkpoint::open(path)?,
+    };
+    Ok(Meta::of(&checkpoint)?.model)
 }
 
 /// Opens a checkpoint, or the newest whole one of a run.

@@ -13,7 +13,7 @@ use super::log::Log;
 use super::{HeldOut, RunFolder, TokenSource};
 use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
-use crate::checkpoint::{Meta, RunState, Weights, restore, restore_weights, save};
+use crate::checkpoint::{HubOrigin, Meta, RunState, Weights, restore, restore_weights, save};
 use crate::config::RunConfig;
 use crate::metrics::{EvalRecord, SetLoss};
 use crate::trainer::{RankTrainer, Setup, SkippedSteps};
@@ -29,6 +29,8 @@ pub(super) struct Plan {
     pub checkpoint: Option<PathBuf>,
     /// Whose weights to start from, otherwise.
     pub init: Option<Arc<Weights>>,
+    /// The folder of the hub that either came from.
+    pub hub: Option<HubOrigin>,
     pub interrupted: Arc<AtomicBool>,
 }
 
@@ -153,13 +155,14 @@ fn write<T: Float, D: Backend<T>>(
     if let Some(log) = log {
         log.sync()?;
     }
-    let meta = Meta::of_run(RunState {
+    let run = RunState {
         updates: trainer.optimizer().updates(),
         skipped,
         cursor: plan.train.cursor_after(step),
         blend_samples: plan.train.lengths(),
         config: plan.config.clone(),
-    });
+    };
+    let meta = Meta::of_run(run, plan.hub.clone());
     let root = plan.folder.checkpoints();
     save(trainer, &root, step, &meta)?;
     if trainer.rank() == 0 {

@@ -32,7 +32,7 @@ pub fn meta(setup: &Setup, step: u64, updates: u64) -> Meta {
     config.model = setup.model.clone();
     let cursor = step * setup.global_batch_size as u64;
     let skipped = Default::default();
-    Meta::of_run(RunState { updates, skipped, cursor, blend_samples: Vec::new(), config })
+    Meta::of_run(RunState { updates, skipped, cursor, blend_samples: Vec::new(), config }, None)
 }
 
 /// All tensors of a checkpoint by name and kind, byte for byte.

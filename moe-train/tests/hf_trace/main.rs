@@ -10,10 +10,9 @@ use moe_kernels::{Backend, Cpu, Float};
 use moe_model::RecomputeModule;
 use moe_train::checkpoint::Weights;
 use moe_train::config::{Dispatcher, ParallelConfig};
+use moe_train::run::open_weights;
 use moe_train::trace::{Options, Tokens, Trace, trace};
 use safetensors::{Dtype, SafeTensors, View};
-
-mod import;
 
 fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf").join(name)
@@ -94,8 +93,7 @@ where
 
 /// The fixture `name` on one rank and under `foldings`, in f64; on one rank and under the first two in f32.
 fn check(name: &str, foldings: &[&str]) {
-    let root = tempfile::tempdir().unwrap();
-    let (golden, weights) = (Golden::of(name), Arc::new(import::weights(&folder(name), root.path())));
+    let (golden, weights) = (Golden::of(name), Arc::new(open_weights(&folder(name)).unwrap()));
     let one = [["1"].as_slice(), foldings].concat();
     for &folding in &one {
         let trace = traced::<f64>(&weights, name, parallel(folding));
@@ -228,7 +226,7 @@ fn deepseek_v3_yarn() {
 #[test]
 fn parts_of_a_trace() {
     let (name, root) = ("deepseek_v3", tempfile::tempdir().unwrap());
-    let weights = Arc::new(import::weights(&folder(name), root.path()));
+    let weights = Arc::new(open_weights(&folder(name)).unwrap());
     let tokens = Tokens::read(&folder(name).join("golden.safetensors")).unwrap();
     let of = |options: &Options| trace::<f64>(&weights, &tokens, options).unwrap();
     let whole = of(&Options { parallel: parallel("6 tp2 pp3"), grads: true, ..Options::default() });
@@ -260,7 +258,7 @@ fn parts_of_a_trace() {
 #[test]
 fn what_cannot_be_traced_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let weights = Arc::new(import::weights(&folder("mixtral"), root.path()));
+    let weights = Arc::new(open_weights(&folder("mixtral")).unwrap());
     let refusal = |tokens: &Tokens, text: &str| {
         let options = Options { parallel: parallel(text), ..Options::default() };
         trace::<f64>(&weights, tokens, &options).unwrap_err().to_string()

@@ -110,6 +110,16 @@ pub enum CheckpointError {
         /// Columns that were wanted.
         cols: std::ops::Range<usize>,
     },
+    /// A block was to be read into memory of another size.
+    #[error("a block of {expected} bytes of {tensor} was to be read into {given}")]
+    BlockLength {
+        /// Name of the tensor.
+        tensor: String,
+        /// Bytes of the block.
+        expected: usize,
+        /// Bytes that were given.
+        given: usize,
+    },
     /// It was written by another model.
     #[error("checkpoint {} is of another model: {key} is {written} there and {wanted} here", path.display())]
     OtherModel {

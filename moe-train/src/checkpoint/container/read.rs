@@ -125,15 +125,32 @@ impl Checkpoint {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<Vec<u8>, CheckpointError> {
-        let TensorInfo { dtype, dims, .. } = self.tensor(name, kind)?;
-        let inside = |range: &Range<usize>, len| range.start <= range.end && range.end <= len;
-        if !inside(&rows, dims[0]) || !inside(&cols, dims[1]) {
-            return Err(CheckpointError::NoBlock { tensor: name.to_owned(), dims, rows, cols });
+        let bytes = self.block_bytes(name, kind, &rows, &cols)?;
+        let mut block = vec![0; bytes];
+        self.read_block_into(name, kind, rows, cols, &mut block)?;
+        Ok(block)
+    }
+
+    /// As [`read_block`](Self::read_block), into memory of exactly its size.
+    ///
+    /// # Errors
+    /// Also [`CheckpointError::BlockLength`].
+    pub fn read_block_into(
+        &self,
+        name: &str,
+        kind: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        block: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let expected = self.block_bytes(name, kind, &rows, &cols)?;
+        if block.len() != expected {
+            let (tensor, given) = (name.to_owned(), block.len());
+            return Err(CheckpointError::BlockLength { tensor, expected, given });
         }
-        let size = dtype.size();
-        let mut block = vec![0; rows.len() * cols.len() * size];
         let pieces = self.index.get(&(name.to_owned(), kind.to_owned()));
         for (file, piece) in pieces.into_iter().flatten() {
+            let size = piece.spec.dtype.size();
             let mut data = None;
             for (row, run, at) in piece.spec.runs() {
                 let shared = run.start.max(cols.start)..run.end.min(cols.end);
@@ -150,7 +167,26 @@ impl Checkpoint {
                 block[to..to + bytes].copy_from_slice(&data[from..from + bytes]);
             }
         }
-        Ok(block)
+        Ok(())
+    }
+
+    /// Bytes of a block.
+    fn block_bytes(
+        &self,
+        name: &str,
+        kind: &str,
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+    ) -> Result<usize, CheckpointError> {
+        let TensorInfo { dtype, dims, .. } = self.tensor(name, kind)?;
+        let inside = |range: &Range<usize>, len| range.start <= range.end && range.end <= len;
+        match inside(rows, dims[0]) && inside(cols, dims[1]) {
+            true => Ok(rows.len() * cols.len() * dtype.size()),
+            false => {
+                let (tensor, rows, cols) = (name.to_owned(), rows.clone(), cols.clone());
+                Err(CheckpointError::NoBlock { tensor, dims, rows, cols })
+            }
+        }
     }
 
     /// Reads every byte and says all that is wrong: damaged pieces, and files that the manifest does not list (hidden
@@ -184,7 +220,8 @@ impl Checkpoint {
         let read = || {
             let mut reader = File::open(&path)?;
             reader.seek(SeekFrom::Start(piece.offset))?;
-            let mut data = Vec::new();
+            // Not more than the file had when it was opened.
+            let mut data = Vec::with_capacity(piece.bytes as usize);
             reader.take(piece.bytes).read_to_end(&mut data)?;
             Ok(data)
         };

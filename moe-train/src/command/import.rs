@@ -1,0 +1,32 @@
+//! `moe-train import`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::Result;
+use crate::checkpoint::{import, open_hub};
+use crate::config::TrainDType;
+
+/// Make a checkpoint of a Hugging Face folder, for train.init_checkpoint, eval, sample and trace.
+///
+/// They all take the folder itself, too; a checkpoint is hashed, and read faster by many ranks.
+#[derive(Debug, Args)]
+pub struct Import {
+    /// The folder: config.json and safetensors files.
+    dir: PathBuf,
+    /// Where the folder step-0 is made.
+    out: PathBuf,
+    /// Type of the weights in the checkpoint.
+    #[arg(long, value_enum, default_value_t = TrainDType::F32)]
+    dtype: TrainDType,
+}
+
+impl Import {
+    pub fn run(self) -> Result<()> {
+        let Import { dir, out, dtype } = self;
+        let weights = open_hub(&dir, &mut |skipped| eprintln!("warning: {skipped}"))?;
+        println!("checkpoint {}", import(&weights, dtype, &out)?.display());
+        Ok(())
+    }
+}
