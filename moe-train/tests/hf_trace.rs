@@ -18,6 +18,10 @@ fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf").join(name)
 }
 
+fn weights(name: &str) -> Arc<Weights> {
+    Arc::new(open_weights(&folder(name)).unwrap_or_else(|error| panic!("{name}: {error}")))
+}
+
 /// What transformers computed: names, shapes and numbers.
 struct Golden(BTreeMap<String, (Vec<usize>, Vec<f64>)>);
 
@@ -93,7 +97,7 @@ where
 
 /// The fixture `name` on one rank and under `foldings`, in f64; on one rank and under the first two in f32.
 fn check(name: &str, foldings: &[&str]) {
-    let (golden, weights) = (Golden::of(name), Arc::new(open_weights(&folder(name)).unwrap()));
+    let (golden, weights) = (Golden::of(name), weights(name));
     let one = [["1"].as_slice(), foldings].concat();
     for &folding in &one {
         let trace = traced::<f64>(&weights, name, parallel(folding));
@@ -175,6 +179,29 @@ fn qwen3_moe() {
     );
 }
 
+/// Its padding id is 1, which some of the tokens are.
+#[test]
+fn olmoe() {
+    check(
+        "olmoe",
+        &[
+            "12 tp2 cp2 ep3 etp2 ag",
+            "6 tp6 ep3 etp2",
+            "2",
+            "2 tp2",
+            "3 tp3 ep3",
+            "9 ep9 ag",
+            "6 etp6",
+            "2 cp2",
+            "2 cp2 u2",
+            "8 cp4 u2 pp2 etp2",
+            "2 pp2",
+            "12 tp3 pp2 ep3 etp2",
+            "12 tp2 cp3 u3 pp2 ep3",
+        ],
+    );
+}
+
 #[test]
 fn deepseek_v3() {
     check(
@@ -216,6 +243,12 @@ fn qwen3_moe_tied() {
     check("qwen3_moe_tied", &["12 tp2 pp3 ep4 ag", "4 tp4 ep2 etp2", "6 pp3 cp2 u2 etp2", "3"]);
 }
 
+/// A tied head, fewer key-value heads than queries, weights divided by their sum.
+#[test]
+fn olmoe_grouped() {
+    check("olmoe_grouped", &["8 tp2 cp2 pp2 ep2 etp2", "4 tp4 ep4 ag", "4 cp4 u4 ep2", "3"]);
+}
+
 /// YaRN with both scales, one group, no latent of queries.
 #[test]
 fn deepseek_v3_yarn() {
@@ -226,7 +259,7 @@ fn deepseek_v3_yarn() {
 #[test]
 fn parts_of_a_trace() {
     let (name, root) = ("deepseek_v3", tempfile::tempdir().unwrap());
-    let weights = Arc::new(open_weights(&folder(name)).unwrap());
+    let weights = weights(name);
     let tokens = Tokens::read(&folder(name).join("golden.safetensors")).unwrap();
     let of = |options: &Options| trace::<f64>(&weights, &tokens, options).unwrap();
     let whole = of(&Options { parallel: parallel("6 tp2 pp3"), grads: true, ..Options::default() });
@@ -258,7 +291,7 @@ fn parts_of_a_trace() {
 #[test]
 fn what_cannot_be_traced_is_refused() {
     let root = tempfile::tempdir().unwrap();
-    let weights = Arc::new(open_weights(&folder("mixtral")).unwrap());
+    let weights = weights("mixtral");
     let refusal = |tokens: &Tokens, text: &str| {
         let options = Options { parallel: parallel(text), ..Options::default() };
         trace::<f64>(&weights, tokens, &options).unwrap_err().to_string()
