@@ -74,6 +74,9 @@ for name, weight_map in {
 }.items():
     seed("shard_index", name, json.dumps({"metadata": {}, "weight_map": weight_map}, separators=(",", ":")).encode())
 
+for config in sorted((FIXTURES / "hf").glob("*/config.json")):
+    seed("hub_config", config.parent.name, config.read_bytes())
+
 for idx in sorted((FIXTURES / "megatron").glob("*.idx")):
     length = idx.with_suffix(".bin").stat().st_size
     seed("megatron_idx", idx.stem, struct.pack("<Q", length) + idx.read_bytes())
