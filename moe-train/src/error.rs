@@ -9,7 +9,7 @@ use moe_pipeline::ExecuteError;
 use crate::checkpoint::container::CheckpointError;
 use crate::checkpoint::upcycle::UpcycleError;
 use crate::config::ConfigError;
-use crate::data::DataError;
+use crate::data::{DataError, TokenizeError};
 use crate::diff::DiffError;
 use crate::durable::IoError;
 use crate::metrics::MetricsError;
@@ -29,6 +29,9 @@ pub enum Error {
     /// The data is wrong.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A text has no tokens, or tokens no text.
+    #[error(transparent)]
+    Tokenize(#[from] TokenizeError),
     /// A checkpoint is wrong, or cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

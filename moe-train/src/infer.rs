@@ -11,7 +11,7 @@ use moe_model::{Cx, DecoderStage, Execution, MicroBatch, Objective, PipelineLayo
 use moe_topology::{Folding, Mapping};
 
 use crate::checkpoint::{Weights, read_params};
-use crate::data::ByteTokenizer;
+use crate::data::Tokenizer;
 use crate::{Error, Result};
 
 /// How tokens are chosen.
@@ -25,13 +25,18 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// `prompt` and its continuation by the model of `weights`.
+/// `prompt` and its continuation by the model of `weights`, which was trained on tokens of `tokenizer`.
 ///
 /// # Errors
-/// The weights are damaged, or of no training run.
-pub fn generate(weights: &Arc<Weights>, prompt: &str, sampling: Sampling) -> Result<String> {
+/// The weights are damaged, or of no training run, or the tokenizer refuses.
+pub fn generate(
+    weights: &Arc<Weights>,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    sampling: Sampling,
+) -> Result<String> {
     let weights = weights.clone();
-    let prompt = ByteTokenizer.encode(prompt.as_bytes());
+    let prompt = tokenizer.encode(prompt.as_bytes(), true)?;
     let texts = ThreadWorld::run(1, Duration::from_secs(60), move |world| {
         let mut tokens = prompt.clone();
         match weights.dtype() {
@@ -40,7 +45,7 @@ pub fn generate(weights: &Arc<Weights>, prompt: &str, sampling: Sampling) -> Res
         }
         Ok::<_, Error>(tokens)
     })?;
-    Ok(ByteTokenizer.decode(&texts.concat()))
+    Ok(tokenizer.decode(&texts.concat(), true)?)
 }
 
 /// A whole model on one rank, to run forward.

@@ -961,3 +961,57 @@ fn traces_of_checkpoints_are_compared() {
         .refused(3, &["run.toml"]);
     assert!(!place.path("none").exists());
 }
+
+#[cfg(feature = "tokenizers")]
+#[test]
+fn a_tokenizer_goes_with_its_run() {
+    let place = Place::new();
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer");
+    fs::create_dir(place.path("hub")).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(Path::new(fixture).join(name), place.path("hub").join(name)).unwrap();
+    }
+    let settings = ["--set", "data.tokenizer='hub'", "--set", "train.steps=2"];
+    // 382 tokens; nothing is written before that is known.
+    let small = place.train(&settings).refused(2, &["model.vocab_size = 256", "at least 382", "hub"]);
+    assert!(!small.out.contains("tokens to train on") && !place.path("run").exists());
+    let settings = [&settings[..], &["--set", "model.vocab_size=384"]].concat();
+    let missing = [&settings[..], &["--set", "data.eos_token='</s>'"]].concat();
+    place.train(&missing).refused(3, &["has no token \"</s>\"", "data.eos_token"]);
+    let said = place.train(&settings).ok();
+    assert!(said.out.contains("documents end with <|endoftext|> (1)"), "{said:?}");
+    assert!(said.out.contains("nats/token") && !said.out.contains("<|begin|>"), "{said:?}");
+
+    let tokens = moe_train::data::TokenFile::open(&place.path("run/data/train.tokens")).unwrap();
+    assert_eq!(tokens.vocab_size(), 382);
+    for i in 0..tokens.documents() {
+        let document = tokens.tokens(tokens.document(i).unwrap()).unwrap();
+        assert_eq!((document[0], document.last()), (0, Some(&1)));
+    }
+    // Another run from its weights has a tokenizer of its own, and not that which came with them.
+    fs::create_dir(place.path("other")).unwrap();
+    let text = fs::read_to_string(place.path("hub/tokenizer.json")).unwrap().replace("<|pad|>", "<|fill|>");
+    fs::write(place.path("other/tokenizer.json"), &text).unwrap();
+    let own = ["train.init_checkpoint='run'", "train.output='second'", "data.tokenizer='other'"];
+    let own: Vec<&str> = own.into_iter().flat_map(|setting| ["--set", setting]).collect();
+    place.train(&[&settings[..], &own].concat()).ok();
+    // Not `assert_eq`, which would print both.
+    assert!(fs::read_to_string(place.path("second/hub/tokenizer.json")).unwrap() == text);
+    // The run needs the original no more, and is continued with no other.
+    fs::remove_dir_all(place.path("hub")).unwrap();
+    let sampled = place.run(&["sample", "run", "--prompt", "experts", "--tokens", "2"]).ok();
+    assert!(sampled.out.starts_with("experts"), "{sampled:?}");
+    let more = [&settings[..], &["--set", "train.steps=3", "--resume"]].concat();
+    place.train(&more).ok();
+    let other = [&more[..], &["--set", "data.tokenizer='byte'"]].concat();
+    place.train(&other).refused(2, &["data.tokenizer was hub", "is byte now"]);
+}
+
+#[cfg(not(feature = "tokenizers"))]
+#[test]
+fn without_the_feature_a_tokenizer_is_refused_by_name() {
+    let place = Place::new();
+    place
+        .train(&["--set", "data.tokenizer='tokenizer.json'"])
+        .refused(3, &["tokenizer.json", "built without the feature `tokenizers`"]);
+}

@@ -20,6 +20,7 @@ use moe_topology::{Attention, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
+use moe_train::data::Tokenizer;
 use moe_train::infer::{Sampling, generate};
 use moe_train::run::open_weights;
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
@@ -245,7 +246,9 @@ fn evaluation_and_samples_use_the_biases_and_leave_them() {
     assert!((balanced - skewed).abs() > 1e-6, "{balanced} and {skewed}");
 
     let sampling = Sampling { tokens: 24, temperature: 0.0, seed: 0 };
-    let text = |path: &Path| generate(&Arc::new(open_weights(path).unwrap()), "to be", sampling).unwrap();
+    let text = |path: &Path| {
+        generate(&Arc::new(open_weights(path).unwrap()), &Tokenizer::Byte, "to be", sampling).unwrap()
+    };
     assert_ne!(text(&plain), text(&other));
 }
 

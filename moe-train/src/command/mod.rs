@@ -87,7 +87,7 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Resume { .. }
         | Error::Replay { .. }
         | Error::Upcycle(_) => 2,
-        Error::Data(_) => 3,
+        Error::Data(_) | Error::Tokenize(_) => 3,
         Error::Trace(
             TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },
         ) => 3,

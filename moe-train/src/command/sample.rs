@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::Result;
 use crate::infer::{Sampling, generate};
-use crate::run::open_weights;
+use crate::run::{open_tokenizer, open_weights};
 
 /// Continue a text with a trained model.
 #[derive(Debug, Args)]
@@ -31,10 +31,9 @@ pub struct Sample {
 impl Sample {
     pub fn run(self) -> Result<()> {
         let Sample { checkpoint, prompt, tokens, temperature, seed } = self;
-        println!(
-            "{}",
-            generate(&Arc::new(open_weights(&checkpoint)?), &prompt, Sampling { tokens, temperature, seed })?
-        );
+        let weights = Arc::new(open_weights(&checkpoint)?);
+        let tokenizer = open_tokenizer(&weights)?;
+        println!("{}", generate(&weights, &tokenizer, &prompt, Sampling { tokens, temperature, seed })?);
         Ok(())
     }
 }

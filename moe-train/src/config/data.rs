@@ -1,7 +1,7 @@
 //! What `[data]` may say.
 
 use super::{ConfigError, DataConfig, DataFormat, RunConfig, require};
-use crate::data::quotas;
+use crate::data::{TokenizerKind, quotas};
 
 /// Share of the documents of a text that is kept for evaluation, unless given.
 const HELD_OUT: f64 = 0.05;
@@ -51,7 +51,9 @@ impl RunConfig {
         }
         let vocab_size = self.model.vocab_size;
         let allowed = "at least 256 for data.tokenizer = \"byte\"";
-        require("model.vocab_size", vocab_size, vocab_size >= 256, allowed)
+        // The vocabulary of a file is known when a run opens it.
+        let enough = vocab_size >= 256 || self.data.tokenizer != TokenizerKind::Byte;
+        require("model.vocab_size", vocab_size, enough, allowed)
     }
 
     fn check_blend(&self) -> Result<(), ConfigError> {

@@ -59,9 +59,10 @@ pub use error::ConfigError;
 pub use sections::{
     BlendedDataset, DataConfig, DataFormat, DeviceKind, Dispatcher, LrScheduleKind, NonFinite,
     OptimizerConfig, ParallelConfig, SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope,
-    TokenizerKind, TrainConfig, TrainDType,
+    TrainConfig, TrainDType,
 };
 
+pub use crate::data::TokenizerKind;
 use crate::durable::Context;
 use crate::optim::{ParamGroups, model_tensors};
 use crate::schedule::{DecayStyle, LrSchedule, LrShape};

@@ -13,7 +13,7 @@ use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
-use crate::data::{BatchSizes, RampUp};
+use crate::data::{BatchSizes, EosToken, RampUp, TokenizerKind};
 use crate::optim::{MomentDType, ParamGroup};
 use crate::schedule::DecayStyle;
 
@@ -452,9 +452,14 @@ pub struct DataConfig {
     /// Patterns of files of text, relative to the current folder: `*`, `?`, `[…]` and `**`. A run tokenises them into its folder.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<String>,
-    /// How text becomes tokens.
+    /// How text becomes tokens: `"byte"`, or a `tokenizer.json` of the Hugging Face hub, or a folder that has one. It is copied
+    /// to the folder of the run.
     #[serde(default)]
     pub tokenizer: TokenizerKind,
+    /// The token that ends a document, by number or as the vocabulary has it, or `"none"`. Of a `tokenizer.json` it is that of the
+    /// `tokenizer_config.json` beside it, or the only usual one of the vocabulary, unless given; bytes have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eos_token: Option<EosToken>,
     /// What the files hold.
     #[serde(default)]
     pub format: DataFormat,
@@ -522,15 +527,6 @@ impl DataFormat {
             DataFormat::PromptCompletion => "prompt-completion",
         }
     }
-}
-
-/// How text becomes tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TokenizerKind {
-    /// Each byte is a token.
-    #[default]
-    Byte,
 }
 
 /// `[sample]`: the text that a run prints when it ends.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::prepare::choose;
-use super::{ByteTokenizer, DataError, Prepared, TokenFileWriter};
+use super::{DataError, Encoder, Prepared, TokenFileWriter};
 use crate::durable::Context;
 
 /// A line of a file of prompts and completions.
@@ -20,7 +20,7 @@ struct Sample {
 
 impl Sample {
     /// A line, if it is a sample whose tokens fit into a sequence.
-    fn parse(line: &[u8], tokenizer: ByteTokenizer, sequence_length: usize) -> Result<Parts, String> {
+    fn parse(line: &[u8], encoder: &Encoder, sequence_length: usize) -> Result<Parts, String> {
         // Fields without names would be read as well.
         match line.trim_ascii_start().first() {
             Some(b'{') => {}
@@ -38,7 +38,8 @@ impl Sample {
                 return Err(format!("the {name} is empty"));
             }
         }
-        let parts = [sample.prompt, sample.completion].map(|text| tokenizer.encode(text.as_bytes()));
+        let parts =
+            encoder.completion(&sample.prompt, &sample.completion).map_err(|error| error.to_string())?;
         let tokens: usize = parts.iter().map(Vec::len).sum();
         let most = sequence_length + 1;
         match tokens <= most {
@@ -51,7 +52,8 @@ impl Sample {
 }
 
 /// Reads files of one JSON object with the strings `prompt` and `completion` a line, in the order given, and writes two token
-/// files: each line is a document, whose completion is learnt. Nothing is put between the two, nor after them. Lines are held
+/// files: each line is a document, whose completion is learnt. Nothing is put between the two, and after them only
+/// the encoder's end token. Lines are held
 /// out as documents are by [`prepare`](super::prepare()).
 ///
 /// # Errors
@@ -59,23 +61,23 @@ impl Sample {
 /// is only one; a file cannot be read, or a token file not be written.
 pub fn prepare_completions(
     files: &[PathBuf],
-    tokenizer: ByteTokenizer,
+    encoder: &Encoder,
     sequence_length: usize,
     held_out: f64,
     seed: u64,
     [train_path, held_out_path]: [&Path; 2],
 ) -> Result<Prepared, DataError> {
     let mut samples = 0;
-    for_each_sample(files, tokenizer, sequence_length, |_, _| {
+    for_each_sample(files, encoder, sequence_length, |_, _| {
         samples += 1;
         Ok(())
     })?;
     let mut is_held_out = choose(samples, held_out, seed).ok_or(DataError::OneSample)?.into_iter();
 
-    let mut train = TokenFileWriter::create(train_path, ByteTokenizer::VOCAB_SIZE as u32)?;
-    let mut held = TokenFileWriter::create(held_out_path, ByteTokenizer::VOCAB_SIZE as u32)?;
+    let mut train = TokenFileWriter::create(train_path, encoder.vocab_size())?;
+    let mut held = TokenFileWriter::create(held_out_path, encoder.vocab_size())?;
     let mut prepared = Prepared::default();
-    for_each_sample(files, tokenizer, sequence_length, |path, [prompt, completion]| {
+    for_each_sample(files, encoder, sequence_length, |path, [prompt, completion]| {
         let is_held_out = is_held_out.next().ok_or_else(|| DataError::Changed { path: path.to_owned() })?;
         let writer = if is_held_out { &mut held } else { &mut train };
         writer.completion(&prompt, &completion)?;
@@ -93,7 +95,7 @@ type Parts = [Vec<u32>; 2];
 /// Calls `f` with every line, and the file it is in.
 fn for_each_sample(
     files: &[PathBuf],
-    tokenizer: ByteTokenizer,
+    encoder: &Encoder,
     sequence_length: usize,
     mut f: impl FnMut(&Path, Parts) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
@@ -102,8 +104,11 @@ fn for_each_sample(
         let (mut bytes, mut line) = (Vec::new(), 0);
         while file.read_until(b'\n', &mut bytes).context("read", path)? > 0 {
             line += 1;
-            let parts = Sample::parse(&bytes, tokenizer, sequence_length)
-                .map_err(|what| DataError::Line { path: path.clone(), line, what })?;
+            let parts = Sample::parse(&bytes, encoder, sequence_length).map_err(|what| DataError::Line {
+                path: path.clone(),
+                line,
+                what,
+            })?;
             f(path, parts)?;
             bytes.clear();
         }
@@ -118,7 +123,7 @@ fn for_each_sample(
 mod tests {
     use std::fs;
 
-    use super::super::TokenFile;
+    use super::super::{TokenFile, Tokenizer, TokenizerKind};
     use super::*;
 
     fn run(texts: &[&str], sequence_length: usize) -> Result<[TokenFile; 2], String> {
@@ -130,7 +135,8 @@ mod tests {
         }
         let outputs = ["train", "held"].map(|name| folder.path().join(name));
         let paths = outputs.each_ref().map(PathBuf::as_path);
-        let prepared = prepare_completions(&files, ByteTokenizer, sequence_length, 0.4, 3, paths);
+        let encoder = Encoder::open(&TokenizerKind::Byte, None).unwrap();
+        let prepared = prepare_completions(&files, &encoder, sequence_length, 0.4, 3, paths);
         match prepared {
             Ok(_) => Ok(outputs.map(|path| TokenFile::open(&path).unwrap())),
             Err(error) => {
@@ -156,7 +162,8 @@ mod tests {
                 let (tokens, mask) = (file.tokens(range.clone()).unwrap(), file.mask(range).unwrap());
                 let prompt = mask.iter().filter(|&&learnt| !learnt).count();
                 assert!(mask.is_sorted());
-                seen.push((ByteTokenizer.decode(&tokens[..prompt]), ByteTokenizer.decode(&tokens[prompt..])));
+                let text = |tokens| Tokenizer::Byte.decode(tokens, false).unwrap();
+                seen.push((text(&tokens[..prompt]), text(&tokens[prompt..])));
             }
         }
         seen.sort();

@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::megatron;
-use super::token_file;
+use super::{TokenizeError, megatron, token_file};
 use crate::durable::IoError;
 
 /// Why data was refused.
@@ -34,6 +33,39 @@ pub enum DataError {
     EmptyText {
         /// The file.
         path: PathBuf,
+    },
+    /// A file is no `tokenizer.json`, or what is beside it is malformed.
+    #[error("{} is no tokenizer: {what}", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// This program was built without what reads a file.
+    #[error("{} cannot be read: this program was built without the feature `{feature}`", path.display())]
+    Feature {
+        /// The file.
+        path: PathBuf,
+        /// The feature of this crate.
+        feature: &'static str,
+    },
+    /// It is not known which token ends a document.
+    #[error(
+        "no token that ends a document: the tokenizer {what}; name one that it has, by number or as written, or \"none\" \
+         (--eos or data.eos_token)"
+    )]
+    EosToken {
+        /// What the tokenizer has, or has not.
+        what: String,
+    },
+    /// A document cannot be tokenised.
+    #[error("{}: {source}", path.display())]
+    Tokenize {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: TokenizeError,
     },
     /// A text file changed while it was read.
     #[error("{} changed while it was read: run again", path.display())]

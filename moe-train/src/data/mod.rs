@@ -37,6 +37,8 @@ pub use permutation::Permutation;
 pub use prepare::{MAX_DOCUMENT_BYTES, Prepared, find_files, prepare};
 pub use sampler::{Order, Sampler};
 pub use token_file::{TokenFile, TokenFileWriter};
-pub use tokenizer::ByteTokenizer;
+#[cfg(feature = "tokenizers")]
+pub use tokenizer::HubTokenizer;
+pub use tokenizer::{Encoder, EosToken, EosTokenId, TextStream, TokenizeError, Tokenizer, TokenizerKind};
 pub use tokens::{Tokens, Verified};
 pub use writer::DocumentWriter;

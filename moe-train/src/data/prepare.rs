@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use super::{ByteTokenizer, DataError, TokenFileWriter};
+use super::{DataError, Encoder, TokenFileWriter, TokenizeError};
 use crate::durable::Context;
 
 /// A file is one document, unless it is longer than this; then it is cut into several, after the last line end before
-/// this length where there is one. So a single long text can be trained on and held out from.
+/// this length where there is one, else between two characters. So a single long text can be trained on and held out from.
 pub const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
 
 /// What [`prepare`] wrote.
@@ -74,7 +74,7 @@ pub fn find_files(patterns: &[String]) -> Result<Vec<PathBuf>, DataError> {
 /// A file is empty or cannot be read, there is only one document, or a token file cannot be written.
 pub fn prepare(
     files: &[PathBuf],
-    tokenizer: ByteTokenizer,
+    encoder: &Encoder,
     held_out: f64,
     seed: u64,
     train_path: &Path,
@@ -88,11 +88,11 @@ pub fn prepare(
         bytes: documents.iter().map(|document| document.len as u64).sum(),
     })?;
 
-    let mut train = TokenFileWriter::create(train_path, ByteTokenizer::VOCAB_SIZE as u32)?;
-    let mut held = TokenFileWriter::create(held_out_path, ByteTokenizer::VOCAB_SIZE as u32)?;
+    let mut train = TokenFileWriter::create(train_path, encoder.vocab_size())?;
+    let mut held = TokenFileWriter::create(held_out_path, encoder.vocab_size())?;
     let mut prepared = Prepared::default();
     for (document, is_held_out) in documents.iter().zip(is_held_out) {
-        let tokens = tokenizer.encode(&document.read()?);
+        let tokens = encoder.document(&document.read()?).map_err(|error| document.refuse(error))?;
         let writer = if is_held_out { &mut held } else { &mut train };
         writer.document(&tokens)?;
         prepared.count(is_held_out, tokens.len());
@@ -126,6 +126,15 @@ impl Document<'_> {
             Err(error) => Err(error).context("read", self.path)?,
         }
     }
+
+    /// Says where in the file the tokenizer found fault.
+    fn refuse(&self, error: TokenizeError) -> DataError {
+        let source = match error {
+            TokenizeError::Utf8 { at } => TokenizeError::Utf8 { at: self.start as usize + at },
+            other => other,
+        };
+        DataError::Tokenize { path: self.path.to_owned(), source }
+    }
 }
 
 /// Cuts a file into documents.
@@ -142,13 +151,19 @@ fn cut<'a>(path: &'a Path, documents: &mut Vec<Document<'a>>) -> Result<(), Data
             all if all <= MAX_DOCUMENT_BYTES => all,
             _ => {
                 let whole = &buffer[..MAX_DOCUMENT_BYTES];
-                whole.iter().rposition(|&byte| byte == b'\n').map_or(MAX_DOCUMENT_BYTES, |at| at + 1)
+                whole.iter().rposition(|&byte| byte == b'\n').map_or_else(|| character(&buffer), |at| at + 1)
             }
         };
         documents.push(Document { path, start, len });
         start += len as u64;
         buffer.drain(..len);
     }
+}
+
+/// The largest length up to [`MAX_DOCUMENT_BYTES`] that cuts no character of UTF-8, if it is that.
+fn character(longer: &[u8]) -> usize {
+    let starts = |&at: &usize| longer[at] & 0xC0 != 0x80;
+    (MAX_DOCUMENT_BYTES - 3..=MAX_DOCUMENT_BYTES).rev().find(starts).unwrap_or(MAX_DOCUMENT_BYTES)
 }
 
 /// Which of `n` documents are held out; none if there are not two.
@@ -176,7 +191,7 @@ pub(super) fn choose(n: usize, held_out: f64, seed: u64) -> Option<Vec<bool>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::TokenFile;
+    use super::super::{TokenFile, TokenizerKind};
     use super::*;
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -220,6 +235,10 @@ mod tests {
         );
     }
 
+    fn bytes() -> Encoder {
+        Encoder::open(&TokenizerKind::Byte, None).unwrap()
+    }
+
     fn run(
         folder: &tempfile::TempDir,
         held_out: f64,
@@ -227,7 +246,7 @@ mod tests {
     ) -> Result<(Prepared, TokenFile, TokenFile), DataError> {
         let files = find_files(&[pattern(folder, "*.txt")])?;
         let (train, held) = (folder.path().join("train.tokens"), folder.path().join("held_out.tokens"));
-        let prepared = prepare(&files, ByteTokenizer, held_out, seed, &train, &held)?;
+        let prepared = prepare(&files, &bytes(), held_out, seed, &train, &held)?;
         Ok((prepared, TokenFile::open(&train)?, TokenFile::open(&held)?))
     }
 
@@ -308,8 +327,7 @@ mod tests {
         assert!(error.contains("only one document (4 bytes)"), "{error}");
         assert!(!folder.path().join("train.tokens").exists());
         let missing = folder.path().join("gone");
-        let error =
-            prepare(&[missing], ByteTokenizer, 0.1, 0, &folder.path().join("t"), &folder.path().join("h"));
+        let error = prepare(&[missing], &bytes(), 0.1, 0, &folder.path().join("t"), &folder.path().join("h"));
         assert!(error.unwrap_err().to_string().contains("gone"));
         // A file that shrinks between cutting and reading.
         let path = folder.path().join("a.txt");

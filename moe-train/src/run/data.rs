@@ -4,14 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::RunFolder;
-use crate::Result;
-use crate::config::{ConfigError, DataFormat, RunConfig, TokenizerKind};
+use crate::config::{ConfigError, DataFormat, RunConfig};
 use crate::data::{
-    Blend, ByteTokenizer, DataError, Dataset, Documents, Order, Place, Sampler, Tokens, find_files, prepare,
-    prepare_completions, unigram_entropy,
+    Blend, DataError, Dataset, Documents, Encoder, Order, Place, Sampler, Tokenizer, Tokens, find_files,
+    prepare, prepare_completions, unigram_entropy,
 };
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
+use crate::{Error, Result};
 
 /// What a run trains on and is measured on.
 pub(super) struct RunData {
@@ -20,21 +20,21 @@ pub(super) struct RunData {
     pub held_out: Vec<HeldOut>,
     /// Of held-out text.
     pub unigram_entropy: Option<f64>,
+    /// Of a new run: what it made tokens with, or, of a blend, what they were made with, for those who continue texts.
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// Opens what the configuration names.
 pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
     match config.data.blend.is_empty() {
         true => open_files(config, folder, resume),
-        false => open_blend(config),
+        false => open_blend(config, resume),
     }
 }
 
 /// Tokenises text into the run's folder. A run that goes on uses what is there: its samples must not change when files do.
 fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
-    if !resume {
-        tokenise(config, folder)?;
-    }
+    let tokenizer = (!resume).then(|| tokenise(config, folder)).transpose()?;
     let tokens = Tokens::open(&folder.train_tokens())?;
     tokens.verify()?;
     let samples = Samples::new(tokens, config)?;
@@ -42,11 +42,11 @@ fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<Ru
     let train = TokenSource::new(vec![samples], order, config)?;
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
     let unigram_entropy = unigram_entropy(held_out.samples.dataset.tokens())?;
-    Ok(RunData { train, held_out: vec![held_out], unigram_entropy: Some(unigram_entropy) })
+    Ok(RunData { train, held_out: vec![held_out], unigram_entropy: Some(unigram_entropy), tokenizer })
 }
 
-fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<()> {
-    let TokenizerKind::Byte = config.data.tokenizer;
+fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<Tokenizer> {
+    let encoder = open_encoder(config)?;
     let files = find_files(&config.data.files)?;
     folder.create_data()?;
     let (train, held_out) = (folder.train_tokens(), folder.held_out_tokens());
@@ -59,10 +59,10 @@ fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<()> {
     // Always there where there are files.
     let (share, seed) = (config.data.held_out.unwrap_or_default(), config.train.seed);
     let prepared = match config.data.format {
-        DataFormat::Text => prepare(&files, ByteTokenizer, share, seed, &train, &held_out)?,
+        DataFormat::Text => prepare(&files, &encoder, share, seed, &train, &held_out)?,
         DataFormat::PromptCompletion => {
             let length = config.train.sequence_length;
-            prepare_completions(&files, ByteTokenizer, length, share, seed, [&train, &held_out])?
+            prepare_completions(&files, &encoder, length, share, seed, [&train, &held_out])?
         }
     };
     println!(
@@ -73,11 +73,39 @@ fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<()> {
         prepared.held_out_documents,
         prepared.held_out_documents + prepared.train_documents,
     );
-    Ok(())
+    Ok(encoder.tokenizer().clone())
+}
+
+/// How the configuration makes tokens, if the model has them all.
+fn open_encoder(config: &RunConfig) -> Result<Encoder> {
+    let encoder = Encoder::open(&config.data.tokenizer, config.data.eos_token.as_ref())?;
+    check_vocabulary(encoder.tokenizer(), config)?;
+    if let Some(eos) = encoder.eos() {
+        println!("documents end with {eos}");
+    }
+    Ok(encoder)
+}
+
+/// That the model has a row for every token.
+fn check_vocabulary(tokenizer: &Tokenizer, config: &RunConfig) -> Result<()> {
+    let (tokens, rows) = (tokenizer.vocab_size(), config.model.vocab_size);
+    match tokenizer.path() {
+        Some(path) if rows < tokens as usize => {
+            let allowed = format!("at least {tokens} for data.tokenizer = {path:?}");
+            Err(ConfigError::Range { setting: "model.vocab_size", value: rows.to_string(), allowed }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Opens datasets where they are. Only their headers and indices are read.
-fn open_blend(config: &RunConfig) -> Result<RunData> {
+fn open_blend(config: &RunConfig, resume: bool) -> Result<RunData> {
+    let open_tokenizer = || {
+        let tokenizer = Tokenizer::open(&config.data.tokenizer)?;
+        check_vocabulary(&tokenizer, config)?;
+        Ok::<_, Error>(tokenizer)
+    };
+    let tokenizer = (!resume).then(open_tokenizer).transpose()?;
     let (train, held_out) = blended(config)?;
     let lengths: Vec<u64> = train.iter().map(|samples| samples.dataset.len()).collect();
     let blend = Blend::new(config.train.seed, &config.data.weights(), &lengths).map_err(ConfigError::from)?;
@@ -97,7 +125,7 @@ fn open_blend(config: &RunConfig) -> Result<RunData> {
         );
     }
     let train = TokenSource::new(train, Order::Blend(blend), config)?;
-    Ok(RunData { train, held_out, unigram_entropy: None })
+    Ok(RunData { train, held_out, unigram_entropy: None, tokenizer })
 }
 
 /// What of the datasets of a blend is trained on, and what is evaluated.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::copy_side_files;
+use crate::data::Tokenizer;
 use crate::durable::{Context, replace};
 use crate::{Error, Result};
 
@@ -14,7 +15,7 @@ pub(crate) const CHECKPOINTS: &str = "checkpoints";
 pub(crate) const SIDE_FILES: &str = "hub";
 
 /// The folder of a run: `config.toml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/step-N/`, the tokens in `data/`, and in
-/// `hub/` what else belongs to a model that came from the hub.
+/// `hub/` the tokenizer and what else belongs to a model that came from the hub.
 #[derive(Debug, Clone)]
 pub struct RunFolder(PathBuf);
 
@@ -74,14 +75,17 @@ impl RunFolder {
         Ok(fs::create_dir_all(&path).context("create", &path)?)
     }
 
-    /// Copies what else belongs to a model of the hub from the folder `from`, in place of what a run left here that ended
-    /// before its first step.
-    pub(super) fn take_side_files(&self, from: &Path) -> Result<()> {
+    /// Copies what else belongs to a model of the hub from the folder `from`, and then the tokenizer of the run, in place of what
+    /// a run left here that ended before its first step.
+    pub(super) fn take_side_files(&self, from: Option<&Path>, tokenizer: &Tokenizer) -> Result<()> {
         let own = self.side_files();
         if own.exists() {
             fs::remove_dir_all(&own).context("remove", &own)?;
         }
-        copy_side_files(from, &own)
+        if let Some(from) = from {
+            copy_side_files(from, &own)?;
+        }
+        Ok(tokenizer.copy_to(&own)?)
     }
 
     /// Writes the resolved configuration.

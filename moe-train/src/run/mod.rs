@@ -6,7 +6,7 @@ mod interrupt;
 mod log;
 mod rank;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,8 @@ pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
 
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
-use crate::config::{RunConfig, TrainDType};
+use crate::config::{RunConfig, TokenizerKind, TrainDType};
+use crate::data::Tokenizer;
 use crate::infer::{Sampling, generate};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
@@ -67,7 +68,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         grouped(config.model.active_parameters())
     );
     if let Some(unigram_entropy) = data.unigram_entropy {
-        println!("unigram entropy {unigram_entropy:.3} nats/byte");
+        println!("unigram entropy {unigram_entropy:.3} nats/{}", unit(config));
     }
     if let Some(checkpoint) = &checkpoint {
         println!("resuming after step {}", checkpoint.step());
@@ -82,8 +83,9 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         (None, Some(init)) => init.meta().hub.clone(),
         (None, None) => None,
     };
-    if let Some(side_files) = init.as_ref().and_then(Weights::side_files) {
-        folder.take_side_files(&side_files)?;
+    if let Some(tokenizer) = &data.tokenizer {
+        let side_files = init.as_ref().and_then(Weights::side_files);
+        folder.take_side_files(side_files.as_deref(), tokenizer)?;
     }
     let train = Arc::new(data.train);
     let plan = Plan {
@@ -216,6 +218,7 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             ),
             ("train.micro_batch_size", train.micro_batch_size.to_string()),
             ("train.sequence_length", train.sequence_length.to_string()),
+            ("data.tokenizer", PathBuf::from(config.data.tokenizer.clone()).display().to_string()),
             ("data.format", config.data.format.name().to_owned()),
             ("the list of weights of [[data.blend]]", format!("{:?}", config.data.weights())),
             ("data.separate_documents", config.data.separates_documents().to_string()),
@@ -276,24 +279,45 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
     }
 }
 
+/// The tokenizer of the run that trained weights.
+///
+/// # Errors
+/// The weights are of no run, or the tokenizer is no more where the run copied it.
+pub fn open_tokenizer(weights: &Weights) -> Result<Tokenizer> {
+    let kind = &weights.run()?.config.data.tokenizer;
+    match weights.side_files() {
+        Some(copy) if *kind != TokenizerKind::Byte => Ok(Tokenizer::open(&TokenizerKind::File(copy))?),
+        _ => Ok(Tokenizer::open(kind)?),
+    }
+}
+
+/// What losses are counted by.
+fn unit(config: &RunConfig) -> &'static str {
+    match config.data.tokenizer {
+        TokenizerKind::Byte => "byte",
+        TokenizerKind::File(_) => "token",
+    }
+}
+
 /// The last words of a run.
 fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -> Result<()> {
     match (outcome.val_loss, unigram_entropy) {
         (Some(val_loss), Some(unigram_entropy)) => println!(
-            "validation loss {val_loss:.4} nats/byte, {:.3} below the unigram entropy",
+            "validation loss {val_loss:.4} nats/{}, {:.3} below the unigram entropy",
+            unit(config),
             unigram_entropy - val_loss
         ),
         (Some(val_loss), None) => println!("validation loss {val_loss:.4} nats/token"),
         (None, _) => {}
     }
     println!("checkpoint {}", outcome.checkpoint.display());
-    // The tokens of a blend are of a tokenizer that only its maker knows.
-    if config.data.blend.is_empty() {
+    // The tokens of a blend are of a tokenizer that only its maker knows, unless it is named.
+    if config.data.blend.is_empty() || config.data.tokenizer != TokenizerKind::Byte {
         let sample = &config.sample;
         let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
         let sampling =
             Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
-        println!("\n{}", generate(&weights, &sample.prompt, sampling)?);
+        println!("\n{}", generate(&weights, &open_tokenizer(&weights)?, &sample.prompt, sampling)?);
     }
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
