@@ -432,6 +432,48 @@ fn tokens_of_nanogpt_become_either_format_and_are_evaluated() {
     assert!(!place.path("large").exists());
 }
 
+#[test]
+fn files_of_tokens_are_inspected_and_verified() {
+    let place = Place::new();
+    let text: Vec<u8> = "a€\n|bc\n|".bytes().flat_map(|byte| u16::from(byte).to_le_bytes()).collect();
+    fs::write(place.path("nano.bin"), text).unwrap();
+    for (name, format) in [("text.tokens", "tokens"), ("text", "megatron")] {
+        let arguments = ["data", "import-nanogpt", "nano.bin", "--out", name, "--format", format];
+        place.run(&[&arguments[..], &["--eot", "124", "--vocab-size", "256"]].concat()).ok();
+        let inspect = |more: &[&str]| place.run(&[&["data", "inspect", name], more].concat());
+        let said = inspect(&[]).ok().out;
+        assert!(said.contains("10 tokens in 2 documents\n"), "{said}");
+        assert_eq!(inspect(&["--document", "1"]).ok().out, "98 99 10 124\n");
+        assert_eq!(inspect(&["--document", "0", "--tokenizer", "byte"]).ok().out, "a€\n|\n");
+        inspect(&["--document", "2"]).refused(3, &["text", "documents"]);
+        assert_eq!(place.run(&["data", "verify", name]).ok().out, format!("{name}: whole\n"));
+    }
+    let said = place.run(&["data", "inspect", "text.tokens"]).ok().out;
+    assert_eq!(said, "text.tokens: token file\n10 tokens in 2 documents\nvocabulary 256\n");
+    let said = place.run(&["data", "inspect", "text"]).ok().out;
+    assert!(said.contains("text: Megatron dataset of U16, 2 sequences\n"), "{said}");
+    assert!(said.ends_with("vocabulary not recorded\n"), "{said}");
+
+    // One bit of each, in the tokens; the others are still said to be whole.
+    let flip = |name: &str, at: usize| {
+        let mut bytes = fs::read(place.path(name)).unwrap();
+        bytes[at] ^= 1;
+        fs::write(place.path(name), bytes).unwrap();
+    };
+    flip("text.bin", 0);
+    let said = place
+        .run(&["data", "verify", "text", "text.tokens"])
+        .refused(3, &["dataset text: the .bin is damaged"]);
+    assert_eq!(said.out, "text.tokens: whole\n");
+    flip("text.tokens", 131);
+    place.run(&["data", "verify", "text.tokens"]).refused(3, &["text.tokens"]);
+    flip("text.bin", 0);
+    fs::remove_file(place.path("text.blake3.json")).unwrap();
+    let said = place.run(&["data", "verify", "text"]).ok().out;
+    assert_eq!(said, "text: well formed; it has no checksums to compare with\n");
+    place.run(&["data", "verify", "nowhere"]).refused(3, &["nowhere"]);
+}
+
 /// A token file and a dataset of Megatron, of which other samples are used than of one alone, whatever the folding.
 #[test]
 fn blends_are_the_same_under_any_folding_and_go_on() {
