@@ -97,6 +97,7 @@ fn attention(c: &mut Criterion) {
         batch: BATCH,
         q_len: SEQUENCE,
         kv_len: SEQUENCE,
+        first_query: 0,
         heads: HEADS,
         kv_heads: HEADS,
         head_dim: HEAD_DIM,

@@ -72,6 +72,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
         batch: 3,
         q_len: 150,
         kv_len: 150,
+        first_query: 0,
         heads: 4,
         kv_heads: 2,
         head_dim: 16,

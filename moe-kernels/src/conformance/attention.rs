@@ -18,11 +18,12 @@ fn softmax(
     s: &AttentionShape,
     [b, h, i]: [usize; 3],
 ) -> (Vec<f64>, f64) {
+    let at = s.first_query + i;
     let sees = |j: usize| {
         let by_mask = match s.mask {
             AttentionMask::Full => true,
-            AttentionMask::Causal => j <= i,
-            AttentionMask::SlidingWindow { window } => j <= i && i < j + window,
+            AttentionMask::Causal => j <= at,
+            AttentionMask::SlidingWindow { window } => j <= at && at < j + window,
         };
         by_mask && first.is_none_or(|first| first[i * s.batch + b] <= j as i32)
     };
@@ -95,26 +96,39 @@ fn run<T: Float, D: Attention<T>>(
 /// whole, forward and backward.
 pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(16);
-    // (batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, whether differences are affordable)
+    // (batch, q_len, first_query, kv_len, heads, kv_heads, head_dim, v_head_dim, whether differences are affordable)
     let cases = [
-        (1, 1, 1, 1, 1, 1, 1, true),
-        (2, 5, 5, 3, 3, 4, 3, true),
-        (3, 4, 4, 4, 2, 3, 3, true),
-        (1, 3, 7, 2, 1, 3, 5, true),
-        (1, 7, 3, 2, 1, 5, 4, true),
-        (2, 3, 0, 2, 1, 2, 1, true),
-        (2, 0, 3, 2, 1, 2, 3, true),
-        (2, 67, 67, 1, 1, 3, 3, false),
-        (1, 131, 131, 4, 2, 16, 16, false),
-        (2, 64, 129, 2, 2, 9, 6, false),
-        (1, 200, 65, 6, 2, 8, 12, false),
+        (1, 1, 0, 1, 1, 1, 1, 1, true),
+        (2, 5, 0, 5, 3, 3, 4, 3, true),
+        (3, 4, 0, 4, 4, 2, 3, 3, true),
+        (1, 3, 0, 7, 2, 1, 3, 5, true),
+        (2, 3, 4, 7, 2, 1, 3, 5, true),
+        (1, 7, 0, 3, 2, 1, 5, 4, true),
+        (2, 3, 0, 0, 2, 1, 2, 1, true),
+        (2, 0, 3, 3, 2, 1, 2, 3, true),
+        (2, 67, 0, 67, 1, 1, 3, 3, false),
+        (1, 131, 0, 131, 4, 2, 16, 16, false),
+        (2, 64, 0, 129, 2, 2, 9, 6, false),
+        (2, 66, 63, 129, 2, 1, 9, 6, false),
+        (1, 1, 199, 200, 4, 2, 8, 5, false),
+        (1, 200, 0, 65, 6, 2, 8, 12, false),
     ];
-    for (batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, affordable) in cases {
+    for (batch, q_len, first_query, kv_len, heads, kv_heads, head_dim, v_head_dim, affordable) in cases {
         let windows = [2, 3, 64, 100].map(|window| AttentionMask::SlidingWindow { window });
         for mask in [AttentionMask::Full, AttentionMask::Causal].into_iter().chain(windows) {
             let scale = 1.5 / (head_dim as f64).sqrt();
-            let s =
-                AttentionShape { batch, q_len, kv_len, heads, kv_heads, head_dim, v_head_dim, scale, mask };
+            let s = AttentionShape {
+                batch,
+                q_len,
+                kv_len,
+                first_query,
+                heads,
+                kv_heads,
+                head_dim,
+                v_head_dim,
+                scale,
+                mask,
+            };
             let [n, m] = [q_len * batch, kv_len * batch];
             let q = random.matrix::<T>(n, heads * head_dim);
             let k = random.matrix::<T>(m, kv_heads * head_dim);
@@ -265,6 +279,7 @@ fn hidden_blocks<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         batch: 1,
         q_len: len,
         kv_len: len,
+        first_query: 0,
         heads: 1,
         kv_heads: 1,
         head_dim: dim,
@@ -295,6 +310,7 @@ fn window_of_one<T: Float, D: Attention<T>>(device: &D) {
         batch: 1,
         q_len: len,
         kv_len: len,
+        first_query: 0,
         heads: 1,
         kv_heads: 1,
         head_dim: dim,
@@ -315,6 +331,7 @@ fn large_scores<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         batch: 1,
         q_len: len,
         kv_len: len,
+        first_query: 0,
         heads: 1,
         kv_heads: 1,
         head_dim: dim,
@@ -340,6 +357,7 @@ fn ring<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         batch,
         q_len: len,
         kv_len: 2 * len,
+        first_query: 0,
         heads,
         kv_heads,
         head_dim,

@@ -6,9 +6,10 @@ use crate::{Device, Float, Result, View, ViewMut};
 pub enum AttentionMask {
     /// All of the block.
     Full,
-    /// Key `j` is seen by query `i` if `j ≤ i`, both counted from the start of their block.
+    /// Key `j` is seen by query `i` if `j ≤ first_query + i`, both counted from the start of their block.
     Causal,
-    /// As [`Causal`](Self::Causal), but of those keys only the last `window` (at least 1): `i − window < j ≤ i`.
+    /// As [`Causal`](Self::Causal), but of those keys only the last `window` (at least 1):
+    /// `first_query + i − window < j ≤ first_query + i`.
     SlidingWindow {
         /// Keys that a query sees, itself among them.
         window: usize,
@@ -24,6 +25,9 @@ pub struct AttentionShape {
     pub q_len: usize,
     /// Keys per sequence; `k` and `v` have `kv_len · batch` rows.
     pub kv_len: usize,
+    /// The key at whose position the first query stands: 0 where queries and keys are the same tokens, the number of keys
+    /// before them where queries are the last of the tokens.
+    pub first_query: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; divides `heads` (grouped-query attention).

@@ -196,6 +196,7 @@ impl ContextAttention {
             batch: batch.batch,
             q_len: len,
             kv_len: len,
+            first_query: 0,
             heads: self.heads.heads / self.ulysses,
             kv_heads: self.heads.kv_heads.div_ceil(self.ulysses),
             head_dim: self.heads.head_dim,

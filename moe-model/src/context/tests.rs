@@ -31,6 +31,7 @@ fn blocks_are_the_causal_mask_and_the_same_work_for_all() {
             batch: 1,
             q_len: len,
             kv_len: len,
+            first_query: 0,
             heads: 1,
             kv_heads: 1,
             head_dim: 1,

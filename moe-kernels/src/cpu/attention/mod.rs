@@ -23,20 +23,28 @@ const TILE: usize = 64;
 #[derive(Debug, Clone, Copy)]
 struct Sight<'a> {
     mask: AttentionMask,
+    /// The key at whose position the first query stands.
+    first_query: usize,
     /// The first key of every query of every sequence.
     first_keys: Option<&'a [i32]>,
     batch: usize,
     sequence: usize,
 }
 
-impl Sight<'_> {
+impl<'a> Sight<'a> {
+    fn new(shape: &AttentionShape, first_keys: Option<&'a [i32]>, sequence: usize) -> Self {
+        let AttentionShape { mask, first_query, batch, .. } = *shape;
+        Sight { mask, first_query, first_keys, batch, sequence }
+    }
+
     /// The keys that `query` sees.
     #[inline(always)]
     fn of(self, query: usize) -> Range<usize> {
+        let end = self.first_query.saturating_add(query).saturating_add(1);
         let seen = match self.mask {
             AttentionMask::Full => 0..usize::MAX,
-            AttentionMask::Causal => 0..query + 1,
-            AttentionMask::SlidingWindow { window } => (query + 1).saturating_sub(window)..query + 1,
+            AttentionMask::Causal => 0..end,
+            AttentionMask::SlidingWindow { window } => end.saturating_sub(window)..end,
         };
         match self.first_keys {
             None => seen,
@@ -141,7 +149,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
             let kv = h / (s.heads / s.kv_heads);
             let q = head(q, s.batch, b, h, s.head_dim);
             let (k, v) = (head(k, s.batch, b, kv, s.head_dim), head(v, s.batch, b, kv, s.v_head_dim));
-            let sight = Sight { mask: s.mask, first_keys, batch: s.batch, sequence: b };
+            let sight = Sight::new(&s, first_keys, b);
             forward_head(o, lse, q, k, v, T::from_f64(s.scale), sight);
         })
     }
@@ -206,7 +214,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
             let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
             let of = |m, h| head(m, s.batch, b, h, s.head_dim);
             let of_value = |m, h| head(m, s.batch, b, h, s.v_head_dim);
-            let sight = Sight { mask: s.mask, first_keys, batch: s.batch, sequence: b };
+            let sight = Sight::new(&s, first_keys, b);
             let mut grad = HeadGradient::new(of(k, kv), of_value(v, kv), T::from_f64(s.scale), sight);
             for g in 0..group {
                 let h = kv * group + g;
