@@ -6,6 +6,7 @@ use moe_topology::{Attention, Axes, Owner, Placement};
 
 use crate::axes::{CP_DP, TP_CP_DP};
 use crate::bias::{Bias, BiasPlace};
+use crate::cache::LayerCache;
 use crate::config::ModelConfig;
 use crate::context::{ContextAttention, ContextAttentionInputs, ContextAttentionSaved, Heads};
 use crate::layer::Layer;
@@ -115,6 +116,45 @@ impl SelfAttention {
         let keep_core = !recompute.contains(RecomputeModule::CoreAttn);
         Ok(SelfAttention { norm, qkv, out, out_bias, core, keep_normed, keep_core })
     }
+
+    /// The forward pass of tokens that follow those in `cache`, to which their keys and values are added; see
+    /// [`ContextAttention::extend`].
+    pub fn extend<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Tensor<T, D>,
+        cache: LayerCache<'_, T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let (h, _) = self.norm.forward(x.clone(), cx)?;
+        let (q, kv, _) = self.qkv.forward(m, &h, cx)?;
+        let o = self.core.extend(m, &q, &kv, cache, cx)?;
+        self.add_output(&x, &o, cx)
+    }
+
+    /// Elements of a token's keys and values.
+    pub fn kv_width(&self) -> usize {
+        self.core.kv_width()
+    }
+
+    /// `x + W_o · o`, with the bias if there is one.
+    fn add_output<T: Float, D: Backend<T>>(
+        &self,
+        x: &Tensor<T, D>,
+        o: &Tensor<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let (device, [tokens, hidden]) = (&cx.device, x.shape());
+        let mut partial = Tensor::uninit(device, o.shape()[0], hidden)?;
+        device.gemm(partial.view_mut()?, o.view(), Op::N, cx.params.weight(self.out)?, Op::T)?;
+        let attended = cx.group(Attention::TP)?.reduce_scatter_rows(&partial)?;
+        let mut y = Tensor::uninit(device, tokens, hidden)?;
+        device.add(y.view_mut()?, x.view(), attended.view())?;
+        if let Some(bias) = self.out_bias {
+            bias.add_to(y.view_mut()?, cx)?;
+        }
+        Ok(y)
+    }
 }
 
 impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
@@ -122,20 +162,10 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
     type Deferred = SelfAttentionDeferred<T, D>;
 
     fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
-        let device = cx.device.clone();
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let (q, kv, qkv) = self.qkv.forward(m, &h, cx)?;
         let (o, core) = self.core.forward(m, q, kv, cx)?;
-
-        let [tokens, hidden] = x.shape();
-        let mut partial = Tensor::uninit(&device, o.shape()[0], hidden)?;
-        device.gemm(partial.view_mut()?, o.view(), Op::N, cx.params.weight(self.out)?, Op::T)?;
-        let attended = cx.group(Attention::TP)?.reduce_scatter_rows(&partial)?;
-        let mut y = Tensor::uninit(&device, tokens, hidden)?;
-        device.add(y.view_mut()?, x.view(), attended.view())?;
-        if let Some(bias) = self.out_bias {
-            bias.add_to(y.view_mut()?, cx)?;
-        }
+        let y = self.add_output(&x, &o, cx)?;
         let core = match self.keep_core {
             true => CoreSaved::Whole { o, core },
             false => CoreSaved::Inputs(core.into_inputs()),

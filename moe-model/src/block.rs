@@ -3,6 +3,7 @@
 use moe_kernels::{Backend, Float, Tensor};
 
 use crate::attention::SelfAttention;
+use crate::cache::LayerCache;
 use crate::config::ModelConfig;
 use crate::dense::DenseMlp;
 use crate::layer::Layer;
@@ -52,6 +53,19 @@ impl Block {
             false => Mlp::Dense(DenseMlp::new(params, config, execution.recompute, layer, stage)?),
         };
         Ok(Block { segment, attention, mlp: Recompute { layer: mlp, enabled } })
+    }
+
+    /// The forward pass of tokens that follow those in `cache`, to which their keys and values are added.
+    pub fn extend<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Tensor<T, D>,
+        cache: LayerCache<'_, T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        cx.params.await_weights(self.segment)?;
+        let x = self.attention.extend(m, x, cache, cx)?;
+        Ok(self.mlp.layer.forward(m, x, cx)?.0)
     }
 }
 

@@ -186,6 +186,26 @@ pub enum Error {
         /// Ranks of the ring, the outer digit of CP.
         ranks: usize,
     },
+    /// A cache of keys and values has no room for more positions.
+    #[error(
+        "{len} of {capacity} positions of the key-value cache are taken: there is no room for {added} more"
+    )]
+    CacheFull {
+        /// Positions that are there.
+        len: usize,
+        /// Positions that were to be added.
+        added: usize,
+        /// Positions that there is room for.
+        capacity: usize,
+    },
+    /// A cache of keys and values where sequences are cut over ranks.
+    #[error(
+        "a key-value cache holds whole sequences, but they are cut over {ranks} ranks: use tp = 1 and cp = 1"
+    )]
+    CacheRanks {
+        /// Ranks of TP and CP.
+        ranks: usize,
+    },
     /// The heads of a tensor-parallel rank cannot be cut over the ranks of an all-to-all.
     #[error(
         "{heads} heads with {kv_heads} key-value heads on a tensor-parallel rank cannot be cut over {ulysses} ranks \

@@ -56,7 +56,8 @@
 //!
 //! # When not to use it
 //!
-//! - For inference: [`DecoderStage::infer`] runs whole sequences and keeps no key-value cache.
+//! - To serve many requests: [`DecoderStage::extend`] continues sequences of one length with a [`KvCache`]; nothing batches
+//!   requests or pages their memory.
 //! - For a new architecture by composition of ready-made autograd operations: there is no tape. A new layer is a [`Layer`]
 //!   with three functions.
 //! - Where the optimizer, data and checkpoints are wanted too: those are in `moe-train`.
@@ -69,6 +70,7 @@ pub mod attention;
 pub mod axes;
 pub mod bias;
 pub mod block;
+pub mod cache;
 pub mod capacity;
 pub mod config;
 pub mod context;
@@ -99,6 +101,7 @@ pub mod tokens;
 pub mod transport;
 
 pub use block::Block;
+pub use cache::KvCache;
 pub use capacity::{DropUnit, ExpertCapacity};
 pub use config::ModelConfig;
 pub use cx::{Choices, Cx, MicroBatch, Mode, MoeStats, Objective, Recorded, RecordedRouting, Stats};

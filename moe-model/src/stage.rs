@@ -6,7 +6,9 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
 
+use crate::axes::TP_CP;
 use crate::block::{Block, Mlp};
+use crate::cache::KvCache;
 use crate::config::ModelConfig;
 use crate::cx::MoeStats;
 use crate::embedding::TokenEmbedding;
@@ -210,6 +212,63 @@ impl DecoderStage {
             y.x = head.logits(y.x, cx)?;
         }
         Ok(y)
+    }
+
+    /// A cache for the keys and values of its layers, of `capacity` positions of `batch` sequences.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn cache<T: Float, D: Device>(
+        &self,
+        device: &D,
+        batch: usize,
+        capacity: usize,
+    ) -> Result<KvCache<T, D>> {
+        KvCache::new(
+            device,
+            batch,
+            capacity,
+            self.blocks.iter().map(|block| block.layer.attention.kv_width()),
+        )
+    }
+
+    /// As [`infer`](Self::infer), of a micro-batch whose tokens follow those in `cache`: their positions go on from
+    /// `cache.len()`. They are added to the cache. The logits are those of the last `logits` positions alone.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`]; [`Error::CacheRanks`] where sequences are cut over ranks; the micro-batch has documents or
+    /// padding, or another number of sequences than the cache. The cache then counts what it had.
+    pub fn extend<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        x: Option<Activation<T, D>>,
+        cache: &mut KvCache<T, D>,
+        logits: usize,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Activation<T, D>> {
+        let ranks = cx.group(TP_CP)?.size();
+        if ranks > 1 {
+            return Err(Error::CacheRanks { ranks });
+        }
+        let micro_batch = cx.batch(m)?;
+        let (batch, added) = (micro_batch.batch, micro_batch.seq_len);
+        if micro_batch.documents.is_some() || micro_batch.valid.is_some() {
+            return Err(self.error("a cache takes whole sequences, without separated documents or padding"));
+        }
+        if batch != cache.batch() {
+            return Err(self.error("a micro-batch has another number of sequences than the cache"));
+        }
+        cache.check_room(added)?;
+        let mut x = self.input(m, x, cx)?;
+        for (block, layer) in self.blocks.iter().zip(cache.layers()) {
+            x = block.layer.extend(m, x, layer, cx)?;
+        }
+        cache.added(added);
+        if let Some(head) = &self.head {
+            let last = x.shape()[0].saturating_sub(logits * batch)..x.shape()[0];
+            x = head.logits(x.rows(last)?, cx)?;
+        }
+        Ok(Activation { x, choices: std::mem::take(&mut cx.choices) })
     }
 
     fn error(&self, what: &'static str) -> Error {

@@ -23,6 +23,8 @@ use moe_topology::{Attention, Folding};
 pub use self::documents::Documents;
 use self::ring::Ring;
 use self::ulysses::Exchange;
+use crate::cache::LayerCache;
+use crate::cx::MicroBatch;
 use crate::{Cx, Error, Result};
 
 /// The two chunks, of `2·ranks`, that `rank` holds, in this order.
@@ -144,6 +146,41 @@ impl ContextAttention {
         Ok((outputs.finish_to_rows(device, &own.wait()?)?, ContextAttentionSaved { inputs, o, lse }))
     }
 
+    /// Attention without a backward pass, of tokens of micro-batch `m` that follow those in `cache`: shapes as in
+    /// [`forward`](Self::forward). Their keys and values are put into the cache, behind those that are counted. For one
+    /// rank of CP.
+    pub fn extend<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        q: &Tensor<T, D>,
+        kv: &Tensor<T, D>,
+        cache: LayerCache<'_, T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        let (device, micro_batch, LayerCache { kv: kept, len }) = (&cx.device, cx.batch(m)?, cache);
+        let (batch, end) = (micro_batch.batch, len + micro_batch.seq_len);
+        device.copy_rows(kept.view_mut()?.rows(len * batch..end * batch)?, kv.view())?;
+        let first = match self.mask {
+            AttentionMask::SlidingWindow { window } => (len + 1).saturating_sub(window),
+            _ => 0,
+        };
+        let seen = kept.view().rows(first * batch..end * batch)?;
+        let keys = self.heads.kv_heads * self.heads.head_dim;
+        let (k, v) = (seen.columns(0..keys)?, seen.columns(keys..kv.shape()[1])?);
+        let shape =
+            AttentionShape { kv_len: end - first, first_query: len - first, ..self.shape(micro_batch) };
+        let n = q.shape()[0];
+        let mut o = Tensor::uninit(device, n, self.heads.heads * self.heads.v_head_dim)?;
+        let mut lse = Tensor::uninit(device, n, self.heads.heads)?;
+        device.attention(o.view_mut()?, lse.view_mut()?, q.view(), k, v, None, &shape)?;
+        Ok(o)
+    }
+
+    /// Elements of keys and values of a token.
+    pub fn kv_width(&self) -> usize {
+        self.heads.kv_heads * (self.heads.head_dim + self.heads.v_head_dim)
+    }
+
     /// The gradients of queries, keys and values.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
@@ -191,8 +228,15 @@ impl ContextAttention {
 
     fn ring<'a, T: Float, D: Backend<T>>(&self, m: u32, cx: &'a Cx<T, D>) -> Result<Ring<'a, D>> {
         let batch = cx.batch(m)?;
+        let first_keys = batch.documents.as_ref().map(|documents| documents.first_keys.as_slice());
+        let (comm, shape) = (cx.group(Attention::CP_OUTER)?, self.shape(batch));
+        Ok(Ring { comm, device: &cx.device, shape, first_keys })
+    }
+
+    /// The block of this rank's own queries and keys, as the ring sees it.
+    fn shape<T: Float, D: Device>(&self, batch: &MicroBatch<T, D>) -> AttentionShape {
         let len = batch.seq_len * self.ulysses;
-        let shape = AttentionShape {
+        AttentionShape {
             batch: batch.batch,
             q_len: len,
             kv_len: len,
@@ -203,8 +247,6 @@ impl ContextAttention {
             v_head_dim: self.heads.v_head_dim,
             scale: self.heads.scale,
             mask: self.mask,
-        };
-        let first_keys = batch.documents.as_ref().map(|documents| documents.first_keys.as_slice());
-        Ok(Ring { comm: cx.group(Attention::CP_OUTER)?, device: &cx.device, shape, first_keys })
+        }
     }
 }
