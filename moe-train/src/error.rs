@@ -12,6 +12,7 @@ use crate::config::ConfigError;
 use crate::data::{DataError, TokenizeError};
 use crate::diff::DiffError;
 use crate::durable::IoError;
+use crate::infer::InferError;
 use crate::metrics::MetricsError;
 use crate::optim::GroupError;
 use crate::trace::TraceError;
@@ -32,6 +33,9 @@ pub enum Error {
     /// A text has no tokens, or tokens no text.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    /// A text cannot be continued.
+    #[error(transparent)]
+    Infer(#[from] InferError),
     /// A checkpoint is wrong, or cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -41,7 +45,7 @@ pub enum Error {
     /// The configuration of a folder of the hub was refused, or no family of the hub has a model.
     #[error(transparent)]
     HubConfig(#[from] HubConfigError),
-    /// A `config.json` cannot be read.
+    /// A file of configuration of the hub cannot be read.
     #[error("{} {what}", path.display())]
     HubConfigFile {
         /// The file.

@@ -20,8 +20,7 @@ use moe_topology::{Attention, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
-use moe_train::data::Tokenizer;
-use moe_train::infer::{Sampling, generate};
+use moe_train::infer::{Generation, Sampling, generate};
 use moe_train::run::open_weights;
 use moe_train::trainer::{BatchSource, RankTrainer, Sequence, Setup};
 
@@ -245,11 +244,17 @@ fn evaluation_and_samples_use_the_biases_and_leave_them() {
     assert!(seen.iter().all(|counts| counts[..6] == [0; 6] && counts[6] == counts[7] && counts[7] > 0));
     assert!((balanced - skewed).abs() > 1e-6, "{balanced} and {skewed}");
 
-    let sampling = Sampling { tokens: 24, temperature: 0.0, seed: 0 };
-    let text = |path: &Path| {
-        generate(&Arc::new(open_weights(path).unwrap()), &Tokenizer::Byte, "to be", sampling).unwrap()
+    let generation = Generation { tokens: 24, sampling: Sampling::greedy(), stop: Vec::new() };
+    let continued = |path: &Path| {
+        let (weights, mut tokens) = (Arc::new(open_weights(path).unwrap()), Vec::new());
+        generate(&weights, &[3, 1, 4, 1, 5], &generation, |token| {
+            tokens.push(token);
+            Ok(())
+        })
+        .unwrap();
+        tokens
     };
-    assert_ne!(text(&plain), text(&other));
+    assert_ne!(continued(&plain), continued(&other));
 }
 
 #[test]

@@ -17,8 +17,7 @@ use moe_train::checkpoint::container::{
     Checkpoint, CheckpointError, PendingCheckpoint, PieceSpec, PieceWriter,
 };
 use moe_train::checkpoint::{Meta, Weights, restore, restore_weights, save};
-use moe_train::data::Tokenizer;
-use moe_train::infer::{Sampling, generate};
+use moe_train::infer::{Generation, Sampling, generate};
 use moe_train::trainer::{RankTrainer, Setup};
 
 fn folded(mapping: Mapping) -> Setup {
@@ -148,8 +147,8 @@ fn what_needs_a_run_refuses_weights_alone() {
     assert!(error.to_string().contains("is of no training run"), "{error}");
 
     let weights = Arc::new(Weights::of(Checkpoint::open(&path).unwrap()).unwrap());
-    let error = generate(&weights, &Tokenizer::Byte, "a", Sampling { tokens: 1, temperature: 0.0, seed: 0 })
-        .unwrap_err();
+    let generation = Generation { tokens: 1, sampling: Sampling::greedy(), stop: Vec::new() };
+    let error = generate(&weights, &[1], &generation, |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("is of no training run"), "{error}");
 
     // Of a run, but without moments: what upcycling makes.

@@ -17,6 +17,7 @@ use moe_model::Error::RouterNotANumber;
 use moe_pipeline::ExecuteError;
 
 use crate::diff::DiffError;
+use crate::infer::InferError;
 use crate::trace::TraceError;
 use crate::{Error, Result};
 
@@ -87,6 +88,8 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Resume { .. }
         | Error::Replay { .. }
         | Error::Upcycle(_) => 2,
+        Error::Infer(InferError::NotFinite { .. }) => 6,
+        Error::Infer(_) => 2,
         Error::Data(_) | Error::Tokenize(_) => 3,
         Error::Trace(
             TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },

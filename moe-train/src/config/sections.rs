@@ -501,6 +501,12 @@ impl DataConfig {
         self.blend.iter().map(|dataset| dataset.weight).collect()
     }
 
+    /// Whether it is known how text becomes the tokens of the run: those of a blend were made elsewhere, and `"byte"` is only what
+    /// is said where nothing is.
+    pub fn names_tokenizer(&self) -> bool {
+        self.blend.is_empty() || self.tokenizer != TokenizerKind::Byte
+    }
+
     /// Whether documents are separated.
     pub fn separates_documents(&self) -> bool {
         self.separate_documents.unwrap_or(self.format == DataFormat::PromptCompletion)

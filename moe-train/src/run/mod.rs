@@ -22,9 +22,9 @@ pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
 
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
-use crate::config::{RunConfig, TokenizerKind, TrainDType};
+use crate::config::{RunConfig, SampleConfig, TokenizerKind, TrainDType};
 use crate::data::Tokenizer;
-use crate::infer::{Sampling, generate};
+use crate::infer::{Generation, InferError, Sampling, stop_tokens, write_text};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
 use crate::{Error, Result};
@@ -279,15 +279,20 @@ pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
     }
 }
 
-/// The tokenizer of the run that trained weights.
+/// The tokenizer that belongs to weights: that of the run that trained them, or that in their folder of the hub.
 ///
 /// # Errors
-/// The weights are of no run, or the tokenizer is no more where the run copied it.
+/// There is none, or it cannot be opened.
 pub fn open_tokenizer(weights: &Weights) -> Result<Tokenizer> {
-    let kind = &weights.run()?.config.data.tokenizer;
-    match weights.side_files() {
-        Some(copy) if *kind != TokenizerKind::Byte => Ok(Tokenizer::open(&TokenizerKind::File(copy))?),
-        _ => Ok(Tokenizer::open(kind)?),
+    let data = weights.meta().run.as_ref().map(|run| &run.config.data);
+    // The tokens of a blend are of a tokenizer that only its maker knows, unless it is named.
+    let kind = data.filter(|data| data.names_tokenizer()).map(|data| &data.tokenizer);
+    let copy = weights.side_files().filter(|folder| folder.join(Tokenizer::FILE).is_file());
+    match (kind, copy) {
+        (Some(TokenizerKind::Byte), _) => Ok(Tokenizer::Byte),
+        (_, Some(copy)) => Ok(Tokenizer::open(&TokenizerKind::File(copy))?),
+        (Some(kind), None) => Ok(Tokenizer::open(kind)?),
+        (None, None) => Err(InferError::NoTokenizer { path: weights.path().to_owned() }.into()),
     }
 }
 
@@ -311,13 +316,15 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
         (None, _) => {}
     }
     println!("checkpoint {}", outcome.checkpoint.display());
-    // The tokens of a blend are of a tokenizer that only its maker knows, unless it is named.
-    if config.data.blend.is_empty() || config.data.tokenizer != TokenizerKind::Byte {
-        let sample = &config.sample;
+    if config.data.names_tokenizer() {
+        let SampleConfig { prompt, tokens, temperature } = &config.sample;
         let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
-        let sampling =
-            Sampling { tokens: sample.tokens, temperature: sample.temperature, seed: config.train.seed };
-        println!("\n{}", generate(&weights, &open_tokenizer(&weights)?, &sample.prompt, sampling)?);
+        let tokenizer = open_tokenizer(&weights)?;
+        let sampling = Sampling { temperature: *temperature, seed: config.train.seed, ..Sampling::default() };
+        let generation = Generation { tokens: *tokens, sampling, stop: stop_tokens(&weights, &tokenizer)? };
+        println!();
+        write_text(&weights, &tokenizer, prompt.as_bytes(), &generation, &mut std::io::stdout())?;
+        println!();
     }
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
