@@ -166,6 +166,10 @@ fn what_is_absent_is_the_familys_default() {
     let window = json!({ "sliding_window": 64, "use_sliding_window": true });
     assert_eq!(parsed(&with(Family::Qwen3Moe, window)).model.sliding_window, Some(64));
     assert_eq!(parsed(&with(Family::Mixtral, json!({ "sliding_window": 5 }))).model.sliding_window, Some(5));
+    let mut window = with(Family::Qwen3Moe, json!({ "use_sliding_window": true }));
+    assert_eq!(parsed(&window).model.sliding_window, None);
+    window.as_object_mut().unwrap().remove("sliding_window");
+    assert_eq!(parsed(&window).model.sliding_window, Some(4096));
 }
 
 #[test]
@@ -211,7 +215,7 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
         (
             Mixtral,
             json!({ "rope_theta": 5.0 }),
-            "rope_theta = 5 and rope_parameters.rope_theta = 10000 say different",
+            "rope_theta = 5.0 and rope_parameters.rope_theta = 10000.0 say different",
         ),
         (
             Mixtral,
@@ -238,6 +242,32 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
             json!({ "rope_parameters": { "partial_rotary_factor": 0.5 } }),
             "partial_rotary_factor = 0.5 is not",
         ),
+        (
+            Qwen3Moe,
+            json!({ "rope_scaling": { "rope_theta": 7e4 } }),
+            "rope_scaling.rope_theta = 70000.0 and rope_parameters.rope_theta = 10000.0 say different",
+        ),
+        (
+            Mixtral,
+            json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } }),
+            "rope_scaling = Some(Linear { factor: 2.0 }) and rope_parameters = None say different",
+        ),
+        (
+            Mixtral,
+            json!({ "rope_scaling": { "type": "linear", "rope_type": "yarn" } }),
+            "rope_type = \"yarn\" and type = \"linear\" say different",
+        ),
+        (
+            Mixtral,
+            json!({ "torch_dtype": "bfloat16" }),
+            "dtype = String(\"float32\") and torch_dtype = String(\"bfloat16\") say different",
+        ),
+        (Mixtral, json!({ "_window": 4 }), "_window = 4 is not known in config.json"),
+        (
+            Mixtral,
+            json!({ "tie_word_embeddings": null }),
+            "tie_word_embeddings = null, but it must be true or",
+        ),
         (Mixtral, json!({ "rope_parameters": 3 }), "rope_parameters = 3, but it must be an object"),
         (Qwen2Moe, json!({ "use_sliding_window": true }), "use_sliding_window = true is not supported"),
         (
@@ -245,6 +275,7 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
             json!({ "layer_types": ["full_attention", "sliding_attention"] }),
             "layer_types = [\"full_attention\"",
         ),
+        (Qwen2Moe, json!({ "layer_types": ["full_attention"] }), "layer_types = [\"full_attention\"] is not"),
         (Qwen2Moe, json!({ "mlp_only_layers": [1, -1] }), "mlp_only_layers = [1,-1], but it must be a list"),
         (
             Qwen3Moe,
@@ -253,6 +284,7 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
         ),
         (Olmoe, json!({ "clip_qkv": 8.0 }), "clip_qkv = 8.0 is not supported"),
         (Olmoe, json!({ "attention_bias": true }), "attention_bias = true is not supported"),
+        (Olmoe, json!({ "head_dim": 32 }), "head_dim = 32 is not supported: heads share the width"),
         (Olmoe, json!({ "pad_token_id": 257 }), "pad_token_id = 257, but"),
         (
             DeepseekV3,
@@ -263,6 +295,22 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
             DeepseekV3,
             json!({ "scoring_func": "softmax" }),
             "scoring_func = \"softmax\" is not supported: sigmoid is",
+        ),
+        (
+            DeepseekV3,
+            json!({ "head_dim": 24 }),
+            "head_dim = 24 is not supported: it must be qk_rope_head_dim",
+        ),
+        (DeepseekV3, json!({ "qk_head_dim": 16 }), "qk_head_dim = 16 is not supported"),
+        (
+            DeepseekV3,
+            json!({ "rope_interleave": null }),
+            "rope_interleave = null, but it must be true or false",
+        ),
+        (
+            DeepseekV3,
+            json!({ "norm_topk_prob": null }),
+            "norm_topk_prob = null, but it must be true or false",
         ),
         (DeepseekV3, json!({ "moe_layer_freq": 2 }), "moe_layer_freq = 2 is not supported"),
         (DeepseekV3, json!({ "output_router_logits": true }), "output_router_logits = true is not supported"),
@@ -281,6 +329,9 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
         assert!(error.starts_with(said), "{said:?}: {error:?}");
     }
     assert_eq!(HubConfig::parse(&json!([])), Err(HubConfigError::NoObject));
+    let mut absent = config(DeepseekV3);
+    absent.as_object_mut().unwrap().remove("q_lora_rank");
+    assert_eq!(HubConfig::parse(&absent), Err(HubConfigError::Missing { key: "q_lora_rank" }));
 }
 
 #[test]
@@ -290,6 +341,11 @@ fn a_model_goes_back_to_its_family() {
         // As it came.
         assert_eq!(read.with_model(&read.model).unwrap().to_json(FloatType::F32), config(family));
         assert_eq!(read.to_json(FloatType::Bf16)["dtype"], "bfloat16");
+        let old = parsed(&with(family, json!({ "dtype": null, "torch_dtype": "float32" })));
+        let both = parsed(&with(family, json!({ "torch_dtype": "float32" })));
+        for written in [old, both].map(|config| config.to_json(FloatType::Bf16)) {
+            assert_eq!([&written["dtype"], &written["torch_dtype"]], ["bfloat16"; 2]);
+        }
         // Without what it came from.
         let made = HubConfig::of_model(&read.model).unwrap();
         assert_eq!(made.family, family);
@@ -320,6 +376,62 @@ fn a_model_goes_back_to_its_family() {
     let more = vec![AuxLoss { scope: AuxLossScope::Model, coef: 0.5 }];
     let written = read.with_model(&ModelConfig { router_aux_losses: more, ..read.model.clone() }).unwrap();
     assert_eq!(written.to_json(FloatType::F32)["router_aux_loss_coef"], 0.5);
+}
+
+/// Softmax over all experts, normalised over the chosen, is softmax over the chosen.
+#[test]
+fn a_family_has_what_is_the_same_in_another_spelling() {
+    let mixtral = parsed(&config(Family::Mixtral)).model;
+    let softmax = ModelConfig { scoring_func: ScoringFunc::Softmax, ..mixtral.clone() };
+    assert_eq!(HubConfig::of_model(&softmax).unwrap().family, Family::Mixtral);
+    let normed = ModelConfig { use_qk_norm: true, ..mixtral };
+    assert_eq!(HubConfig::of_model(&normed).unwrap().family, Family::Qwen3Moe);
+    let plain = ModelConfig { norm_topk_prob: false, ..softmax };
+    assert!(HubConfig::of_model(&plain).is_err());
+}
+
+/// The published sizes; transformers makes models of as many parameters of the same configurations.
+#[test]
+fn published_models_have_as_many_parameters_as_in_transformers() {
+    let model = |family, sizes: [usize; 7], own: Value| {
+        let [vocab, hidden, intermediate, layers, heads, kv_heads, chosen] = sizes;
+        let mut config = with(
+            family,
+            json!({ "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate,
+                "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+                "num_experts_per_tok": chosen, "mlp_only_layers": null, "decoder_sparse_step": null,
+                "layer_types": null }),
+        );
+        set(&mut config, own);
+        config.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+        if family == Family::DeepseekV3 {
+            set(&mut config, json!({ "head_dim": 64, "qk_head_dim": 192 }));
+        }
+        parsed(&config).model.parameters()
+    };
+    let experts = |family, n: usize, width: usize, more: Value| {
+        let key = if family == Family::Qwen3Moe { "num_local_experts" } else { "num_experts" };
+        let mut own = json!({ "moe_intermediate_size": width });
+        own[key] = n.into();
+        set(&mut own, more);
+        own
+    };
+    use Family::{DeepseekV3, Mixtral, Olmoe, Qwen2Moe, Qwen3Moe};
+    let mixtral = json!({ "num_local_experts": 8 });
+    assert_eq!(model(Mixtral, [32000, 4096, 14336, 32, 32, 8, 2], mixtral.clone()), 46_702_792_704);
+    assert_eq!(model(Mixtral, [32000, 6144, 16384, 56, 48, 8, 2], mixtral), 140_620_634_112);
+    let own = experts(Qwen2Moe, 60, 1408, json!({ "shared_expert_intermediate_size": 5632 }));
+    assert_eq!(model(Qwen2Moe, [151936, 2048, 5632, 24, 16, 16, 4], own), 14_315_784_192);
+    let own = experts(Qwen2Moe, 64, 2560, json!({ "shared_expert_intermediate_size": 20480 }));
+    assert_eq!(model(Qwen2Moe, [151936, 3584, 18944, 28, 28, 4, 8], own), 57_408_658_944);
+    let own = experts(Qwen3Moe, 128, 768, json!({ "head_dim": 128 }));
+    assert_eq!(model(Qwen3Moe, [151936, 2048, 6144, 48, 32, 4, 8], own), 30_532_122_624);
+    let own = json!({ "num_experts": 64 });
+    assert_eq!(model(Olmoe, [50304, 2048, 1024, 16, 16, 16, 8], own), 6_919_161_856);
+    let own = json!({ "n_routed_experts": 256, "moe_intermediate_size": 2048, "n_group": 8, "topk_group": 4,
+        "first_k_dense_replace": 3, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128 });
+    assert_eq!(model(DeepseekV3, [129280, 7168, 18432, 61, 128, 128, 8], own), 671_026_404_352);
 }
 
 #[test]

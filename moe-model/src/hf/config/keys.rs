@@ -1,6 +1,7 @@
 //! The keys of a JSON object, each read once; what nobody read is found in the end.
 
 use std::collections::BTreeSet;
+use std::fmt::Debug;
 
 use serde_json::{Map, Value};
 
@@ -52,8 +53,13 @@ impl<'a> Keys<'a> {
         self.typed(key, "a number", Value::as_f64)
     }
 
+    /// A switch. `null` would be off in transformers, whatever the default: it is refused.
     pub fn flag(&mut self, key: &str) -> Result<Option<bool>> {
-        self.typed(key, "true or false", Value::as_bool)
+        let (value, wanted) = (Value::Null.to_string(), "true or false");
+        match self.values.get(key) {
+            Some(Value::Null) => Err(HubConfigError::Value { key: key.to_owned(), value, wanted }),
+            _ => self.typed(key, wanted, Value::as_bool),
+        }
     }
 
     pub fn text(&mut self, key: &str) -> Result<Option<&'a str>> {
@@ -71,18 +77,8 @@ impl<'a> Keys<'a> {
 
     /// A size under any of several names.
     pub fn spelled(&mut self, keys: &[&'static str]) -> Result<usize> {
-        let mut found: Option<(&'static str, usize)> = None;
-        for key in keys {
-            match (self.size(key)?, found) {
-                (Some(size), Some((other, before))) if size != before => {
-                    let values = [before.to_string(), size.to_string()];
-                    return Err(HubConfigError::Spellings { keys: [other, key], values });
-                }
-                (Some(size), _) => found = Some((key, size)),
-                (None, _) => {}
-            }
-        }
-        found.map(|(_, size)| size).ok_or(HubConfigError::Missing { key: keys[0] })
+        let sizes = keys.iter().map(|&key| Ok((key, self.size(key)?))).collect::<Result<Vec<_>>>()?;
+        agreed(&sizes)?.ok_or(HubConfigError::Missing { key: keys[0] })
     }
 
     /// Refuses a key unless it is absent or `may` be as it is.
@@ -100,16 +96,32 @@ impl<'a> Keys<'a> {
         self.read.extend(keys.iter().map(|&key| key.to_owned()));
     }
 
-    /// Refuses what was not read. Names that begin with `_` are transformers' own.
+    /// Refuses what was not read.
     pub fn finish(self, place: &'static str) -> Result<()> {
-        let unread = |(key, value): &(&String, &Value)| {
-            !value.is_null() && !self.read.contains(*key) && !key.starts_with('_')
-        };
+        let unread = |(key, value): &(&String, &Value)| !value.is_null() && !self.read.contains(*key);
         match self.values.iter().find(unread) {
             Some((key, value)) => {
                 Err(HubConfigError::Unknown { key: key.clone(), value: value.to_string(), place })
             }
             None => Ok(()),
+        }
+    }
+}
+
+/// What several spellings of one thing say.
+///
+/// # Errors
+/// Two that are given differ.
+pub(super) fn agreed<T: Copy + PartialEq + Debug>(
+    spellings: &[(&'static str, Option<T>)],
+) -> Result<Option<T>> {
+    let mut given = spellings.iter().filter_map(|&(key, value)| Some((key, value?)));
+    let Some((key, value)) = given.next() else { return Ok(None) };
+    match given.find(|&(_, other)| other != value) {
+        None => Ok(Some(value)),
+        Some((other_key, other)) => {
+            let values = [format!("{value:?}"), format!("{other:?}")];
+            Err(HubConfigError::Spellings { keys: [key, other_key], values })
         }
     }
 }

@@ -96,9 +96,15 @@ impl HubConfig {
     /// The `config.json` of files whose weights are of type `dtype`.
     pub fn to_json(&self, dtype: FloatType) -> Value {
         let mut config = self.config.clone();
-        // As transformers 4 called it.
-        let key = if config.contains_key("torch_dtype") { "torch_dtype" } else { "dtype" };
-        config.insert(key.to_owned(), Value::from(dtype.name()));
+        let [newest, _] = read::DTYPES;
+        if read::DTYPES.iter().all(|&key| !config.contains_key(key)) {
+            config.insert(newest.to_owned(), Value::Null);
+        }
+        for key in read::DTYPES {
+            if let Some(value) = config.get_mut(key) {
+                *value = Value::from(dtype.name());
+            }
+        }
         Value::Object(config)
     }
 }

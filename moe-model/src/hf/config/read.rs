@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::keys::Keys;
+use super::keys::{Keys, agreed};
 use super::{HubConfigError, rope};
 use crate::ModelConfig;
 use crate::config::{AuxLoss, AuxLossScope, QkNormScope, ScoringFunc};
@@ -13,13 +13,19 @@ type Result<T> = std::result::Result<T, HubConfigError>;
 /// What the experts are called, the spelling of the newest version first.
 const EXPERTS: [&str; 3] = ["num_local_experts", "num_experts", "n_routed_experts"];
 
+/// What the type of the weights is called, by transformers 5 and 4.
+pub(super) const DTYPES: [&str; 2] = ["dtype", "torch_dtype"];
+
 /// Keys of every configuration that change nothing that is computed of given tokens.
-const WITHOUT_EFFECT: [&str; 30] = [
+const WITHOUT_EFFECT: [&str; 32] = [
     "model_type",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
     "auto_map",
     "bos_token_id",
     "chunk_size_feed_forward",
-    "dtype",
     "eos_token_id",
     "finetuning_task",
     "gradient_checkpointing",
@@ -38,7 +44,6 @@ const WITHOUT_EFFECT: [&str; 30] = [
     "sep_token_id",
     "task_specific_params",
     "tokenizer_class",
-    "torch_dtype",
     "torchscript",
     "transformers_version",
     "unsloth_version",
@@ -60,6 +65,8 @@ pub(super) fn read(config: &Map<String, Value>) -> Result<(Family, ModelConfig, 
     })?;
     keys.only("quantization_config", "save the model in a type of floats first", |_| false)?;
     keys.only("attention_dropout", "there is no dropout", is_zero)?;
+    // Weights are read in whatever type they have; which one is said must be clear all the same.
+    agreed(&DTYPES.map(|key| (key, keys.value(key))))?;
 
     let mut model = common(&mut keys, family)?;
     let mut next_token_layers = 0;
@@ -153,25 +160,32 @@ fn qwen(keys: &mut Keys<'_>, family: Family, model: &mut ModelConfig) -> Result<
     model.moe_intermediate_size = Some(keys.needed("moe_intermediate_size")?);
     model.decoder_sparse_step = keys.size("decoder_sparse_step")?.unwrap_or(1);
     model.mlp_only_layers = keys.sizes("mlp_only_layers")?.unwrap_or_default();
-    let (window, slides) = (keys.size("sliding_window")?, keys.flag("use_sliding_window")?.unwrap_or(false));
     keys.ignore(&["max_window_layers"]);
     if family == Family::Qwen3Moe {
         model.use_qk_norm = true;
+        // Absent is transformers' default, null none.
+        let window = match keys.has("sliding_window") {
+            true => keys.size("sliding_window")?,
+            false => Some(4096),
+        };
+        let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
         model.sliding_window = window.filter(|_| slides);
         return keys.only("attention_bias", "its output projection would have one", |value| value == false);
     }
+    keys.ignore(&["sliding_window"]);
     model.shared_expert_intermediate_size = Some(keys.needed("shared_expert_intermediate_size")?);
     model.attention_bias = keys.flag("qkv_bias")?.unwrap_or(true);
     keys.only("use_sliding_window", "some layers would have a window and others not", |value| {
         value == false
     })?;
-    keys.only("layer_types", "all layers must see all tokens before theirs", |value| {
-        value.as_array().is_some_and(|types| types.iter().all(|kind| kind == "full_attention"))
+    keys.only("layer_types", "each layer must be there, and see all tokens before its own", |value| {
+        let whole = |types: &Vec<Value>| types.iter().all(|kind| kind == "full_attention");
+        value.as_array().is_some_and(|types| types.len() == model.num_hidden_layers && whole(types))
     })
 }
 
 fn olmoe(keys: &mut Keys<'_>, model: &mut ModelConfig) -> Result<()> {
-    head_dim(keys, model)?;
+    keys.only("head_dim", "heads share the width of the model", |value| *value == model.head_dim())?;
     aux_loss(keys, 0.01, model)?;
     model.scoring_func = ScoringFunc::Softmax;
     model.norm_topk_prob = keys.flag("norm_topk_prob")?.unwrap_or(false);
@@ -188,7 +202,11 @@ fn deepseek(keys: &mut Keys<'_>, model: &mut ModelConfig) -> Result<usize> {
     model.n_shared_experts = Some(keys.needed("n_shared_experts")?);
     model.first_k_dense_replace = keys.needed("first_k_dense_replace")?;
     model.kv_lora_rank = Some(keys.needed("kv_lora_rank")?);
-    model.q_lora_rank = keys.size("q_lora_rank")?;
+    // Absent is not null, which is no latent.
+    model.q_lora_rank = match keys.has("q_lora_rank") {
+        true => keys.size("q_lora_rank")?,
+        false => return Err(HubConfigError::Missing { key: "q_lora_rank" }),
+    };
     model.qk_nope_head_dim = Some(keys.needed("qk_nope_head_dim")?);
     model.qk_rope_head_dim = Some(keys.needed("qk_rope_head_dim")?);
     model.v_head_dim = Some(keys.needed("v_head_dim")?);
@@ -203,8 +221,14 @@ fn deepseek(keys: &mut Keys<'_>, model: &mut ModelConfig) -> Result<usize> {
     keys.only("output_router_logits", "transformers takes no load-balancing loss of it", |value| {
         value == false
     })?;
-    // Losses of DeepSeek's own training code, and what transformers makes of other keys.
-    keys.ignore(&["aux_loss_alpha", "seq_aux", "ep_size", "head_dim", "qk_head_dim", "router_aux_loss_coef"]);
+    // What transformers makes of other keys.
+    let (rotated, head) = (model.rotary_dim(), model.latent_attention().map(|latent| latent.qk_head_dim()));
+    keys.only("head_dim", "it must be qk_rope_head_dim", |value| *value == rotated)?;
+    keys.only("qk_head_dim", "it must be qk_nope_head_dim + qk_rope_head_dim", |value| {
+        head.is_some_and(|head| *value == head)
+    })?;
+    // Losses of DeepSeek's own training code, which transformers does not take either.
+    keys.ignore(&["aux_loss_alpha", "seq_aux", "ep_size", "router_aux_loss_coef"]);
     keys.spelled(&["num_nextn_predict_layers", "num_mtp_layers"]).or_else(|error| match error {
         HubConfigError::Missing { .. } => Ok(1),
         other => Err(other),

@@ -3,32 +3,26 @@
 use serde_json::{Map, Value};
 
 use super::HubConfigError;
-use super::keys::Keys;
+use super::keys::{Keys, agreed};
 use crate::config::{RopeScaling, Yarn};
 
 type Result<T> = std::result::Result<T, HubConfigError>;
 
 /// Base and scaling; `default_theta` is the family's.
 pub(super) fn read(keys: &mut Keys<'_>, default_theta: f64) -> Result<(f64, Option<RopeScaling>)> {
-    let theta = keys.number("rope_theta")?;
     let longest = keys.size("max_position_embeddings")?;
-    let scaling = keys.object("rope_scaling")?.map(|map| one(map, "rope_scaling", longest)).transpose()?;
-    let new = keys.object("rope_parameters")?.map(|map| one(map, "rope_parameters", longest)).transpose()?;
-    let given = |theta: Option<f64>| theta.map_or("unset".to_owned(), |theta| theta.to_string());
-    if let (Some((new_theta, _)), Some(theta)) = (&new, theta)
-        && new_theta.is_some_and(|new_theta| new_theta != theta)
-    {
-        let values = [theta.to_string(), given(*new_theta)];
-        return Err(HubConfigError::Spellings { keys: ["rope_theta", "rope_parameters.rope_theta"], values });
-    }
-    if let (Some((_, new)), Some((_, old))) = (&new, &scaling)
-        && new != old
-    {
-        let values = [format!("{old:?}"), format!("{new:?}")];
-        return Err(HubConfigError::Spellings { keys: ["rope_scaling", "rope_parameters"], values });
-    }
-    let (inner, scaling) = new.or(scaling).unwrap_or((None, None));
-    Ok((inner.or(theta).unwrap_or(default_theta), scaling))
+    let mut object = |place| keys.object(place)?.map(|map| one(map, place, longest)).transpose();
+    let (old, new) = (object("rope_scaling")?, object("rope_parameters")?);
+    let theta = agreed(&[
+        ("rope_theta", keys.number("rope_theta")?),
+        ("rope_scaling.rope_theta", old.and_then(|(theta, _)| theta)),
+        ("rope_parameters.rope_theta", new.and_then(|(theta, _)| theta)),
+    ])?;
+    let scaling = agreed(&[
+        ("rope_scaling", old.map(|(_, scaling)| scaling)),
+        ("rope_parameters", new.map(|(_, scaling)| scaling)),
+    ])?;
+    Ok((theta.unwrap_or(default_theta), scaling.flatten()))
 }
 
 /// What one object says; `longest` is `max_position_embeddings`.
@@ -38,13 +32,8 @@ fn one(
     longest: Option<usize>,
 ) -> Result<(Option<f64>, Option<RopeScaling>)> {
     let mut keys = Keys::new(map);
-    let kind = match (keys.text("rope_type")?, keys.text("type")?) {
-        (Some(new), Some(old)) if new != old => {
-            let values = [new.to_owned(), old.to_owned()];
-            return Err(HubConfigError::Spellings { keys: ["rope_type", "type"], values });
-        }
-        (new, old) => new.or(old).unwrap_or("default"),
-    };
+    let kind = agreed(&[("rope_type", keys.text("rope_type")?), ("type", keys.text("type")?)])?;
+    let kind = kind.unwrap_or("default");
     let theta = keys.number("rope_theta")?;
     keys.only("partial_rotary_factor", "all of a head is rotated", |value| value.as_f64() == Some(1.0))?;
     // Zero is as good as unset for these, as in transformers.

@@ -4,7 +4,7 @@ use moe_kernels::family::RotaryPairs;
 use serde_json::{Map, Value, json};
 
 use crate::ModelConfig;
-use crate::config::{AuxLossScope, HiddenAct, QkNormScope, RopeScaling, SharedExpertWidth};
+use crate::config::{AuxLossScope, HiddenAct, QkNormScope, RopeScaling, ScoringFunc, SharedExpertWidth};
 use crate::hf::Family;
 
 /// The nearest family, and the model's keys in it.
@@ -151,6 +151,11 @@ pub(super) fn canonical(model: &ModelConfig) -> ModelConfig {
         intermediate_size: if dense.is_empty() { 0 } else { model.intermediate_size },
         rope_interleave: Some(model.rotary_pairs() == RotaryPairs::Adjacent),
         group_score_topk: if model.n_group == 1 { 0 } else { model.group_score_topk },
+        // Softmax over all and normalised is softmax over the chosen.
+        scoring_func: match model.scoring_func {
+            ScoringFunc::Softmax if model.norm_topk_prob => ScoringFunc::SoftmaxPost,
+            other => other,
+        },
         qk_norm_scope: if model.use_qk_norm { model.qk_norm_scope } else { QkNormScope::Head },
         mlp_only_layers: dense,
         decoder_sparse_step: 1,
