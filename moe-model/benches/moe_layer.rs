@@ -8,10 +8,10 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use moe_comm::{Comms, CommsBuilder, ThreadRank, ThreadWorld};
+use moe_comm::{ThreadRank, ThreadWorld};
 use moe_kernels::family::{Elementwise, Reduce};
 use moe_kernels::{Cpu, Tensor};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::forced::ForcedRouting;
 use moe_model::moe::MoeMlp;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
@@ -63,10 +63,7 @@ fn layer(world: &ThreadRank, tokens: usize, experts: usize, iterations: u64) -> 
     let mut layout = ParamLayoutBuilder::new(&folding, 0);
     let mlp = MoeMlp::new(&mut layout, &model(experts), Execution::default(), 0, 0)?;
     let params = ParamStore::<f32, Cpu>::new(layout.build(), 1, &device)?;
-    let mut groups = Comms::<Cpu>::builder();
-    groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
-    groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
-    let comms = groups.build(world, &device, &folding)?;
+    let comms = communicators::<Cpu>().build(world, &device, &folding)?;
     let rope = RopeTable::of(&device, &model(experts), 1)?;
     let objective = Objective { micro_batches: 1, sequences: 1, tokens };
     let mut cx = Cx::new(device.clone(), comms, params, rope, objective);

@@ -1,5 +1,7 @@
 //! The sets of axes that a decoder's placements and collectives use.
 
+use moe_comm::{Comms, CommsBuilder};
+use moe_kernels::Device;
 use moe_topology::{Attention, Axes, Expert};
 
 /// Ranks that see different tokens of a batch with the same weights sharded over TP: the gradient of a weight that is
@@ -37,3 +39,9 @@ pub const ATTENTION_GROUPS: [Axes<Attention>; 7] =
 
 /// The expert groups that layers and reductions call.
 pub const EXPERT_GROUPS: [Axes<Expert>; 4] = [Expert::EP, Expert::ETP, ETP_EP, Expert::EDP];
+
+/// The communicators of these groups, to be built or added to.
+pub fn communicators<D: Device>() -> CommsBuilder<D> {
+    let builder = ATTENTION_GROUPS.into_iter().fold(Comms::builder(), CommsBuilder::attention);
+    EXPERT_GROUPS.into_iter().fold(builder, CommsBuilder::expert)
+}

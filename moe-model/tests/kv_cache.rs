@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use moe_comm::{Comms, ThreadWorld, World, WorldError};
+use moe_comm::{ThreadWorld, World, WorldError};
 use moe_kernels::{Cpu, Tensor};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::context::Documents;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::{
@@ -132,10 +132,7 @@ fn on_ranks<R: Send + 'static>(
         let whole = PipelineLayout::even(model.num_hidden_layers, 1, 1)?;
         let stage = DecoderStage::of_rank(&mut layout, &model, Execution::default(), &whole)?.remove(0);
         let params = ParamStore::<f64, Cpu>::new(layout.build(), 3, &device)?;
-        let mut groups = Comms::<Cpu>::builder();
-        groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));
-        groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));
-        let comms = groups.build(&world, &device, &folding)?;
+        let comms = communicators::<Cpu>().build(&world, &device, &folding)?;
         let rope = RopeTable::of(&device, &model, LONGEST)?;
         let objective = Objective { micro_batches: 1, sequences: batch, tokens: batch * len };
         let ids = (0..batch * len).map(|i| (i * i * 5 + 3 * i) as i32 % 37).collect();

@@ -6,11 +6,11 @@
 mod common;
 
 use common::{DEADLINE, RandomBatches, setup, tiny_model};
-use moe_comm::{Comms, CommsBuilder, ThreadRank, ThreadWorld, World};
+use moe_comm::{ThreadRank, ThreadWorld, World};
 use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::{Backend, Cpu, Device, Float, Tensor};
 use moe_model::RecomputeModule::{self, CoreAttn, Full, Layernorm, Mlp, Moe, MoeAct, SharedExperts};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::context::positions;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::recompute::Recompute;
@@ -163,10 +163,7 @@ where
     let execution = Execution { dispatcher: setup.dispatcher, recompute, ..Execution::default() };
     let layer = Recompute { layer: Block::new(&mut layout, model, execution, 0, 0)?, enabled: full };
     let params = ParamStore::<T, Cpu>::new(layout.build(), 1, &device)?;
-    let mut groups = Comms::<Cpu>::builder();
-    groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
-    groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
-    let comms = groups.build(world, &device, folding)?;
+    let comms = communicators::<Cpu>().build(world, &device, folding)?;
     let rope = RopeTable::of(&device, model, SEQUENCE)?;
     let objective = Objective { micro_batches: 1, sequences: BATCH, tokens: BATCH * SEQUENCE };
     let mut cx = Cx::new(device.clone(), comms, params, rope, objective);

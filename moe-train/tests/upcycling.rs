@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use common::checkpoints::{meta, rewrite};
 use common::{DEADLINE, Outcome, RandomBatches, assert_equal, gather, pieces, setup, tiny_model};
-use moe_comm::{Comms, ThreadWorld};
+use moe_comm::ThreadWorld;
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::config::ScoringFunc;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::{Cx, DecoderStage, Execution, MicroBatch, ModelConfig, Objective, PipelineLayout, RopeTable};
@@ -95,10 +95,7 @@ fn logits(checkpoint: &Path) -> Vec<f64> {
             }
             params.weights_mut(bucket)?.upload(&device, 0, &weights)?;
         }
-        let mut groups = Comms::<Cpu>::builder();
-        groups = ATTENTION_GROUPS.into_iter().fold(groups, |groups, axes| groups.attention(axes));
-        groups = EXPERT_GROUPS.into_iter().fold(groups, |groups, axes| groups.expert(axes));
-        let comms = groups.build(&world, &device, &folding)?;
+        let comms = communicators::<Cpu>().build(&world, &device, &folding)?;
         let rope = RopeTable::of(&device, &model, 11)?;
         let objective = Objective { micro_batches: 1, sequences: 1, tokens: 11 };
         let mut cx = Cx::new(device, comms, params, rope, objective);

@@ -1,8 +1,8 @@
 //! A whole model on one rank, token by token.
 
-use moe_comm::{Comms, CommsBuilder, World};
+use moe_comm::World;
 use moe_kernels::{Backend, Cpu, Float};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::params::ParamLayoutBuilder;
 use moe_model::{Cx, DecoderStage, Execution, KvCache, MicroBatch, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
@@ -36,10 +36,7 @@ where
         let stages = DecoderStage::of_rank(&mut layout, model, Execution::default(), &whole)?;
         let stage = stages.into_iter().next().ok_or(Error::Protocol { what: "a model without a stage" })?;
         let params = read_params(layout.build(), weights, &device)?;
-        let mut groups = Comms::<Cpu>::builder();
-        groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
-        groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
-        let comms = groups.build(world, &device, &folding)?;
+        let comms = communicators::<Cpu>().build(world, &device, &folding)?;
         let rope = RopeTable::of(&device, model, capacity)?;
         let objective = Objective { micro_batches: 1, sequences: 1, tokens: 1 };
         let cache = stage.cache(&device, 1, capacity)?;

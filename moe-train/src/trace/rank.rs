@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use moe_comm::{Comms, CommsBuilder, World};
+use moe_comm::World;
 use moe_dispatch::ModelUnit;
 use moe_kernels::{Backend, Float, Tensor};
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::axes::communicators;
 use moe_model::context::positions;
 use moe_model::params::{ParamLayoutBuilder, Part};
 use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
@@ -67,9 +67,7 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     let stages = DecoderStage::of_rank(&mut layout, &plan.model, plan.execution, &plan.pipeline)?;
     let stages: Vec<TypedStage<T, D>> = stages.into_iter().map(TypedStage::new).collect();
     let params = read_params(layout.build(), weights, &device)?;
-    let mut groups = Comms::<D>::builder().attention(Attention::PP).attention(Attention::DP);
-    groups = ATTENTION_GROUPS.into_iter().fold(groups, CommsBuilder::attention);
-    groups = EXPERT_GROUPS.into_iter().fold(groups, CommsBuilder::expert);
+    let groups = communicators::<D>().attention(Attention::PP).attention(Attention::DP);
     let comms = groups.build(world, &device, folding)?;
     let rows = plan.batch * plan.length / (folding.size(Attention::CP) * folding.size(Attention::TP));
     let shape = [rows, plan.model.hidden_size];

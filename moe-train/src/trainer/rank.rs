@@ -1,10 +1,8 @@
 //! One rank of a training run.
 
-use moe_comm::{Comms, CommsBuilder, Reduction, World};
+use moe_comm::{CommsBuilder, Reduction, World};
 use moe_kernels::{Backend, Device, Float, Tensor};
-use moe_model::axes::{
-    ATTENTION_GROUPS, CP_DP, EXPERT_GROUPS, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP,
-};
+use moe_model::axes::{CP_DP, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP, communicators};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
 use moe_model::{
@@ -55,14 +53,12 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
         let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
-        let mut communicators = Comms::<D>::builder().attention(Attention::ALL).attention(Attention::PP);
-        communicators = ATTENTION_GROUPS.into_iter().fold(communicators, CommsBuilder::attention);
-        communicators = EXPERT_GROUPS.into_iter().fold(communicators, CommsBuilder::expert);
+        let mut builder = communicators::<D>().attention(Attention::ALL).attention(Attention::PP);
         if setup.folding.size(Attention::DP_OUTER) > 1 {
-            communicators = INSTANCE_GROUPS.into_iter().fold(communicators, CommsBuilder::attention);
-            communicators = EXPERT_INSTANCE_GROUPS.into_iter().fold(communicators, CommsBuilder::expert);
+            builder = INSTANCE_GROUPS.into_iter().fold(builder, CommsBuilder::attention);
+            builder = EXPERT_INSTANCE_GROUPS.into_iter().fold(builder, CommsBuilder::expert);
         }
-        let comms = communicators.build(world, &device, &setup.folding)?;
+        let comms = builder.build(world, &device, &setup.folding)?;
         let rows = setup.micro_batch_size * setup.sequence_length
             / (setup.folding.size(Attention::CP) * setup.folding.size(Attention::TP));
         let shape = [rows, setup.model.hidden_size];
