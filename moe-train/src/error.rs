@@ -12,6 +12,7 @@ use crate::config::ConfigError;
 use crate::data::{DataError, TokenizeError};
 use crate::diff::DiffError;
 use crate::durable::IoError;
+use crate::eval::EvalError;
 use crate::infer::InferError;
 use crate::metrics::MetricsError;
 use crate::optim::GroupError;
@@ -36,6 +37,9 @@ pub enum Error {
     /// A text cannot be continued.
     #[error(transparent)]
     Infer(#[from] InferError),
+    /// A text cannot be evaluated.
+    #[error(transparent)]
+    Eval(#[from] EvalError),
     /// A checkpoint is wrong, or cannot be written.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

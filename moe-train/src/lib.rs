@@ -11,6 +11,7 @@
 //! | write and read checkpoints that know no mapping | [`checkpoint`] |
 //! | take a model of the Hugging Face hub in, and hand it back | [`checkpoint::import`], [`checkpoint::export`] |
 //! | continue a text | [`infer`] |
+//! | measure the perplexity of texts | [`eval`] |
 //! | hold a model against transformers, number by number | [`trace`], [`diff`] |
 //!
 //! Two steps of a tiny model on four ranks, from memory:
@@ -90,9 +91,11 @@ pub mod data;
 pub mod diff;
 pub mod durable;
 pub mod error;
+pub mod eval;
 pub mod infer;
 pub mod metrics;
 pub mod optim;
+mod passes;
 pub mod run;
 pub mod schedule;
 pub mod trace;

@@ -845,6 +845,37 @@ fn a_run_goes_on_under_another_folding() {
     }
 }
 
+/// Held-out tokens under any folding, and the same as a file of text, which takes another way through the model.
+#[test]
+fn a_run_is_evaluated_on_tokens_and_on_text() {
+    let place = Place::new();
+    place.train(&[]).ok();
+    let eval = |arguments: &[&str]| place.run(&[&["eval", "run"], arguments].concat());
+    let own = eval(&["--batches", "1000"]).ok().out;
+    for folding in
+        ["--world-size 1", "--world-size 4 --cp 2 --ep 4", "--world-size 6 --pp 2 --etp 1 --tp 1 --vpp 1"]
+    {
+        let folding: Vec<&str> = folding.split(' ').collect();
+        match folding[1] {
+            // Four sequences of a batch are not dealt to three ranks.
+            "6" => drop(eval(&folding).refused(2, &["global_batch_size", "dp"])),
+            _ => assert_eq!(eval(&[&["--batches", "1000"], &folding[..]].concat()).ok().out, own),
+        }
+    }
+    // Whole windows of the held-out stream, whose tokens are bytes.
+    let tokens = moe_train::data::TokenFile::open(&place.path("run/data/held_out.tokens")).unwrap();
+    let windows = (tokens.len() - 1) / 32;
+    let bytes = tokens.tokens(0..windows * 32 + 1).unwrap().into_iter().map(|byte| byte as u8);
+    fs::write(place.path("held_out.txt"), bytes.collect::<Vec<u8>>()).unwrap();
+    let loss = own.strip_prefix("step 6: validation loss ").unwrap().split(' ').next().unwrap();
+    let text = eval(&["--text", "held_out.txt"]).ok().out;
+    let want = format!("1 document, {} tokens predicted, loss {loss} nats per token", windows * 32);
+    assert!(text.starts_with("windows of 32 tokens, in f64\n") && text.contains(&want), "{text}");
+    let folded =
+        eval(&["--text", "held_out.txt", "--world-size", "12", "--tp", "2", "--cp", "3", "--ep", "4"]);
+    assert_eq!(folded.ok().out, text);
+}
+
 /// From a dense run to experts: the same loss before the first step, then training under another folding.
 #[test]
 fn a_dense_run_becomes_one_with_experts() {

@@ -11,6 +11,7 @@ use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::{Backend, Cpu, Device, Float, Tensor};
 use moe_model::RecomputeModule::{self, CoreAttn, Full, Layernorm, Mlp, Moe, MoeAct, SharedExperts};
 use moe_model::axes::communicators;
+use moe_model::config::QkNormScope;
 use moe_model::context::positions;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::recompute::Recompute;
@@ -38,6 +39,11 @@ fn model() -> ModelConfig {
         use_qk_norm: true,
         ..tiny_model()
     }
+}
+
+/// Queries and keys are normed over all heads together.
+fn projection_norms() -> ModelConfig {
+    ModelConfig { qk_norm_scope: QkNormScope::Projection, ..model() }
 }
 
 fn dense() -> ModelConfig {
@@ -99,7 +105,11 @@ impl Kept<'_> {
             None => {
                 let (k, d) = (self.size(model.num_key_value_heads, tp), model.head_dim());
                 let ulysses = self.folding.size(Attention::CP_INNER);
-                let norms = if model.use_qk_norm { rows * tp * (h + k) * (d * t + a) } else { 0 };
+                let norms = match (model.use_qk_norm, model.qk_norm_scope) {
+                    (false, _) => 0,
+                    (true, QkNormScope::Head) => rows * tp * (h + k) * (d * t + a),
+                    (true, QkNormScope::Projection) => rows * tp * ((h + k) * d * t + 2 * a),
+                };
                 (norms, (h + 2 * k.max(ulysses)) * d * t, h * (d * t + a))
             }
         }
@@ -224,7 +234,9 @@ fn layers_keep_what_the_formulas_say_to_the_byte() {
         for names in of_experts {
             kept_to_the_byte::<f64>(folded(model(), sizes), names);
             kept_to_the_byte::<f32>(folded(latent(), sizes), names);
+            kept_to_the_byte::<f32>(folded(projection_norms(), sizes), names);
         }
+        kept_to_the_byte::<f64>(folded(projection_norms(), sizes), &[]);
         kept_to_the_byte::<f64>(Setup { dispatcher: AllGather, ..folded(model(), sizes) }, &[]);
         kept_to_the_byte::<f64>(Setup { dispatcher: AllGather, ..folded(model(), sizes) }, &[Moe]);
         for names in [&[][..], &[Full], &[Mlp], &[Layernorm], &[Mlp, CoreAttn, Layernorm]] {

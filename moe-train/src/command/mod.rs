@@ -17,6 +17,7 @@ use moe_model::Error::RouterNotANumber;
 use moe_pipeline::ExecuteError;
 
 use crate::diff::DiffError;
+use crate::eval::EvalError;
 use crate::infer::InferError;
 use crate::trace::TraceError;
 use crate::{Error, Result};
@@ -37,7 +38,7 @@ enum Command {
     Topology(topology::Topology),
     /// Continue a text with a trained model.
     Sample(sample::Sample),
-    /// Measure the loss of a trained model on held-out text.
+    /// Measure how well a model predicts text.
     Eval(eval::Eval),
     /// Write a model's logits, losses and gradients on given tokens, as transformers computes and names them.
     Trace(trace::Trace),
@@ -90,6 +91,11 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Upcycle(_) => 2,
         Error::Infer(InferError::NotFinite { .. }) => 6,
         Error::Infer(_) => 2,
+        Error::Eval(EvalError::NotFinite { .. }) => 6,
+        Error::Eval(
+            EvalError::Empty { .. } | EvalError::NothingToPredict { .. } | EvalError::Vocabulary { .. },
+        ) => 3,
+        Error::Eval(_) => 2,
         Error::Data(_) | Error::Tokenize(_) => 3,
         Error::Trace(
             TraceError::Tokens { .. } | TraceError::TooShort { .. } | TraceError::Vocabulary { .. },

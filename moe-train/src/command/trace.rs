@@ -7,10 +7,10 @@ use clap::Args;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::RecomputeModule;
 
-use super::axes::Axes;
+use super::axes::Parallel;
 use crate::Result;
 use crate::checkpoint::Weights;
-use crate::config::{Dispatcher, ParallelConfig, TrainDType};
+use crate::config::TrainDType;
 use crate::run::open_weights;
 use crate::trace::{Options, Tokens, trace};
 
@@ -33,17 +33,8 @@ pub struct Trace {
     /// Gradients of the loss, too.
     #[arg(long)]
     grads: bool,
-    /// Number of ranks.
-    #[arg(long, default_value_t = 1)]
-    world_size: usize,
     #[command(flatten)]
-    axes: Axes,
-    /// Virtual stages per pipeline rank.
-    #[arg(long, default_value_t = 1)]
-    vpp: usize,
-    /// How tokens reach their experts.
-    #[arg(long, value_enum, default_value_t = Dispatcher::default())]
-    dispatcher: Dispatcher,
+    parallel: Parallel,
     /// What backward makes again instead of keeping it, as in --recompute core_attn,moe_act.
     #[arg(long, value_delimiter = ',', value_parser = module)]
     recompute: Vec<RecomputeModule>,
@@ -68,21 +59,8 @@ impl Trace {
     where
         Cpu: Backend<T>,
     {
-        let Axes { tp, cp, cp_ulysses, pp, ep, etp, order } = self.axes;
-        let Trace { world_size, vpp, dispatcher, recompute, grads, .. } = self;
-        let parallel = ParallelConfig {
-            world_size,
-            tp,
-            cp,
-            cp_ulysses,
-            pp,
-            ep,
-            etp,
-            vpp,
-            order,
-            dispatcher,
-            ..ParallelConfig::default()
-        };
+        let Trace { parallel, recompute, grads, .. } = self;
+        let parallel = parallel.config().unwrap_or_default();
         let tokens = Tokens::read(&self.tokens)?;
         let traced = trace::<T>(weights, &tokens, &Options { parallel, recompute, grads })?;
         traced.write(&self.out)?;

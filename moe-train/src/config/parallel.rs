@@ -30,6 +30,16 @@ impl ParallelConfig {
         }
     }
 
+    /// The least that must divide the length of sequences.
+    pub fn sequence_multiple(&self) -> usize {
+        match (self.cp, self.tp) {
+            (1, tp) => tp,
+            // A rank of CP has two chunks, which together are cut over TP.
+            (cp, tp) if tp.is_multiple_of(2) => cp * tp,
+            (cp, tp) => cp * tp * 2,
+        }
+    }
+
     /// The folding, legal under `constraints`, its TP split as [`ModelConfig::split_tp`] does, and its CP in Ulysses (the
     /// inner digit) and ring.
     ///

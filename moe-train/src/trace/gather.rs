@@ -50,13 +50,13 @@ impl Plan {
 
     /// `E Σ_e C_e·P_e / (M·T)²` over layers and tokens of all ranks.
     fn aux_loss<T>(&self, ranks: &[RankTrace<T>]) -> f64 {
-        let experts = self.model.num_local_experts;
+        let experts = self.passes.model.num_local_experts;
         let products = (0..experts).map(|expert| {
             let choices: i64 = ranks.iter().map(|rank| rank.choices[expert]).sum();
             let share: f64 = ranks.iter().map(|rank| rank.prob_sums[expert]).sum();
             choices as f64 * share
         });
-        let rows = self.model.moe_layers().count() * self.tokens.batch * self.tokens.length;
+        let rows = self.passes.model.moe_layers().count() * self.tokens.batch * self.tokens.length;
         experts as f64 * products.sum::<f64>() / (rows as f64).powi(2)
     }
 }
@@ -71,11 +71,11 @@ impl<T: Float> Trace<T> {
 
         let blocks = ranks.iter_mut().filter_map(|rank| rank.logits.take());
         let logits = gather_logits(plan, blocks);
-        let shapes = if plan.grads { ModulePlace::shapes(&plan.model)? } else { BTreeMap::new() };
+        let shapes = if plan.grads { ModulePlace::shapes(&plan.passes.model)? } else { BTreeMap::new() };
         let mut grads: BTreeMap<String, Vec<(usize, Piece<T>)>> =
             shapes.keys().map(|name| (name.clone(), Vec::new())).collect();
         for piece in ranks.into_iter().flat_map(|rank| rank.grads) {
-            let place = ModulePlace::of(&piece.part, plan.model.num_local_experts);
+            let place = ModulePlace::of(&piece.part, plan.passes.model.num_local_experts);
             grads.entry(place.name).or_default().push((place.offset, piece));
         }
         let grads = grads.into_iter().zip(shapes.into_values()).map(|((name, pieces), shape)| {
@@ -125,14 +125,14 @@ impl<T: Float> Trace<T> {
 
 /// `[batch, seq, vocab]`, without padding.
 fn gather_logits<T: Float>(plan: &Plan, blocks: impl Iterator<Item = LogitsBlock<T>>) -> Whole<T> {
-    let shape = vec![plan.tokens.batch, plan.tokens.length, plan.model.vocab_size];
+    let shape = vec![plan.tokens.batch, plan.tokens.length, plan.passes.model.vocab_size];
     let mut values = vec![T::ZERO; shape.iter().product()];
     for LogitsBlock { positions, sequences, vocab, values: block } in blocks {
         let rows = positions.iter().flat_map(|&position| sequences.clone().map(move |b| (b, position)));
         // The last block of the vocabulary may be empty.
         for ((b, position), row) in rows.zip(block.chunks_exact(vocab.len().max(1))) {
             if b < plan.tokens.batch && position < plan.tokens.length {
-                let start = (b * plan.tokens.length + position) * plan.model.vocab_size;
+                let start = (b * plan.tokens.length + position) * plan.passes.model.vocab_size;
                 values[start + vocab.start..start + vocab.end].copy_from_slice(row);
             }
         }

@@ -26,13 +26,11 @@ mod rank;
 mod tokens;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use moe_comm::ThreadWorld;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::config::{AuxLoss, AuxLossScope, ModelConfig};
-use moe_model::{Execution, PipelineLayout, RecomputeModule, RecomputeModules};
-use moe_topology::{Attention, Constraints, Folding};
+use moe_model::{Execution, RecomputeModule, RecomputeModules};
 
 pub use error::TraceError;
 pub use gather::{Trace, TracedTensor};
@@ -41,6 +39,7 @@ pub use tokens::Tokens;
 use crate::Result;
 use crate::checkpoint::Weights;
 use crate::config::{ConfigError, ParallelConfig};
+use crate::passes::{DEADLINE, Passes};
 use crate::run::threads;
 
 /// How a trace is computed, and how much of it.
@@ -54,21 +53,12 @@ pub struct Options {
     pub grads: bool,
 }
 
-/// Communication that takes longer means that a rank is stuck.
-const DEADLINE: Duration = Duration::from_secs(600);
-
 /// A batch under a folding, the same on all ranks.
 #[derive(Debug)]
 struct Plan {
-    model: ModelConfig,
-    folding: Folding,
-    pipeline: PipelineLayout,
-    execution: Execution,
+    /// One micro-batch on every data-parallel rank, the last sequences padding where DP does not divide the batch.
+    passes: Passes,
     tokens: Tokens,
-    /// Sequences of each data-parallel rank, the last of them padding where DP does not divide the batch.
-    batch: usize,
-    /// Positions of a sequence, the last of them padding where the folding does not divide it.
-    length: usize,
     /// The coefficient of the load-balancing loss, if the model has one.
     aux_coef: Option<f64>,
     grads: bool,
@@ -79,32 +69,14 @@ impl Plan {
         tokens.check(model.vocab_size)?;
         let (aux_coef, parallel) = (model_aux_coef(model), &options.parallel);
         let model = as_transformers(model, aux_coef);
-        let constraints = parallel.constraints(&model);
-        let dp = parallel.folding(&model, constraints.clone())?.size(Attention::DP);
-        let batch = tokens.batch.div_ceil(dp);
-        let length = tokens.length.next_multiple_of(match (parallel.cp, parallel.tp) {
-            (1, tp) => tp,
-            // A rank of CP has two chunks, which together are cut over TP.
-            (cp, tp) if tp.is_multiple_of(2) => cp * tp,
-            (cp, tp) => cp * tp * 2,
-        });
-        let folding = parallel.folding(
-            &model,
-            Constraints {
-                sequence_length: Some(length),
-                global_batch_size: Some(batch * dp),
-                micro_batch_size: batch,
-                ..constraints
-            },
-        )?;
         let execution = Execution {
             dispatcher: parallel.dispatcher.into(),
             recompute: RecomputeModules::new(&options.recompute, &model).map_err(ConfigError::Recompute)?,
             shared_expert_overlap: false,
         };
-        let pipeline = parallel.pipeline(model.num_hidden_layers)?;
-        let (tokens, grads) = (tokens.clone(), options.grads);
-        Ok(Plan { model, folding, pipeline, execution, tokens, batch, length, aux_coef, grads })
+        let batch = |_, dp| tokens.batch.div_ceil(dp);
+        let passes = Passes::new(model, parallel, execution, tokens.length, batch)?;
+        Ok(Plan { passes, tokens: tokens.clone(), aux_coef, grads: options.grads })
     }
 }
 
@@ -137,7 +109,7 @@ where
     Cpu: Backend<T>,
 {
     let plan = Arc::new(Plan::new(weights.model(), tokens, options)?);
-    let world_size = plan.folding.world_size();
+    let world_size = plan.passes.folding.world_size();
     let threads = threads(world_size);
     let ranks = {
         let (plan, weights) = (plan.clone(), weights.clone());

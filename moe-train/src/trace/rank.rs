@@ -6,17 +6,17 @@ use std::ops::Range;
 use moe_comm::World;
 use moe_dispatch::ModelUnit;
 use moe_kernels::{Backend, Float, Tensor};
-use moe_model::axes::communicators;
 use moe_model::context::positions;
-use moe_model::params::{ParamLayoutBuilder, Part};
-use moe_model::{CommTransport, Cx, DecoderStage, Objective, RopeTable, Stats, TypedStage};
+use moe_model::params::Part;
+use moe_model::{Cx, Objective};
 use moe_pipeline::generate::{breadth_first, interleaved_forward_only};
 use moe_pipeline::{execute, lower, validate};
 use moe_topology::Attention;
 
 use super::Plan;
-use crate::checkpoint::{Weights, read_params};
+use crate::checkpoint::Weights;
 use crate::optim::{reduce_gradients, sliced_parts};
+use crate::passes::{LoadedRank, Passes};
 use crate::trainer::HostBatch;
 use crate::{Error, Result};
 
@@ -62,37 +62,24 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     world: &dyn World<D>,
     device: D,
 ) -> Result<RankTrace<T>> {
-    let (folding, rank) = (&plan.folding, world.rank());
-    let mut layout = ParamLayoutBuilder::new(folding, rank);
-    let stages = DecoderStage::of_rank(&mut layout, &plan.model, plan.execution, &plan.pipeline)?;
-    let stages: Vec<TypedStage<T, D>> = stages.into_iter().map(TypedStage::new).collect();
-    let params = read_params(layout.build(), weights, &device)?;
-    let groups = communicators::<D>().attention(Attention::PP).attention(Attention::DP);
-    let comms = groups.build(world, &device, folding)?;
-    let rows = plan.batch * plan.length / (folding.size(Attention::CP) * folding.size(Attention::TP));
-    let shape = [rows, plan.model.hidden_size];
-    let choices = plan.model.choices_of_all_layers();
-    let mut transport = CommTransport::new(world, &device, folding, shape, choices)?;
-    let rope = RopeTable::of(&device, &plan.model, plan.length)?;
-
-    // One micro-batch on every data-parallel rank.
-    let dp = folding.size(Attention::DP);
-    let objective = Objective {
+    let Passes { folding, pipeline, batch, length, .. } = &plan.passes;
+    let (rank, dp) = (world.rank(), plan.passes.dp());
+    let LoadedRank { stages, mut transport, mut cx } =
+        LoadedRank::open(&plan.passes, weights, world, device)?;
+    cx.objective = Objective {
         micro_batches: dp,
-        sequences: dp * plan.batch,
+        sequences: dp * batch,
         tokens: plan.tokens.batch * plan.tokens.length,
     };
-    let mut cx = Cx::new(device, comms, params, rope, objective);
     cx.model_unit = ModelUnit::Step;
     cx.logits = Some(BTreeMap::new());
-    cx.stats = Stats { moe: stages.iter().flat_map(|stage| stage.moe_stats()).collect(), ..Stats::default() };
     let d = folding.coordinate(rank, Attention::DP);
-    let sequences = d * plan.batch..(d + 1) * plan.batch;
-    let host: Vec<_> = sequences.clone().map(|index| plan.tokens.sequence(index, plan.length)).collect();
+    let sequences = d * batch..(d + 1) * batch;
+    let host: Vec<_> = sequences.clone().map(|index| plan.tokens.sequence(index, *length)).collect();
     let host = HostBatch::new(&host, sequences.start as u64, folding, rank)?;
     cx.batches = vec![host.upload(&cx.device, plan.targets() as f64, folding, rank)?];
 
-    let (pp, vpp) = (plan.pipeline.ranks() as u32, plan.pipeline.virtual_stages() as u32);
+    let (pp, vpp) = (pipeline.ranks() as u32, pipeline.virtual_stages() as u32);
     let schedule = match plan.grads {
         true => breadth_first(pp, vpp, 1)?,
         false => interleaved_forward_only(pp, vpp, 1)?,
@@ -105,7 +92,7 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     execute(&program, pipeline_rank, &stages, &mut transport, &mut cx)?;
     let grads = if plan.grads { gradients(&mut cx)? } else { Vec::new() };
 
-    let experts = plan.model.num_local_experts;
+    let experts = plan.passes.model.num_local_experts;
     let mut traced = RankTrace {
         logits: None,
         // All tensor-parallel ranks have the same.
@@ -121,7 +108,7 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     if let Some(logits) = cx.logits.take().and_then(|logits| logits.into_values().next()) {
         let cp = (folding.size(Attention::CP), folding.coordinate(rank, Attention::CP));
         traced.logits = Some(LogitsBlock {
-            positions: positions(plan.length, cp.0, cp.1)?.collect(),
+            positions: positions(*length, cp.0, cp.1)?.collect(),
             sequences,
             vocab: vocabulary_block(&cx)?,
             values: logits.to_vec(&cx.device)?,
