@@ -1,5 +1,8 @@
 //! What every kernel checks at its boundary.
 
+use std::ops::Range;
+
+use crate::family::ColumnBlocks;
 use crate::{Error, Result};
 
 /// An error unless `got` is `expected`.
@@ -28,4 +31,27 @@ pub(crate) fn indices<'a>(
         None => Ok(()),
         Some(i) => Err(Error::Argument { kernel, what: format!("{what} {i} is not below {end}") }),
     }
+}
+
+/// An error unless `count` blocks of `width` columns lie within `cols`.
+pub(crate) fn column_blocks(
+    kernel: &'static str,
+    what: &'static str,
+    at: ColumnBlocks,
+    count: usize,
+    width: usize,
+    cols: usize,
+) -> Result<()> {
+    let last = count.checked_sub(1).map(|last| at.first + last * at.step + width);
+    argument(kernel, last.is_none_or(|end| end <= cols), || {
+        format!("{count} blocks of {width} columns, {at:?}, exceed the {cols} columns of {what}")
+    })
+}
+
+/// The range, or an error unless it lies inside `len` bytes.
+pub(crate) fn bytes(range: Range<usize>, len: usize) -> Result<Range<usize>> {
+    if range.start > range.end || range.end > len {
+        return Err(Error::OutOfBounds { start: range.start, end: range.end, len });
+    }
+    Ok(range)
 }

@@ -67,4 +67,48 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// A library that is loaded at run time is not on this machine.
+    #[error("{library} was not found: {looked_for}; {fix}")]
+    Library {
+        /// Which library.
+        library: &'static str,
+        /// The names that were tried, and where.
+        looked_for: String,
+        /// How to get it.
+        fix: &'static str,
+    },
+    /// There is no such device.
+    #[error("there is no CUDA device {ordinal}: this process sees {count}")]
+    NoDevice {
+        /// The number that was asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The device or its driver lacks what this crate needs.
+    #[error("unsupported: {what}")]
+    Unsupported {
+        /// What is there and what is needed.
+        what: String,
+    },
+    /// The driver or a library of the device refused a call, or work issued before failed.
+    #[error("{call}: {reason} (code {code})")]
+    Driver {
+        /// The call that returned it.
+        call: &'static str,
+        /// The library's code.
+        code: i32,
+        /// Its explanation.
+        reason: String,
+    },
+    /// Kernels that do not compile for a device.
+    #[error("the kernels `{kernels}` do not compile for {architecture}:\n{log}")]
+    Compile {
+        /// The file of kernels.
+        kernels: &'static str,
+        /// What they were compiled for.
+        architecture: String,
+        /// What the compiler said.
+        log: String,
+    },
 }

@@ -53,13 +53,16 @@
 //! machine the same calls give the same bits, on any number of threads. Another machine may have other vector
 //! instructions, for which matrix products sum in another order.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod backend;
 mod check;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)] // calls into the driver and launches of kernels; the rest of the crate has none
+pub mod cuda;
 pub mod device;
 pub mod element;
 pub mod error;
@@ -69,6 +72,8 @@ pub mod tensor;
 
 pub use backend::Backend;
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 pub use device::{Device, MemoryStats};
 pub use element::{DType, Element, Float};
 pub use error::{Error, Result};

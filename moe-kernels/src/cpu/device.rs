@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::{Device, Error, MemoryStats, Result};
+use crate::{Device, Error, MemoryStats, Result, check};
 
 /// The host: kernels on one thread, or on a pool of threads that this handle and its clones own.
 ///
@@ -199,13 +199,6 @@ impl Allocator {
     }
 }
 
-fn within(range: Range<usize>, len: usize) -> Result<Range<usize>> {
-    if range.start > range.end || range.end > len {
-        return Err(Error::OutOfBounds { start: range.start, end: range.end, len });
-    }
-    Ok(range)
-}
-
 impl Device for Cpu {
     type Buf = CpuBuf;
 
@@ -230,26 +223,26 @@ impl Device for Cpu {
     }
 
     fn zero(&self, buf: &mut CpuBuf, bytes: Range<usize>) -> Result<()> {
-        let range = within(bytes, buf.bytes)?;
+        let range = check::bytes(bytes, buf.bytes)?;
         buf.as_bytes_mut()[range].fill(0);
         Ok(())
     }
 
     fn upload(&self, dst: &mut CpuBuf, at: usize, src: &[u8]) -> Result<()> {
-        let range = within(at..at.saturating_add(src.len()), dst.bytes)?;
+        let range = check::bytes(at..at.saturating_add(src.len()), dst.bytes)?;
         dst.as_bytes_mut()[range].copy_from_slice(src);
         Ok(())
     }
 
     fn download(&self, src: &CpuBuf, at: usize, dst: &mut [u8]) -> Result<()> {
-        let range = within(at..at.saturating_add(dst.len()), src.bytes)?;
+        let range = check::bytes(at..at.saturating_add(dst.len()), src.bytes)?;
         dst.copy_from_slice(&src.as_bytes()[range]);
         Ok(())
     }
 
     fn copy(&self, dst: &mut CpuBuf, at: usize, src: &CpuBuf, from: Range<usize>) -> Result<()> {
-        let from = within(from, src.bytes)?;
-        let to = within(at..at.saturating_add(from.len()), dst.bytes)?;
+        let from = check::bytes(from, src.bytes)?;
+        let to = check::bytes(at..at.saturating_add(from.len()), dst.bytes)?;
         dst.as_bytes_mut()[to].copy_from_slice(&src.as_bytes()[from]);
         Ok(())
     }

@@ -4,7 +4,6 @@ use super::Cpu;
 use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks};
 use super::parallel::rows_per_piece;
-use super::rows::check_blocks;
 use super::simd::simd;
 use crate::check;
 use crate::family::{ColumnBlocks, Elementwise, Rows};
@@ -162,7 +161,7 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
         const KERNEL: &str = "sum_column_blocks";
         let ([n, width], [_, x_cols]) = (y.shape(), x.shape());
         check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
-        check_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
         let x = Mat::from(x);
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(count * width))

@@ -7,21 +7,6 @@ use crate::check;
 use crate::family::{ColumnBlocks, Rows};
 use crate::{Element, Result, View, ViewMut};
 
-/// An error unless `count` blocks of `width` columns lie within `cols`.
-pub(super) fn check_blocks(
-    kernel: &'static str,
-    what: &'static str,
-    at: ColumnBlocks,
-    count: usize,
-    width: usize,
-    cols: usize,
-) -> Result<()> {
-    let last = count.checked_sub(1).map(|last| at.first + last * at.step + width);
-    check::argument(kernel, last.is_none_or(|end| end <= cols), || {
-        format!("{count} blocks of {width} columns, {at:?}, exceed the {cols} columns of {what}")
-    })
-}
-
 impl<E: Element> Rows<E> for Cpu {
     fn copy_rows(&self, mut y: ViewMut<'_, E, Self>, x: View<'_, E, Self>) -> Result<()> {
         check::shape("copy_rows", "x", y.shape(), x.shape())?;
@@ -78,8 +63,8 @@ impl<E: Element> Rows<E> for Cpu {
         check::argument(KERNEL, count <= 1 || y_at.step >= width, || {
             format!("blocks of {width} columns overlap in y, {y_at:?}")
         })?;
-        check_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
-        check_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        check::column_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
+        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
         let x = Mat::from(x);
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(count * width))

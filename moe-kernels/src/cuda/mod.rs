@@ -1,0 +1,44 @@
+//! NVIDIA GPUs (feature `cuda`).
+//!
+//! [`Cuda`] is one GPU with one stream: memory, copies and kernels are ordered by it, and nothing waits but
+//! [`Device::download`](crate::Device::download) and [`Device::synchronize`](crate::Device::synchronize). Kernels are CUDA C++ inside this crate,
+//! compiled for the GPU at hand when they are first used and kept on disk ([`cache_dir`]); matrix products come from
+//! cuBLASLt. No CUDA is needed to build. At run time the driver (`libcuda`), NVRTC and cuBLASLt are loaded by name; where
+//! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it.
+//!
+//! # Faults
+//!
+//! What a kernel finds wrong in its data (an index past the end, a logit that is not a number) cannot be returned by the call,
+//! which does not wait. The kernel notes the first such row and stays inside its operands; the next `download` or
+//! `synchronize` returns the error that [`Cpu`](crate::Cpu) returns at the call, once.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use moe_kernels::{Cuda, Device, Tensor};
+//!
+//! # fn main() -> moe_kernels::Result<()> {
+//! let gpu = Cuda::new(0)?;
+//! let x = Tensor::<f32, Cuda>::from_slice(&gpu, 1, 3, &[1.0, 2.0, 3.0])?;
+//! assert_eq!(x.to_vec(&gpu)?, [1.0, 2.0, 3.0]);
+//! # Ok(())
+//! # }
+//! ```
+
+mod allocator;
+mod cache;
+mod compile;
+mod device;
+mod driver;
+mod fault;
+mod kernel;
+mod launch;
+mod library;
+mod source;
+mod staging;
+
+mod rows;
+
+pub use cache::cache_dir;
+pub use device::{Cuda, CudaBuf};
+pub use library::probe;

@@ -1,0 +1,60 @@
+//! The GPU's backend under the suite that every backend has to pass, and what needs no GPU to be tested.
+//!
+//! Where there is no GPU, the suites say that they were skipped; with `MOE_REQUIRE_GPU` in the environment they fail.
+
+use moe_kernels::{Cuda, Error, bf16, cuda};
+
+/// The first GPU with poisoned memory; `None`, said aloud, where there is none.
+fn gpu(test: &str) -> Option<Cuda> {
+    match cuda::probe() {
+        Ok(count) if count > 0 => Some(Cuda::poisoned(0).expect("a GPU that can be used")),
+        absent => {
+            let why = absent.map_or_else(|error| error.to_string(), |_| "no CUDA device".into());
+            assert!(std::env::var_os("MOE_REQUIRE_GPU").is_none(), "{test}: {why}");
+            eprintln!("{test} was skipped: {why}");
+            None
+        }
+    }
+}
+
+/// One test for each suite and type.
+macro_rules! suites {
+    ($($name:ident: $suite:ident::<$($t:ty),*>($($tolerance:expr)?);)*) => {$(
+        #[test]
+        fn $name() {
+            if let Some(gpu) = gpu(stringify!($name)) {
+                moe_kernels::conformance::$suite::<$($t,)* Cuda>(&gpu $(, $tolerance)?);
+            }
+        }
+    )*};
+}
+suites! {
+    memory: memory::<>();
+    rows_f32: rows::<f32>();
+    rows_f64: rows::<f64>();
+    rows_bf16: rows::<bf16>();
+    rows_i32: rows::<i32>();
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let count = match cuda::probe() {
+        Ok(count) => count,
+        Err(Error::Library { library, looked_for, fix }) => {
+            assert!(
+                library.contains("libcuda") && looked_for.contains("libcuda.so"),
+                "{library}: {looked_for}"
+            );
+            assert!(fix.contains("driver"), "{fix}");
+            assert!(matches!(Cuda::new(0), Err(Error::Library { .. })));
+            return;
+        }
+        // A library without a GPU behind it.
+        Err(error) => {
+            assert!(matches!(error, Error::Driver { .. } | Error::Unsupported { .. }), "{error}");
+            return;
+        }
+    };
+    let beyond = Cuda::new(count).expect_err("one more than there are");
+    assert!(matches!(beyond, Error::NoDevice { .. } | Error::Library { .. }), "{beyond}");
+}
