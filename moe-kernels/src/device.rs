@@ -37,11 +37,12 @@ pub trait Device: Clone + Debug + Send + Sync + 'static {
     fn zero(&self, buf: &mut Self::Buf, bytes: Range<usize>) -> Result<()>;
     /// Copies host bytes to `dst` from byte `at` on.
     fn upload(&self, dst: &mut Self::Buf, at: usize, src: &[u8]) -> Result<()>;
-    /// Copies bytes from `at` on to the host, and waits for them.
+    /// Copies bytes from `at` on to the host, and waits for them. As [`Device::synchronize`], it may return what earlier kernels found.
     fn download(&self, src: &Self::Buf, at: usize, dst: &mut [u8]) -> Result<()>;
     /// Copies `from` of `src` to `dst` from byte `at` on.
     fn copy(&self, dst: &mut Self::Buf, at: usize, src: &Self::Buf, from: Range<usize>) -> Result<()>;
-    /// Waits until all work issued so far is done.
+    /// Waits until all work issued so far is done. On a device whose calls do not wait, an error that a kernel found in its data
+    /// comes here, once.
     fn synchronize(&self) -> Result<()>;
     /// Bytes in use and their peak.
     fn memory(&self) -> MemoryStats;

@@ -1,6 +1,8 @@
 //! What becomes of choices of experts: dropped or kept, and sorted.
 
-use super::host::{Matrix, Placed, Random, assert_refused, output_ints, place, place_ints};
+use super::host::{
+    Matrix, Placed, Random, assert_data_refused, assert_refused, output_ints, place, place_ints, settled,
+};
 use crate::family::{DropLimit, Routing, SortOutput};
 use crate::{Error, Float, Result};
 
@@ -83,15 +85,15 @@ fn drop_refusals<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
         device.drop_excess(out.view_mut(), experts.view(), weights, slots.view(), limit)
     };
     let slots = [0, 1, 2, 3];
-    assert_refused("no such expert", drop([0, 1, 3, 0], None, &slots, limit));
-    assert_refused("a negative slot", drop([0, 1, 2, 0], None, &[0, 1, -2, 3], limit));
+    assert_data_refused(device, "no such expert", drop([0, 1, 3, 0], None, &slots, limit));
+    assert_data_refused(device, "a negative slot", drop([0, 1, 2, 0], None, &[0, 1, -2, 3], limit));
     assert_refused("slots of other tokens", drop([0, 1, 2, 0], None, &slots[..3], limit));
     let empty = DropLimit { unit_slots: 0, ..limit };
     assert_refused("units without slots", drop([0, 1, 2, 0], None, &slots, empty));
     let wide = Matrix::from_fn(4, 2, |_, _| 1.0);
     assert_refused("weights of more choices", drop([0, 1, 2, 0], Some(wide), &slots, limit));
     let nan = Matrix::from_fn(4, 1, |i, _| if i > 1 { f64::NAN } else { 1.0 });
-    let named = drop([0, 0, 0, 0], Some(nan), &slots, limit);
+    let named = settled(device, drop([0, 0, 0, 0], Some(nan), &slots, limit));
     assert!(matches!(named, Err(Error::NotANumber { row: 2, .. })), "a weight that is no number: {named:?}");
 }
 
@@ -117,12 +119,12 @@ pub(super) fn sorting<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
             }
             if most > 0 {
                 let (result, _) = sort::<A, D>(device, &experts, [n, k], count, Some(most - 1));
-                assert_refused("no room for the choices of an expert", result);
+                assert_data_refused(device, "no room for the choices of an expert", result);
             }
             if n > 0 {
                 let outside = vec![count as i32; n * k];
                 let (result, _) = sort::<A, D>(device, &outside, [n, k], count, None);
-                assert_refused("no such expert", result);
+                assert_data_refused(device, "no such expert", result);
             }
         }
     }

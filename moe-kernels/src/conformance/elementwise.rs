@@ -1,6 +1,8 @@
 //! Arithmetic on whole matrices.
 
-use super::host::{Matrix, Random, assert_close, assert_refused, output, place, place_ints};
+use super::host::{
+    Matrix, Random, assert_close, assert_data_refused, assert_refused, output, place, place_ints,
+};
 use crate::Float;
 use crate::family::{ColumnBlocks, Elementwise};
 
@@ -74,7 +76,8 @@ pub fn elementwise<T: Float, D: Elementwise<T>>(device: &D, tolerance: f64) {
         assert_close("gather_sum", &y.read(), &want, tolerance);
         if k > 0 {
             let outside = place_ints(device, n, k, &vec![from as i32; n * k]);
-            assert_refused(
+            assert_data_refused(
+                device,
                 "an index past the end",
                 device.gather_sum(y.view_mut(), px.view(), outside.view()),
             );

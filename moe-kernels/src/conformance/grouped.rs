@@ -1,6 +1,6 @@
 //! Grouped matrix products.
 
-use super::host::{Matrix, Random, assert_close, assert_refused, output, place, place_ints};
+use super::host::{Matrix, Random, assert_close, assert_data_refused, output, place, place_ints};
 use crate::Float;
 use crate::family::{GroupedGemm, Op};
 
@@ -63,9 +63,17 @@ pub fn grouped_gemm<T: Float, D: GroupedGemm<T>>(device: &D, tolerance: f64) {
 
         let mut refuse = |why: &str, offsets: &[i32]| {
             let po = place_ints(device, 1, offsets.len(), offsets);
-            assert_refused(why, device.grouped_gemm(y.view_mut(), px.view(), pw.view(), Op::T, po.view()));
+            assert_data_refused(
+                device,
+                why,
+                device.grouped_gemm(y.view_mut(), px.view(), pw.view(), Op::T, po.view()),
+            );
             let mut g = output::<T::Acc, D>(device, e * out, input);
-            assert_refused(why, device.grouped_gemm_acc(g.view_mut(), pdy.view(), px.view(), po.view()));
+            assert_data_refused(
+                device,
+                why,
+                device.grouped_gemm_acc(g.view_mut(), pdy.view(), px.view(), po.view()),
+            );
         };
         refuse("one group more than weights", &[&offsets[..], &[n as i32]].concat());
         refuse("no offsets", &[]);

@@ -1,7 +1,9 @@
 //! A vector for each of consecutive row groups.
 
 use super::GRADIENT;
-use super::host::{Matrix, Random, assert_close, assert_refused, gradient, output, place, place_ints};
+use super::host::{
+    Matrix, Random, assert_close, assert_data_refused, assert_refused, gradient, output, place, place_ints,
+};
 use crate::Float;
 use crate::family::GroupedBias;
 
@@ -86,7 +88,11 @@ pub fn grouped_bias<T: Float, D: GroupedBias<T>>(device: &D, tolerance: f64) {
         let long = place::<T::Acc, D>(device, &random.matrix::<T::Acc>(1, n + 1));
         let mut attempt = |what, bias: &Matrix, scale, offsets: &[i32]| {
             let (pb, po) = (place::<T, D>(device, bias), place_ints(device, 1, offsets.len(), offsets));
-            assert_refused(what, device.grouped_add_bias(y.view_mut(), pb.view(), scale, po.view()));
+            assert_data_refused(
+                device,
+                what,
+                device.grouped_add_bias(y.view_mut(), pb.view(), scale, po.view()),
+            );
         };
         attempt("a factor too many", &bias, Some(long.view()), &offsets);
         attempt("a bias too many", &random.matrix::<T>(e + 1, cols), None, &offsets);

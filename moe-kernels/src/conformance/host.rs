@@ -196,6 +196,17 @@ pub(super) fn assert_refused(what: &str, result: Result<()>) {
     assert!(refused, "{what} must be refused, not {result:?}");
 }
 
+/// What a call found in its data: an error that it returned, or that the next synchronisation returns, for a device that does not wait.
+pub(super) fn settled<D: Device>(device: &D, result: Result<()>) -> Result<()> {
+    result.and_then(|()| device.synchronize())
+}
+
+/// Panics unless a kernel refused what its data say.
+#[track_caller]
+pub(super) fn assert_data_refused<D: Device>(device: &D, what: &str, result: Result<()>) {
+    assert_refused(what, settled(device, result));
+}
+
 /// The gradient of `f` at `x` by five-point central differences.
 pub(super) fn gradient(x: &Matrix, f: impl Fn(&Matrix) -> f64) -> Matrix {
     const STEP: f64 = 1.0 / 512.0;

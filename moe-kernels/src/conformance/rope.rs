@@ -1,6 +1,8 @@
 //! Rotary position embedding.
 
-use super::host::{Matrix, Random, assert_close, assert_refused, output, place, place_ints};
+use super::host::{
+    Matrix, Random, assert_close, assert_data_refused, assert_refused, output, place, place_ints,
+};
 use crate::Float;
 use crate::family::{Rope, RotaryHead, RotaryPairs, Rotation};
 
@@ -76,7 +78,7 @@ pub fn rope<T: Float, D: Rope<T>>(device: &D, tolerance: f64) {
                     head,
                     Rotation::Forward,
                 );
-                assert_refused("a position outside the tables", refused);
+                assert_data_refused(device, "a position outside the tables", refused);
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Router scores, choice and sorting.
 
 use super::host::{
-    Matrix, Placed, Random, assert_close, assert_refused, gradient, output, output_ints, place,
-    place_elements, place_ints,
+    Matrix, Placed, Random, assert_close, assert_data_refused, assert_refused, gradient, output, output_ints,
+    place, place_elements, place_ints, settled,
 };
 use super::{GRADIENT, choices};
 use crate::family::{ExpertGroups, RouteInput, RouteOutput, Routing, ScoreFunction, Scoring};
@@ -304,12 +304,16 @@ fn gradients<A: Float<Acc = A>, D: Routing<A>>(
         let none = place::<A, D>(device, &random.matrix::<A>(0, count));
         assert_refused("aux", run(&mut dl, &pdw, &none, experts));
         if n > 0 {
-            assert_refused("no such expert", run(&mut dl, &pdw, &pa, &vec![count as i32; n * k]));
+            assert_data_refused(
+                device,
+                "no such expert",
+                run(&mut dl, &pdw, &pa, &vec![count as i32; n * k]),
+            );
         }
         if n > 0 && k > 1 {
             let mut mixed = experts.to_vec();
             mixed[0] = -1;
-            assert_refused("an expert too few", run(&mut dl, &pdw, &pa, &mixed));
+            assert_data_refused(device, "an expert too few", run(&mut dl, &pdw, &pa, &mixed));
         }
     }
 }
@@ -389,7 +393,7 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     let softmax = Scoring::from(ScoreFunction::SoftmaxPost);
     let refused = |what: &str, given: &[i32]| {
         let (result, _) = route_given::<A, D>(device, &logits, k, None, Some(given), &softmax);
-        assert_refused(what, result);
+        assert_data_refused(device, what, result);
     };
     refused("no such expert", &vec![count as i32; n * k]);
     refused("a negative expert", &vec![-1; n * k]);
@@ -597,6 +601,7 @@ fn not_a_number<A: Float<Acc = A>, D: Routing<A>>(device: &D) {
                 logits.data[row * count + 1] = bad;
             }
             let (result, _) = route::<A, D>(device, &logits, k, None, &function.into());
+            let result = settled(device, result);
             let named = matches!(result, Err(Error::NotANumber { row: 521, .. }));
             assert!(named, "a logit of {bad} in row 521, the first of three, must be named, not {result:?}");
         }

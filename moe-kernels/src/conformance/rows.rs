@@ -1,6 +1,6 @@
 //! Moving rows.
 
-use super::host::{Random, assert_refused, place_elements, place_ints};
+use super::host::{Random, assert_data_refused, assert_refused, place_elements, place_ints};
 use crate::Element;
 use crate::family::{ColumnBlocks, Rows};
 
@@ -41,7 +41,11 @@ pub fn rows<E: Element, D: Rows<E>>(device: &D) {
     assert_eq!(y.elements(), want, "gather_rows of {}", E::DTYPE);
 
     let outside = place_ints(device, 1, n, &vec![from as i32; n]);
-    assert_refused("an index past the end", device.gather_rows(y.view_mut(), x.view(), outside.view()));
+    assert_data_refused(
+        device,
+        "an index past the end",
+        device.gather_rows(y.view_mut(), x.view(), outside.view()),
+    );
     let short = place_ints(device, 1, n - 1, &index[1..]);
     assert_refused("too few indices", device.gather_rows(y.view_mut(), x.view(), short.view()));
 

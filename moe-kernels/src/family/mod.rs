@@ -3,6 +3,10 @@
 //! Every kernel checks shapes once at its boundary and returns an error; outputs that a kernel overwrites may hold
 //! anything before. Sums are formed in `T::Acc` and rounded once. Rows are tokens, sequence-major: the token at
 //! position `s` of sequence `b` is row `s · batch + b`, so that sequence shards are row ranges.
+//!
+//! What only the data can tell to be wrong (an index past the end, a logit that is not a number, offsets that descend) is an error of
+//! the call, or, on a device whose calls do not wait, of the next [`download`](crate::Device::download) or
+//! [`synchronize`](crate::Device::synchronize); outputs then hold anything.
 
 mod activation;
 mod attention;
