@@ -12,7 +12,7 @@
 //!   group, operation and number ([`Error::Poisoned`]), and ends every operation of every group.
 //! - The same run gives the same bits: reductions have a fixed order.
 //!
-//! [`ThreadWorld`] runs ranks as threads of one process. Other backends implement [`World`], [`RawComm`] and
+//! [`ThreadWorld`] runs ranks as threads of one process; a rank alone on any device has a [`SoloWorld`]. Other backends implement [`World`], [`RawComm`] and
 //! [`Flight`], which are made for streams and device buffers, and are held to the suite in `conformance` (a feature).
 //! [`count`], [`trace`] and [`fault`] are decorators of any backend.
 //!
@@ -58,6 +58,7 @@ pub mod fault;
 mod pending;
 mod raw;
 mod registry;
+mod solo;
 #[cfg(not(loom))]
 mod threads;
 #[cfg(loom)]
@@ -73,6 +74,7 @@ pub use error::{Error, Result};
 pub use pending::Pending;
 pub use raw::{Flight, RawComm, World};
 pub use registry::{Comms, CommsBuilder};
+pub use solo::SoloWorld;
 pub use threads::{ThreadRank, ThreadWorld, WorldError};
 pub use typed::{Comm, Message, PendingPair};
 

@@ -1,10 +1,11 @@
-//! The exported suite on threads.
+//! The exported suite on threads, and alone.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use moe_comm::{ThreadWorld, World, conformance};
-use moe_kernels::Cpu;
+use moe_comm::{Comms, Error, SoloWorld, ThreadWorld, World, conformance};
+use moe_kernels::{Cpu, Tensor};
+use moe_topology::{Attention, Folding, Mapping};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -19,6 +20,34 @@ fn cases_pass_in_worlds_of_every_size() {
         });
         assert_eq!(ended.unwrap(), (0..size).collect::<Vec<_>>());
     }
+}
+
+#[test]
+fn cases_pass_alone() {
+    let device = Cpu::poisoned(1);
+    for (name, case) in conformance::cases() {
+        case(&SoloWorld::new(device.clone()), &device).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[test]
+fn what_a_rank_alone_would_wait_for_forever_is_refused() {
+    let device = Cpu::new(1);
+    let folding = Folding::new(Mapping::default()).unwrap();
+    let world = SoloWorld::new(device.clone());
+    let comms = Comms::builder().attention(Attention::PP).build(&world, &device, &folding).unwrap();
+    let comm = comms.group(Attention::PP).unwrap();
+    let said = |result: moe_comm::Result<Tensor<f32, Cpu>>| result.unwrap_err().to_string();
+    assert!(said(comm.recv(0, 1, 1, 1).unwrap().wait()).contains("never sent"));
+    let x = Tensor::<f32, Cpu>::from_slice(&device, 1, 2, &[1.0, 2.0]).unwrap();
+    // The message asked for above has the first number.
+    for tag in [1, 2] {
+        let _sent = comm.send(0, tag, &x).unwrap();
+    }
+    assert!(said(comm.recv(0, 3, 1, 2).unwrap().wait()).contains("tag 3"));
+    assert!(matches!(world.communicator(Attention::PP.into(), &[1]), Err(Error::BadGroup { .. })));
+    comm.raw().abort("enough");
+    assert!(comm.barrier().unwrap_err().to_string().contains("aborted: enough"));
 }
 
 #[test]
