@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is memory with a stream-ordered allocator; compute kernels are traits by family over it
 //! ([`family`]), so that a backend may be partial and a third party may bring one. [`Backend`] names all
-//! families at once. [`Cpu`] runs on every machine, in `f32` and `f64`; the module `conformance`
+//! families at once. [`Cpu`] runs on every machine, in `f32` and `f64`; `Cuda` (behind the feature `cuda`) on NVIDIA GPUs, in `bf16` too; the module `conformance`
 //! (behind a feature of that name) is the suite that it passes and that any other backend can run.
 //!
 //! Everything is a matrix `[rows, cols]` with contiguous columns and a row stride: activations are

@@ -36,7 +36,6 @@ struct Gpu {
     memory: Mutex<Allocator>,
     staging: Mutex<Staging>,
     faults: Mutex<Faults>,
-    fault_word: CUdeviceptr,
     kernels: Kernels,
 }
 
@@ -116,7 +115,6 @@ impl Cuda {
             memory: Mutex::new(memory),
             staging: Mutex::new(staging),
             faults: Mutex::new(faults),
-            fault_word,
             kernels: Kernels::default(),
         };
         Ok(Cuda { gpu: Arc::new(gpu) })

@@ -38,7 +38,7 @@ impl Kernel {
             // SAFETY: the pointers are valid for writing.
             match unsafe { sys::cuFuncGetParamInfo(function, parameters.len(), &mut offset, &mut size) } {
                 CUresult::CUDA_SUCCESS => parameters.push(size),
-                // Past the last one.
+                // Past the last one. (compute-sanitizer reports it, unless it is told `--report-api-errors no`.)
                 CUresult::CUDA_ERROR_INVALID_VALUE => break,
                 other => super::driver::check("cuFuncGetParamInfo", other)?,
             }

@@ -30,10 +30,14 @@ mod cache;
 mod compile;
 mod device;
 mod driver;
+#[allow(dead_code)] // for the families to come
 mod fault;
 mod kernel;
+#[allow(dead_code)] // for the families to come
 mod launch;
+#[allow(dead_code)] // for the families to come
 mod library;
+#[allow(dead_code)] // for the families to come
 mod source;
 mod staging;
 
