@@ -503,6 +503,10 @@ fn blends_are_the_same_under_any_folding_and_go_on() {
     let said = train(&[], &[]).ok();
     assert!(said.out.contains("b: weight 3, 744 tokens in 31 documents, 23 samples"), "{}", said.out);
     assert!(!place.path("run/data").exists());
+    assert!(
+        said.out.contains("no sample: data.tokenizer") && !said.out.contains("another prompt"),
+        "{said:?}"
+    );
     let one = ["parallel.world_size=2", "parallel.tp=1", "parallel.pp=1", "train.output=one"];
     train(&one, &[]).ok();
     let values = |run: &str, key: &str| -> Vec<f64> {
@@ -1054,6 +1058,8 @@ fn a_tokenizer_goes_with_its_run() {
     let said = place.train(&settings).ok();
     assert!(said.out.contains("documents end with <|endoftext|> (1)"), "{said:?}");
     assert!(said.out.contains("nats/token") && !said.out.contains("<|begin|>"), "{said:?}");
+    let written = || fs::read_to_string(place.path("run/config.toml")).unwrap();
+    assert!(written().contains("eos_token = \"<|endoftext|>\"\n"), "{}", written());
 
     let tokens = moe_train::data::TokenFile::open(&place.path("run/data/train.tokens")).unwrap();
     assert_eq!(tokens.vocab_size(), 382);
@@ -1078,6 +1084,40 @@ fn a_tokenizer_goes_with_its_run() {
     place.train(&more).ok();
     let other = [&more[..], &["--set", "data.tokenizer='byte'"]].concat();
     place.train(&other).refused(2, &["data.tokenizer was hub", "is byte now"]);
+    assert!(written().contains("eos_token = \"<|endoftext|>\"\n"), "{}", written());
+    let other = [&more[..], &["--set", "data.eos_token=380"]].concat();
+    place.train(&other).refused(2, &["data.eos_token was \"<|endoftext|>\"", "is 380 now"]);
+}
+
+/// The tokens of a blend are of a tokenizer that is named, and of an end that may not be known.
+#[cfg(feature = "tokenizers")]
+#[test]
+fn a_run_on_a_blend_continues_a_text() {
+    let place = Place::new();
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer/tokenizer.json");
+    let text = fs::read_to_string(fixture).unwrap();
+    fs::write(place.path("tokenizer.json"), text.replace("<|pad|>", "</s>")).unwrap();
+    let train = |sets: &[&str]| {
+        let shared = ["data.tokenizer='tokenizer.json'", "model.vocab_size=384", "train.steps=2"];
+        let sets = shared.iter().chain(sets).flat_map(|set| ["--set", set]);
+        place.train(&sets.collect::<Vec<_>>())
+    };
+    train(&[]).refused(3, &["has several: <|endoftext|>, </s>", "data.eos_token"]);
+    let said = train(&["train.output='text'", "data.eos_token='</s>'"]).ok();
+    assert!(said.out.contains("another prompt") && said.err.matches("warning").count() == 0, "{said:?}");
+
+    let blend = ["data.files=[]", "data.blend=[{ path = 'text/data/train.tokens' }]"];
+    let said = train(&blend).ok();
+    assert!(said.out.contains("\nThe ") && said.out.contains("another prompt"), "{said:?}");
+    let unknown = "warning: it is not known which token ended the documents of the run: the tokenizer has several: \
+                   <|endoftext|>, </s>; a text ends before it if --stop names it\n";
+    assert!(said.err.contains(unknown), "{said:?}");
+    let sample = |more: &[&str]| place.run(&[&["sample", "run", "--tokens", "2"], more].concat()).ok().err;
+    assert_eq!((sample(&[]), sample(&["--stop", "none"])), (unknown.to_owned(), String::new()));
+    let known = [&blend[..], &["train.output='known'", "data.eos_token='</s>'"]].concat();
+    assert!(!train(&known).ok().err.contains("warning"));
+    let other = place.run(&["sample", "known", "--tokens", "2", "--tokenizer", "byte"]).ok();
+    assert!(other.err.contains("the tokenizer has no token \"</s>\""), "{other:?}");
 }
 
 #[cfg(not(feature = "tokenizers"))]

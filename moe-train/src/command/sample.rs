@@ -51,7 +51,7 @@ impl Sample {
         let weights = Arc::new(open_weights(&checkpoint)?);
         let tokenizer = tokenizer_of(&weights, tokenizer)?;
         let stop = match stop.is_empty() {
-            true => stop_tokens(&weights, &tokenizer)?,
+            true => stop_tokens(&weights, &tokenizer, &mut |unknown| eprintln!("warning: {unknown}"))?,
             false => {
                 let mut ids = Vec::new();
                 for token in &stop {

@@ -14,7 +14,8 @@
 //! let weights = Arc::new(open_weights("runs/first".as_ref())?);
 //! let tokenizer = open_tokenizer(&weights)?;
 //! let sampling = Sampling { temperature: 0.7, top_p: 0.95, ..Sampling::default() };
-//! let generation = Generation { tokens: 100, sampling, stop: stop_tokens(&weights, &tokenizer)? };
+//! let stop = stop_tokens(&weights, &tokenizer, &mut |unknown| eprintln!("{unknown}"))?;
+//! let generation = Generation { tokens: 100, sampling, stop };
 //! write_text(&weights, &tokenizer, b"The ", &generation, &mut std::io::stdout())?;
 //! # Ok::<(), moe_train::Error>(())
 //! ```

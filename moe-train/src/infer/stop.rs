@@ -8,18 +8,19 @@ use serde_json::Value;
 use super::InferError;
 use crate::Result;
 use crate::checkpoint::{HubOrigin, Weights};
-use crate::data::Tokenizer;
+use crate::data::{DataError, Tokenizer};
 use crate::durable::Context;
 
 /// The generation settings of a folder of the hub.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// The tokens before which the model of `weights` ends a text: the `eos_token_id` of its `generation_config.json`, else of its
-/// `config.json`; and the one that ended the documents of the run that trained it. None where nothing is known.
+/// `config.json`; and the one that ended the documents of the run that trained it. Where `tokenizer` cannot tell the latter,
+/// `warn` is told: of a blend it may be among several, and another tokenizer than the run's may not have it.
 ///
 /// # Errors
 /// A file is malformed.
-pub fn stop_tokens(weights: &Weights, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+pub fn stop_tokens(weights: &Weights, tokenizer: &Tokenizer, warn: &mut dyn FnMut(&str)) -> Result<Vec<u32>> {
     let meta = weights.meta();
     let mut tokens = Vec::new();
     if let Some(HubOrigin { config, .. }) = &meta.hub {
@@ -34,9 +35,14 @@ pub fn stop_tokens(weights: &Weights, tokenizer: &Tokenizer) -> Result<Vec<u32>>
         };
     }
     if let Some(run) = &meta.run {
-        // Text that could have no end was refused by the run itself; the tokens of a blend may have none that is known.
-        let end = tokenizer.eos_token(run.config.data.eos_token.as_ref()).ok().flatten();
-        tokens.extend(end.map(|end| end.id));
+        match tokenizer.eos_token(run.config.data.eos_token.as_ref()) {
+            Ok(end) => tokens.extend(end.map(|end| end.id)),
+            Err(DataError::EosToken { what }) => warn(&format!(
+                "it is not known which token ended the documents of the run: the tokenizer {what}; a text ends before it if \
+                 --stop names it"
+            )),
+            Err(error) => return Err(error.into()),
+        }
     }
     tokens.sort_unstable();
     tokens.dedup();

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use super::RunFolder;
 use crate::config::{ConfigError, DataFormat, RunConfig};
 use crate::data::{
-    Blend, DataError, Dataset, Documents, Encoder, Order, Place, Sampler, Tokenizer, Tokens, find_files,
-    prepare, prepare_completions, unigram_entropy,
+    Blend, DataError, Dataset, Documents, Encoder, EosToken, Order, Place, Sampler, Tokenizer, Tokens,
+    find_files, prepare, prepare_completions, unigram_entropy,
 };
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
@@ -22,6 +22,8 @@ pub(super) struct RunData {
     pub unigram_entropy: Option<f64>,
     /// Of a new run: what it made tokens with, or, of a blend, what they were made with, for those who continue texts.
     pub tokenizer: Option<Tokenizer>,
+    /// Of a new run on text: the token that it ended documents with.
+    pub eos_token: Option<EosToken>,
 }
 
 /// Opens what the configuration names.
@@ -34,7 +36,7 @@ pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Resu
 
 /// Tokenises text into the run's folder. A run that goes on uses what is there: its samples must not change when files do.
 fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
-    let tokenizer = (!resume).then(|| tokenise(config, folder)).transpose()?;
+    let encoder = (!resume).then(|| tokenise(config, folder)).transpose()?;
     let tokens = Tokens::open(&folder.train_tokens())?;
     tokens.verify()?;
     let samples = Samples::new(tokens, config)?;
@@ -42,10 +44,17 @@ fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<Ru
     let train = TokenSource::new(vec![samples], order, config)?;
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
     let unigram_entropy = unigram_entropy(held_out.samples.dataset.tokens())?;
-    Ok(RunData { train, held_out: vec![held_out], unigram_entropy: Some(unigram_entropy), tokenizer })
+    let eos = encoder.as_ref().and_then(Encoder::eos);
+    Ok(RunData {
+        train,
+        held_out: vec![held_out],
+        unigram_entropy: Some(unigram_entropy),
+        eos_token: eos.map(|eos| EosToken::Token(eos.token.clone())),
+        tokenizer: encoder.map(|encoder| encoder.tokenizer().clone()),
+    })
 }
 
-fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<Tokenizer> {
+fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<Encoder> {
     let encoder = open_encoder(config)?;
     let files = find_files(&config.data.files)?;
     folder.create_data()?;
@@ -73,7 +82,7 @@ fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<Tokenizer> {
         prepared.held_out_documents,
         prepared.held_out_documents + prepared.train_documents,
     );
-    Ok(encoder.tokenizer().clone())
+    Ok(encoder)
 }
 
 /// How the configuration makes tokens, if the model has them all.
@@ -125,7 +134,7 @@ fn open_blend(config: &RunConfig, resume: bool) -> Result<RunData> {
         );
     }
     let train = TokenSource::new(train, Order::Blend(blend), config)?;
-    Ok(RunData { train, held_out, unigram_entropy: None, tokenizer })
+    Ok(RunData { train, held_out, unigram_entropy: None, tokenizer, eos_token: None })
 }
 
 /// What of the datasets of a blend is trained on, and what is evaluated.

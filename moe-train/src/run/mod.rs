@@ -23,7 +23,7 @@ pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
 use crate::config::{RunConfig, SampleConfig, TokenizerKind, TrainDType};
-use crate::data::Tokenizer;
+use crate::data::{EosToken, Tokenizer};
 use crate::infer::{Generation, InferError, Sampling, stop_tokens, write_text};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
@@ -49,8 +49,11 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         check_recorded(root, first..config.train.steps + 1)?;
     }
     let data = data::open(config, &folder, resume)?;
+    let mut config = config.clone();
     if let Some(checkpoint) = &checkpoint {
-        let (then, now) = (RunState::of(checkpoint)?.blend_samples, data.train.lengths());
+        let then = RunState::of(checkpoint)?;
+        config.data.eos_token = then.config.data.eos_token.or(config.data.eos_token);
+        let (then, now) = (then.blend_samples, data.train.lengths());
         if then != now {
             let (then, now) = (format!("{then:?}"), format!("{now:?}"));
             return Err(Error::Resume { key: "the number of samples in each [[data.blend]]", then, now });
@@ -59,6 +62,8 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
             eprintln!("warning: the damaged checkpoint is kept as {}", path.display());
         }
     }
+    config.data.eos_token = config.data.eos_token.or(data.eos_token);
+    let config = &config;
     folder.write_config(&config.to_toml()?)?;
 
     println!("{}", draw::text(&setup.folding).trim_end());
@@ -229,6 +234,16 @@ fn newest(folder: &RunFolder, config: &RunConfig) -> Result<Checkpoint> {
             return Err(Error::Resume { key, then, now });
         }
     }
+    // Where it is not given, it is what the run has.
+    if let (Some(then), Some(now)) = (&then.data.eos_token, &config.data.eos_token)
+        && then != now
+    {
+        let text = |token: &EosToken| match token {
+            EosToken::Id(id) => id.to_string(),
+            EosToken::Token(token) => format!("\"{token}\""),
+        };
+        return Err(Error::Resume { key: "data.eos_token", then: text(then), now: text(now) });
+    }
     Ok(checkpoint)
 }
 
@@ -316,22 +331,31 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
         (None, _) => {}
     }
     println!("checkpoint {}", outcome.checkpoint.display());
-    if config.data.names_tokenizer() {
-        let SampleConfig { prompt, tokens, temperature } = &config.sample;
-        let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
-        let tokenizer = open_tokenizer(&weights)?;
-        let sampling = Sampling { temperature: *temperature, seed: config.train.seed, ..Sampling::default() };
-        let generation = Generation { tokens: *tokens, sampling, stop: stop_tokens(&weights, &tokenizer)? };
-        println!();
-        write_text(&weights, &tokenizer, prompt.as_bytes(), &generation, &mut std::io::stdout())?;
-        println!();
+    let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
+    let tokenizer = match open_tokenizer(&weights) {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(Error::Infer(InferError::NoTokenizer { .. })) => None,
+        Err(error) => return Err(error),
+    };
+    match &tokenizer {
+        Some(tokenizer) => {
+            let SampleConfig { prompt, tokens, temperature } = &config.sample;
+            let sampling =
+                Sampling { temperature: *temperature, seed: config.train.seed, ..Sampling::default() };
+            let stop = stop_tokens(&weights, tokenizer, &mut |unknown| eprintln!("warning: {unknown}"))?;
+            let generation = Generation { tokens: *tokens, sampling, stop };
+            println!();
+            write_text(&weights, tokenizer, prompt.as_bytes(), &generation, &mut std::io::stdout())?;
+            println!();
+        }
+        None => println!("no sample: data.tokenizer does not say what made the tokens of the blend"),
     }
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
     let run = config.train.output.display();
     let checkpoint = outcome.checkpoint.display();
     println!("\nNext, for instance:");
-    if config.data.blend.is_empty() {
+    if tokenizer.is_some() {
         println!("  another prompt   {program} sample {checkpoint} --prompt 'fn main() {{'");
     }
     println!("  curves           tensorboard --logdir {run}/tensorboard   (or read {run}/metrics.jsonl)");

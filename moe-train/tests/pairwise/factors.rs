@@ -202,7 +202,28 @@ pub const FACTORS: &[Factor] = &[
             Level("adjacent", &["model.rope_interleave=true"]),
         ],
     },
-    Factor { name: "qk-norm", levels: &[Level("no", NONE), Level("yes", &["model.use_qk_norm=true"])] },
+    Factor {
+        name: "rope scaling",
+        levels: &[
+            Level("none", NONE),
+            Level("linear", &["model.rope_scaling={rope_type = \"linear\", factor = 2.5}"]),
+            Level(
+                "yarn",
+                &[
+                    "model.rope_scaling={rope_type = \"yarn\", factor = 4.0, original_max_position_embeddings = 8, \
+                     beta_fast = 1.0, beta_slow = 0.05, mscale = 0.707, mscale_all_dim = 0.9}",
+                ],
+            ),
+        ],
+    },
+    Factor {
+        name: "qk-norm",
+        levels: &[
+            Level("no", NONE),
+            Level("of heads", &["model.use_qk_norm=true"]),
+            Level("of projections", &["model.use_qk_norm=true", "model.qk_norm_scope=projection"]),
+        ],
+    },
     Factor {
         name: "attention bias",
         levels: &[Level("no", NONE), Level("yes", &["model.attention_bias=true"])],
@@ -212,6 +233,7 @@ pub const FACTORS: &[Factor] = &[
         name: "tied embeddings",
         levels: &[Level("no", NONE), Level("yes", &["model.tie_word_embeddings=true"])],
     },
+    Factor { name: "padding token", levels: &[Level("none", NONE), Level("5", &["model.pad_token_id=5"])] },
     // Feed-forward layers.
     Factor {
         name: "pattern",
