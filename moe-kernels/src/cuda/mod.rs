@@ -28,6 +28,7 @@
 mod allocator;
 mod cache;
 mod compile;
+mod cublaslt;
 mod device;
 mod driver;
 #[allow(dead_code)] // for the families to come
@@ -40,7 +41,11 @@ mod library;
 #[allow(dead_code)] // for the families to come
 mod source;
 mod staging;
+mod tensor_map;
 
+mod attention;
+mod attention_flash;
+mod gemm;
 mod rows;
 
 pub use cache::cache_dir;

@@ -38,6 +38,9 @@ macro_rules! sources {
     };
 }
 sources! {
+    ATTENTION = "attention", FLOATS, &[];
+    ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[];
+    GEMM = "gemm", FLOATS, &[];
     ROWS = "rows", &[DType::F64, DType::F32, DType::Bf16, DType::I64, DType::I32, DType::U8], &[];
 }
 
