@@ -140,3 +140,36 @@ template <int THREADS, typename A> __device__ __forceinline__ A block_max(A x, A
     for (int warp = 1; warp < THREADS / 32; warp++) most = shared[warp] > most ? shared[warp] : most;
     return most;
 }
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+// Over the `blockDim.x` lanes of each of the `blockDim.y` rows of a block, the same value in all of them. Lanes are a power of
+// two up to 32 (and fill whole warps together), or a multiple of 32 and then the block has one row.
+template <typename A> __device__ __forceinline__ A group_sum(A x) {
+    __shared__ A part[32];
+    if (blockDim.x <= 32) {
+        for (int lane = blockDim.x / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+        return x;
+    }
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? part[threadIdx.x % 32] : A(0));
+}
+
+// e^x. Of floats by the unit for powers of two, with a relative error below 2^-22 · (1 + |x|); what is below the normal
+// numbers is 0.
+__device__ __forceinline__ float fast_exp(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
+}
+__device__ __forceinline__ double fast_exp(double x) { return exp(x); }
+
+// 1 / x to the last place of a float but one; of what is beyond 2^126, 0.
+__device__ __forceinline__ float fast_inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}

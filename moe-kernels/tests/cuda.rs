@@ -2,6 +2,9 @@
 //!
 //! Where there is no GPU, the suites say that they were skipped; with `MOE_REQUIRE_GPU` in the environment they fail.
 
+#[path = "cuda/aligned.rs"]
+mod aligned;
+
 use moe_kernels::{Cuda, Error, bf16, cuda};
 
 /// The first GPU with poisoned memory; `None`, said aloud, where there is none.
@@ -34,12 +37,21 @@ suites! {
     rows_f64: rows::<f64>();
     rows_bf16: rows::<bf16>();
     rows_i32: rows::<i32>();
-    gemm_f32: gemm::<f32>(1e-5);
-    gemm_f64: gemm::<f64>(1e-12);
-    gemm_bf16: gemm::<bf16>(1e-2);
-    attention_f32: attention::<f32>(1e-5);
-    attention_f64: attention::<f64>(1e-12);
-    attention_bf16: attention::<bf16>(2e-2);
+    norm_f32: norm::<f32>(1e-5);
+    norm_f64: norm::<f64>(1e-12);
+    norm_bf16: norm::<bf16>(2e-2);
+    rope_f32: rope::<f32>(1e-5);
+    rope_f64: rope::<f64>(1e-12);
+    rope_bf16: rope::<bf16>(2e-2);
+    activation_f32: activation::<f32>(1e-5);
+    activation_f64: activation::<f64>(1e-12);
+    activation_bf16: activation::<bf16>(2e-2);
+    embedding_f32: embedding::<f32>(1e-5);
+    embedding_f64: embedding::<f64>(1e-12);
+    embedding_bf16: embedding::<bf16>(2e-2);
+    loss_f32: loss::<f32>(1e-5);
+    loss_f64: loss::<f64>(1e-12);
+    loss_bf16: loss::<bf16>(2e-2);
 }
 
 #[test]

@@ -66,15 +66,9 @@ impl<T: CpuFloat> Rope<T> for Cpu {
     ) -> Result<()> {
         const KERNEL: &str = "rope";
         let [n, width] = x.shape();
-        let RotaryHead { head_dim, first, .. } = head;
-        check::argument(KERNEL, head_dim > 0 && width.is_multiple_of(head_dim), || {
-            format!("head_dim {head_dim} is zero or no divisor of width {width}")
-        })?;
-        check::shape(KERNEL, "y", [n, width], y.shape())?;
         let [table, angles] = cos.shape();
-        check::argument(KERNEL, first + 2 * angles <= head_dim, || {
-            format!("a rotated part of 2·{angles} from {first} on exceeds head_dim {head_dim}")
-        })?;
+        check::rotary_head(KERNEL, head, width, angles)?;
+        check::shape(KERNEL, "y", [n, width], y.shape())?;
         check::shape(KERNEL, "sin", [table, angles], sin.shape())?;
         check::shape(KERNEL, "positions", [1, n], positions.shape())?;
         let positions = Mat::from(positions).vector();

@@ -28,12 +28,12 @@
 mod allocator;
 mod cache;
 mod compile;
-mod cublaslt;
 mod device;
 mod driver;
 #[allow(dead_code)] // for the families to come
 mod fault;
 mod kernel;
+mod lanes;
 #[allow(dead_code)] // for the families to come
 mod launch;
 #[allow(dead_code)] // for the families to come
@@ -41,11 +41,12 @@ mod library;
 #[allow(dead_code)] // for the families to come
 mod source;
 mod staging;
-mod tensor_map;
 
-mod attention;
-mod attention_flash;
-mod gemm;
+mod activation;
+mod embedding;
+mod loss;
+mod norm;
+mod rope;
 mod rows;
 
 pub use cache::cache_dir;

@@ -38,9 +38,11 @@ macro_rules! sources {
     };
 }
 sources! {
-    ATTENTION = "attention", FLOATS, &[];
-    ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[];
-    GEMM = "gemm", FLOATS, &[];
+    ACTIVATION = "activation", FLOATS, &[];
+    EMBEDDING = "embedding", FLOATS, &[];
+    LOSS = "loss", FLOATS, &[];
+    NORM = "norm", FLOATS, &[];
+    ROPE = "rope", FLOATS, &[];
     ROWS = "rows", &[DType::F64, DType::F32, DType::Bf16, DType::I64, DType::I32, DType::U8], &[];
 }
 

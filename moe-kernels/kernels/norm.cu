@@ -1,0 +1,271 @@
+// Root-mean-square normalisation. `share` is one element's share in the mean.
+//
+// Rows of vectors stay in registers between the sum and the product, `V` vectors in each of the lanes of a row; other rows
+// are read twice, element by element.
+
+constexpr int N = 16 / sizeof(T);
+
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
+
+template <int V>
+__device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64 xs, const T *w, const Acc *sums, i64 n,
+                                        int h, Acc share, Acc eps) {
+    i64 i = i64(blockIdx.x) * blockDim.y + threadIdx.y;
+    bool live = i < n;
+    Vec<T, N> row[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        int j = (threadIdx.x + v * blockDim.x) * N;
+        if (live && j < h) row[v] = load<N>(x + i * xs + j);
+    }
+    Acc sum = 0;
+    if (sums) {
+        if (live) sum = sums[i];
+    } else {
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            int j = (threadIdx.x + v * blockDim.x) * N;
+            if (live && j < h)
+#pragma unroll
+                for (int e = 0; e < N; e++) sum += widen(row[v].at[e]) * widen(row[v].at[e]);
+        }
+        sum = group_sum(sum);
+    }
+    if (!live) return;
+    Acc r = inverse_root(sum * share + eps);
+    if (threadIdx.x == 0) rstd[i] = r;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+        int j = (threadIdx.x + v * blockDim.x) * N;
+        if (j < h) {
+            Vec<T, N> weight = load<N>(w + j);
+#pragma unroll
+            for (int e = 0; e < N; e++) row[v].at[e] = narrow<T>(widen(row[v].at[e]) * r * widen(weight.at[e]));
+            store<N>(y + i * ys + j, row[v]);
+        }
+    }
+}
+
+#define FORWARD(V)                                                                                                     \
+    extern "C" __global__ void rms_norm_##V(T *__restrict__ y, i64 ys, Acc *__restrict__ rstd, const T *__restrict__ x, \
+                                            i64 xs, const T *__restrict__ w, const Acc *__restrict__ sums, i64 n, i64 h, \
+                                            Acc share, Acc eps) {                                                      \
+        forward<V>(y, ys, rstd, x, xs, w, sums, n, int(h), share, eps);                                                \
+    }
+FORWARD(1)
+FORWARD(2)
+FORWARD(4)
+
+// Any row: one per block.
+extern "C" __global__ void rms_norm_any(T *__restrict__ y, i64 ys, Acc *__restrict__ rstd, const T *__restrict__ x, i64 xs,
+                                        const T *__restrict__ w, const Acc *__restrict__ sums, i64 n, i64 h, Acc share,
+                                        Acc eps) {
+    i64 i = blockIdx.x;
+    x += i * xs, y += i * ys;
+    Acc sum = 0;
+    if (sums) {
+        sum = sums[i];
+    } else {
+        for (i64 j = threadIdx.x; j < h; j += blockDim.x) sum += widen(x[j]) * widen(x[j]);
+        sum = group_sum(sum);
+    }
+    Acc r = inverse_root(sum * share + eps);
+    if (threadIdx.x == 0) rstd[i] = r;
+    for (i64 j = threadIdx.x; j < h; j += blockDim.x) y[j] = narrow<T>(widen(x[j]) * r * widen(w[j]));
+}
+
+// sums[i] = Σ x², or Σ dy·w·x if there is a `dy`; `M` elements at once.
+template <int M>
+__device__ __forceinline__ void row_sums(Acc *sums, const T *dy, i64 dys, const T *x, i64 xs, const T *w, i64 n, i64 h) {
+    i64 i = i64(blockIdx.x) * blockDim.y + threadIdx.y;
+    Acc sum = 0;
+    if (i < n)
+        for (i64 j = threadIdx.x * M; j < h; j += blockDim.x * M) {
+            Vec<T, M> a = load<M>(x + i * xs + j);
+            if (dy) {
+                Vec<T, M> g = load<M>(dy + i * dys + j), weight = load<M>(w + j);
+#pragma unroll
+                for (int e = 0; e < M; e++) sum += widen(g.at[e]) * widen(weight.at[e]) * widen(a.at[e]);
+            } else {
+#pragma unroll
+                for (int e = 0; e < M; e++) sum += widen(a.at[e]) * widen(a.at[e]);
+            }
+        }
+    sum = group_sum(sum);
+    if (i < n && threadIdx.x == 0) sums[i] = sum;
+}
+
+extern "C" __global__ void rms_norm_sums(Acc *sums, const T *dy, i64 dys, const T *x, i64 xs, const T *w, i64 n, i64 h) {
+    row_sums<N>(sums, dy, dys, x, xs, w, n, h);
+}
+extern "C" __global__ void rms_norm_sums_any(Acc *sums, const T *dy, i64 dys, const T *x, i64 xs, const T *w, i64 n,
+                                             i64 h) {
+    row_sums<1>(sums, dy, dys, x, xs, w, n, h);
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+//
+// With g = dy ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds dy ⊙ x · r over the rows. Every block keeps
+// the sum over its rows, and leaves it in a row of `partial: [gridDim.x, h]`; `add_pieces` adds these in order.
+//
+// Each thread copies its vectors of the next rows to a place of its own in shared memory while it works on this one, so that
+// many loads are under way and none of them takes a register.
+
+constexpr int BACKWARD_THREADS = 512;
+
+__device__ __forceinline__ void copy_async(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(global)
+                 : "memory");
+}
+
+// The sum of `x` over the lanes of this row; rows of more than a warp wait for their own lanes only.
+__device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
+    if (blockDim.x <= 32) {
+        for (int lane = blockDim.x / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(FULL_MASK, x, lane);
+        return x;
+    }
+    int warps = blockDim.x / 32;
+    part += threadIdx.y * warps;
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    return warp_sum(threadIdx.x % 32 < warps ? part[threadIdx.x % 32] : Acc(0));
+}
+
+template <int V, int STAGES>
+__device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *dy, i64 dys, const T *x, i64 xs,
+                                         const T *w, const Acc *rstd, const Acc *sums, i64 n, int h, Acc share) {
+    extern __shared__ __align__(16) unsigned char dynamic[];
+    __shared__ Acc part[2][BACKWARD_THREADS / 32];
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    auto *place = reinterpret_cast<Vec<T, N> *>(dynamic) + thread;
+    auto at = [&](int stage, int v, int operand) { return place + ((stage * V + v) * 2 + operand) * BACKWARD_THREADS; };
+    auto column = [&](int v) { return int(threadIdx.x + v * blockDim.x) * N; };
+    auto fetch = [&](i64 i, int stage) {
+        if (i < n)
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                if (column(v) < h) {
+                    copy_async(at(stage, v, 0), dy + i * dys + column(v));
+                    copy_async(at(stage, v, 1), x + i * xs + column(v));
+                }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+
+    Acc total[V][N] = {};
+    i64 step = i64(gridDim.x) * blockDim.y, first = i64(blockIdx.x) * blockDim.y;
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(first + threadIdx.y + stage * step, stage);
+    Acc next_r = first + threadIdx.y < n ? rstd[first + threadIdx.y] : Acc(0);
+    for (int stage = 0, turn = 0; first < n; first += step, turn ^= 1) {
+        i64 i = first + threadIdx.y;
+        bool live = i < n;
+        Acc r = next_r;
+        if (i + step < n) next_r = rstd[i + step];
+        fetch(i + (STAGES - 1) * step, stage == 0 ? STAGES - 1 : stage - 1);
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        Acc mean = 0;
+        if (sums) {
+            if (live) mean = sums[i];
+        } else {
+#pragma unroll
+            for (int v = 0; v < V; v++)
+                if (live && column(v) < h) {
+                    Vec<T, N> g = *at(stage, v, 0), a = *at(stage, v, 1), weight = load<N>(w + column(v));
+#pragma unroll
+                    for (int e = 0; e < N; e++) mean += widen(g.at[e]) * widen(weight.at[e]) * widen(a.at[e]);
+                }
+            mean = lanes_sum(mean, part[turn]);
+        }
+        Acc c = r * r * r * (mean * share);
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            if (live && column(v) < h) {
+                Vec<T, N> g = *at(stage, v, 0), a = *at(stage, v, 1), weight = load<N>(w + column(v)), d;
+#pragma unroll
+                for (int e = 0; e < N; e++) {
+                    Acc scaled = widen(g.at[e]) * r, ae = widen(a.at[e]);
+                    total[v][e] += scaled * ae;
+                    d.at[e] = narrow<T>(scaled * widen(weight.at[e]) - ae * c);
+                }
+                store<N>(dx + i * dxs + column(v), d);
+            }
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+
+    // The rows of threads one after the other.
+    Acc *dw = reinterpret_cast<Acc *>(dynamic);
+    for (int row = 0; row < blockDim.y; row++) {
+        __syncthreads();
+        if (threadIdx.y != row) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            if (column(v) < h)
+#pragma unroll
+                for (int e = 0; e < N; e++) {
+                    int j = column(v) + e;
+                    Acc sum = row == 0 ? total[v][e] : dw[j] + total[v][e];
+                    if (row + 1 == blockDim.y) partial[blockIdx.x * i64(h) + j] = sum;
+                    else dw[j] = sum;
+                }
+    }
+}
+
+#define BACKWARD(V, STAGES, BLOCKS)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BLOCKS) rms_norm_backward_##V(                      \
+        T *__restrict__ dx, i64 dxs, Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys,                     \
+        const T *__restrict__ x, i64 xs, const T *__restrict__ w, const Acc *__restrict__ rstd,                        \
+        const Acc *__restrict__ sums, i64 n, i64 h, Acc share) {                                                       \
+        backward<V, STAGES>(dx, dxs, partial, dy, dys, x, xs, w, rstd, sums, n, int(h), share);                        \
+    }
+BACKWARD(1, 4, 2)
+BACKWARD(2, 3, 2)
+BACKWARD(4, 2, 1)
+
+// dx of any row: one per block.
+extern "C" __global__ void rms_norm_backward_any(T *__restrict__ dx, i64 dxs, const T *__restrict__ dy, i64 dys,
+                                                 const T *__restrict__ x, i64 xs, const T *__restrict__ w,
+                                                 const Acc *__restrict__ rstd, const Acc *__restrict__ sums, i64 n, i64 h,
+                                                 Acc share) {
+    i64 i = blockIdx.x;
+    dx += i * dxs, dy += i * dys, x += i * xs;
+    Acc mean = 0;
+    if (sums) {
+        mean = sums[i];
+    } else {
+        for (i64 j = threadIdx.x; j < h; j += blockDim.x) mean += widen(dy[j]) * widen(w[j]) * widen(x[j]);
+        mean = group_sum(mean);
+    }
+    Acc r = rstd[i], c = r * r * r * (mean * share);
+    for (i64 j = threadIdx.x; j < h; j += blockDim.x)
+        dx[j] = narrow<T>(r * widen(dy[j]) * widen(w[j]) - widen(x[j]) * c);
+}
+
+// Row p of `partial` is the sum over rows p · rows .. (p + 1) · rows; one thread per column.
+extern "C" __global__ void rms_norm_weight_any(Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys,
+                                               const T *__restrict__ x, i64 xs, const Acc *__restrict__ rstd, i64 n, i64 h,
+                                               i64 rows) {
+    i64 j = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (j >= h) return;
+    i64 first = blockIdx.y * rows, end = min(n, first + rows);
+    Acc sum = 0;
+    for (i64 i = first; i < end; i++) sum += widen(dy[i * dys + j]) * widen(x[i * xs + j]) * rstd[i];
+    partial[blockIdx.y * h + j] = sum;
+}
+
+// dw += Σ_p partial[p]: 32 columns per block, the pieces in contiguous parts, one per row of threads.
+extern "C" __global__ void __launch_bounds__(512) add_pieces(Acc *__restrict__ dw, const Acc *__restrict__ partial,
+                                                             i64 pieces, i64 h) {
+    __shared__ Acc sums[16][32];
+    i64 j = i64(blockIdx.x) * 32 + threadIdx.x;
+    i64 each = (pieces + 15) / 16, end = min(pieces, i64(threadIdx.y + 1) * each);
+    Acc sum = 0;
+    if (j < h)
+#pragma unroll 8
+        for (i64 p = threadIdx.y * each; p < end; p++) sum += partial[p * h + j];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || j >= h) return;
+    for (int part = 1; part < 16; part++) sum += sums[part][threadIdx.x];
+    dw[j] += sum;
+}

@@ -1,0 +1,247 @@
+//! Root-mean-square normalisation.
+
+use super::Cuda;
+use super::lanes::{Lanes, in_vectors, vector};
+use super::source::NORM;
+use crate::family::Norm;
+use crate::{Device, Float, Result, View, ViewMut, check};
+
+/// Threads of a block of a row of any size.
+const ANY: [usize; 3] = [256, 1, 1];
+
+/// Threads of a block of the backward kernels: `BACKWARD_THREADS` there.
+const BACKWARD_THREADS: usize = 512;
+/// Bytes of shared memory that hold a vector of both operands of each thread in each of the stages there.
+const fn backward_shared(vectors_of_lane: usize) -> usize {
+    let stages = match vectors_of_lane {
+        1 => 4,
+        2 => 3,
+        _ => 2,
+    };
+    stages * vectors_of_lane * 2 * 16 * BACKWARD_THREADS
+}
+/// Pieces of the sum over rows: what two blocks on each multiprocessor of a Hopper GPU work on at once. A constant, so that
+/// other GPUs add in the same order.
+const PIECES: usize = 264;
+/// Rows of a piece, at least, and pieces, at most, of rows of any size.
+const ANY_PIECE: usize = 64;
+
+/// The operands of forward; `sums` where rows are parts.
+struct Forward<'a, T: Float> {
+    y: ViewMut<'a, T, Cuda>,
+    rstd: ViewMut<'a, T::Acc, Cuda>,
+    x: View<'a, T, Cuda>,
+    w: View<'a, T, Cuda>,
+    sums: Option<View<'a, T::Acc, Cuda>>,
+    width: usize,
+    eps: f64,
+}
+
+impl<T: Float> Forward<'_, T> {
+    fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
+        let [n, h] = self.x.shape();
+        check::shape(kernel, "y", [n, h], self.y.shape())?;
+        check::shape(kernel, "rstd", [1, n], self.rstd.shape())?;
+        check::shape(kernel, "w", [1, h], self.w.shape())?;
+        if let Some(sums) = self.sums {
+            check::shape(kernel, "sums", [1, n], sums.shape())?;
+        }
+        let vectors = h / vector::<T>();
+        let fits = in_vectors(self.x) && in_vectors(self.w) && in_vectors(self.y.as_view());
+        let one_row =
+            |of_lane: usize| Lanes { lanes: vectors.div_ceil(of_lane).next_multiple_of(32), rows: 1 };
+        let (name, lanes) = match vectors {
+            _ if !fits => ("rms_norm_any", None),
+            0..=32 => ("rms_norm_1", Some(Lanes::of_warp(vectors))),
+            33..=64 => ("rms_norm_2", Some(Lanes::of_warp(vectors))),
+            65..=128 => ("rms_norm_4", Some(Lanes::of_warp(vectors))),
+            129..=1024 => ("rms_norm_2", Some(one_row(2))),
+            1025..=4096 => ("rms_norm_4", Some(one_row(4))),
+            _ => ("rms_norm_any", None),
+        };
+        let (grid, block) = lanes.map_or(([n, 1, 1], ANY), |lanes| (lanes.grid(n), lanes.block()));
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid(grid).block(block);
+        let launch = launch.mat_mut(&mut self.y).vector_mut(&mut self.rstd).mat(self.x).vector(self.w);
+        let launch = launch.vector_or_null(self.sums).size(n).size(h);
+        // SAFETY: the kernels touch `n` rows of `h` elements, which all shapes are; those of vectors are for rows that are whole
+        // vectors, no more than the lanes hold.
+        unsafe { launch.acc::<T>(1.0 / self.width as f64).acc::<T>(self.eps).launch() }
+    }
+}
+
+/// The operands of backward; `sums` where rows are parts.
+struct Backward<'a, T: Float> {
+    dx: ViewMut<'a, T, Cuda>,
+    dw: ViewMut<'a, T::Acc, Cuda>,
+    dy: View<'a, T, Cuda>,
+    x: View<'a, T, Cuda>,
+    w: View<'a, T, Cuda>,
+    rstd: View<'a, T::Acc, Cuda>,
+    sums: Option<View<'a, T::Acc, Cuda>>,
+    width: usize,
+}
+
+impl<T: Float> Backward<'_, T> {
+    fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
+        let [n, h] = self.x.shape();
+        check::shape(kernel, "dx", [n, h], self.dx.shape())?;
+        check::shape(kernel, "dw", [1, h], self.dw.shape())?;
+        check::shape(kernel, "dy", [n, h], self.dy.shape())?;
+        check::shape(kernel, "w", [1, h], self.w.shape())?;
+        check::shape(kernel, "rstd", [1, n], self.rstd.shape())?;
+        if let Some(sums) = self.sums {
+            check::shape(kernel, "sums", [1, n], sums.shape())?;
+        }
+        if n == 0 || h == 0 {
+            return Ok(());
+        }
+        let vectors = h / vector::<T>();
+        let fits = [self.x, self.dy, self.w, self.dx.as_view()].into_iter().all(in_vectors);
+        // Shared memory of 128 KiB is what GPUs of data centres have.
+        let large = matches!(gpu.compute_capability(), (8, 0) | (9 | 10, _));
+        let wide = |of_lane: usize| {
+            let lanes = vectors.div_ceil(of_lane).next_multiple_of(32);
+            Lanes { lanes, rows: BACKWARD_THREADS / lanes }
+        };
+        let narrow = vectors.next_power_of_two().min(32);
+        let (name, of_lane, lanes) = match vectors {
+            _ if !fits => return self.any(gpu),
+            0..=32 => ("rms_norm_backward_1", 1, Lanes { lanes: narrow, rows: BACKWARD_THREADS / narrow }),
+            33..=1024 => ("rms_norm_backward_2", 2, wide(2)),
+            1025..=2048 if large => ("rms_norm_backward_4", 4, wide(4)),
+            _ => return self.any(gpu),
+        };
+        let pieces = n.div_ceil(lanes.rows).min(PIECES);
+        let partial = gpu.alloc(pieces * h * size_of::<T::Acc>())?;
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid([pieces, 1, 1]).block(lanes.block());
+        let launch = launch.shared(backward_shared(of_lane)).mat_mut(&mut self.dx).scratch(&partial);
+        let launch = launch.mat(self.dy).mat(self.x).vector(self.w).vector(self.rstd);
+        let launch = launch.vector_or_null(self.sums).size(n).size(h).acc::<T>(1.0 / self.width as f64);
+        // SAFETY: the kernel touches `n` rows of `h` elements, whole vectors that the lanes hold, and writes a row of `partial`
+        // for each block.
+        unsafe { launch.launch()? };
+        self.add_pieces(gpu, &partial, pieces)
+    }
+
+    /// Rows of any size: `dx` by rows, then `dw` by columns.
+    fn any(mut self, gpu: &Cuda) -> Result<()> {
+        let [n, h] = self.x.shape();
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), "rms_norm_backward_any")?.grid([n, 1, 1]).block(ANY);
+        let launch = launch.mat_mut(&mut self.dx).mat(self.dy).mat(self.x).vector(self.w).vector(self.rstd);
+        let launch = launch.vector_or_null(self.sums).size(n).size(h).acc::<T>(1.0 / self.width as f64);
+        // SAFETY: the kernel touches `n` rows of `h` elements, which all shapes are.
+        unsafe { launch.launch()? };
+        let rows = n.div_ceil(ANY_PIECE).max(ANY_PIECE);
+        let pieces = n.div_ceil(rows);
+        let partial = gpu.alloc(pieces * h * size_of::<T::Acc>())?;
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), "rms_norm_weight_any")?;
+        let launch = launch.grid([h.div_ceil(ANY[0]), pieces, 1]).block(ANY).scratch(&partial);
+        let launch = launch.mat(self.dy).mat(self.x).vector(self.rstd).size(n).size(h).size(rows);
+        // SAFETY: as above; the kernel writes a row of `partial` for each piece.
+        unsafe { launch.launch()? };
+        self.add_pieces(gpu, &partial, pieces)
+    }
+
+    /// Adds the rows of `partial: [pieces, h]` to `dw`, in order.
+    fn add_pieces(&mut self, gpu: &Cuda, partial: &<Cuda as Device>::Buf, pieces: usize) -> Result<()> {
+        let h = self.dw.shape()[1];
+        let launch =
+            gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(32), 1, 1]).block([32, 16, 1]);
+        let launch = launch.vector_mut(&mut self.dw).scratch(partial).size(pieces).size(h);
+        // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
+        unsafe { launch.launch() }
+    }
+}
+
+/// `sums[i] = Σ x²`, or `Σ dy · w · x` with `(dy, w)`.
+fn row_sums<T: Float>(
+    gpu: &Cuda,
+    mut sums: ViewMut<'_, T::Acc, Cuda>,
+    gradient: Option<(View<'_, T, Cuda>, View<'_, T, Cuda>)>,
+    x: View<'_, T, Cuda>,
+) -> Result<()> {
+    let [n, h] = x.shape();
+    let fits = in_vectors(x) && gradient.is_none_or(|(dy, w)| in_vectors(dy) && in_vectors(w));
+    let (name, lanes) = match fits {
+        true => ("rms_norm_sums", Lanes::of(h / vector::<T>())),
+        false => ("rms_norm_sums_any", Lanes::of(h)),
+    };
+    let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid(lanes.grid(n)).block(lanes.block());
+    let launch = launch.vector_mut(&mut sums).mat_or_null(gradient.map(|(dy, _)| dy)).mat(x);
+    // SAFETY: the kernel reads `n` rows of `h` elements, which all shapes are, and writes `n` sums.
+    unsafe { launch.vector_or_null(gradient.map(|(_, w)| w)).size(n).size(h).launch() }
+}
+
+impl<T: Float> Norm<T> for Cuda {
+    fn rms_norm(
+        &self,
+        y: ViewMut<'_, T, Self>,
+        rstd: ViewMut<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        eps: f64,
+    ) -> Result<()> {
+        let width = x.shape()[1];
+        Forward { y, rstd, x, w, sums: None, width, eps }.run(self, "rms_norm")
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dx: ViewMut<'_, T, Self>,
+        dw: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        rstd: View<'_, T::Acc, Self>,
+    ) -> Result<()> {
+        let width = x.shape()[1];
+        Backward { dx, dw, dy, x, w, rstd, sums: None, width }.run(self, "rms_norm_backward")
+    }
+
+    fn rms_norm_sums(&self, sums: ViewMut<'_, T::Acc, Self>, x: View<'_, T, Self>) -> Result<()> {
+        check::shape("rms_norm_sums", "sums", [1, x.shape()[0]], sums.shape())?;
+        row_sums(self, sums, None, x)
+    }
+
+    fn rms_norm_part(
+        &self,
+        y: ViewMut<'_, T, Self>,
+        rstd: ViewMut<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        sums: View<'_, T::Acc, Self>,
+        width: usize,
+        eps: f64,
+    ) -> Result<()> {
+        Forward { y, rstd, x, w, sums: Some(sums), width, eps }.run(self, "rms_norm_part")
+    }
+
+    fn rms_norm_backward_sums(
+        &self,
+        sums: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "rms_norm_backward_sums";
+        let [n, h] = x.shape();
+        check::shape(KERNEL, "sums", [1, n], sums.shape())?;
+        check::shape(KERNEL, "dy", [n, h], dy.shape())?;
+        check::shape(KERNEL, "w", [1, h], w.shape())?;
+        row_sums(self, sums, Some((dy, w)), x)
+    }
+
+    fn rms_norm_part_backward(
+        &self,
+        dx: ViewMut<'_, T, Self>,
+        dw: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        rstd: View<'_, T::Acc, Self>,
+        sums: View<'_, T::Acc, Self>,
+        width: usize,
+    ) -> Result<()> {
+        Backward { dx, dw, dy, x, w, rstd, sums: Some(sums), width }.run(self, "rms_norm_part_backward")
+    }
+}
