@@ -1,0 +1,127 @@
+"""PyTorch's times for the work of the CUDA backend's memory-bound kernels, beside ours.
+
+    python3 benchmarks/cuda_kernels.py OURS      OURS is what the example `cuda_kernels` of moe-kernels prints
+
+For every line there for which PyTorch has an equal, it is timed by events (the median of several runs) as it is and, but where
+that makes no difference, compiled; the faster counts. Bytes are those of our table: every operand once.
+"""
+
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+
+torch._functorch.config.donated_buffer = False  # backward runs several times
+torch._dynamo.config.cache_size_limit = 64
+device = torch.device("cuda")
+bf16, f32 = torch.bfloat16, torch.float32
+
+
+def random(*shape, dtype=bf16, grad=False):
+    return torch.randn(*shape, device=device, dtype=dtype).requires_grad_(grad)
+
+
+def forward_and_backward(function, inputs, dy, backward):
+    """Functions that run `function` or its backward: as it is, and compiled."""
+    for f in (function, torch.compile(function, dynamic=False)):
+        if backward:
+            y = f(*inputs)
+            wanted = [x for x in inputs if x.requires_grad]
+            yield lambda y=y: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        else:
+            detached = [x.detach() for x in inputs]
+            yield lambda f=f: f(*detached)
+
+
+def rms_norm(shape, backward):
+    n, h = map(int, shape.split("x"))
+    function = lambda x, w: F.rms_norm(x, (h,), w, 1e-6)
+    return forward_and_backward(function, [random(n, h, grad=True), random(h, grad=True)], random(n, h), backward)
+
+
+def swiglu(shape, backward):
+    n, width = map(int, shape.split("x"))
+
+    def function(gate_up, p):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate.float()) * up.float() * p[:, None]).to(bf16)
+
+    inputs = [random(n, 2 * width, grad=True), random(n, dtype=f32, grad=True)]
+    return forward_and_backward(function, inputs, random(n, width), backward)
+
+
+def rope(shape, adjacent):
+    n, heads, head_dim = map(int, shape.split("x"))
+    x, tables = random(n, heads, head_dim), random(2, 8192, head_dim // 2, dtype=f32)
+    positions = torch.arange(n, device=device) % 8192
+
+    def function(x, tables, positions):
+        cos, sin = tables[0][positions][:, None], tables[1][positions][:, None]
+        a, b = (x[..., 0::2], x[..., 1::2]) if adjacent else x.chunk(2, dim=-1)
+        a, b = a * cos - b * sin, b * cos + a * sin
+        return (torch.stack((a, b), -1).flatten(-2) if adjacent else torch.cat((a, b), -1)).to(bf16)
+
+    return forward_and_backward(function, [x, tables, positions], None, False)
+
+
+def cross_entropy(shape, backward):
+    n, vocabulary = map(int, shape.split("x"))
+    labels = torch.randint(vocabulary, (n,), device=device)
+    function = lambda logits: F.cross_entropy(logits, labels, reduction="none")
+    dy = random(n)
+    return forward_and_backward(function, [random(n, vocabulary, grad=True)], dy, backward)
+
+
+def embed(shape, _):
+    rows, vocabulary = shape.split(" of ")
+    n, h = map(int, rows.split("x"))
+    ids = torch.randint(int(vocabulary), (n,), device=device)
+    return forward_and_backward(F.embedding, [ids, random(int(vocabulary), h)], None, False)
+
+
+# By the names of our table; of embed_backward there is no equal (PyTorch's writes the whole table's gradient).
+PEERS = {
+    "copy": lambda _: [lambda a=random(1 << 29), b=random(1 << 29): b.copy_(a)],
+    "rms_norm": lambda shape: rms_norm(shape, False),
+    "rms_norm_backward": lambda shape: rms_norm(shape, True),
+    "rope_halves": lambda shape: rope(shape, False),
+    "rope_adjacent": lambda shape: rope(shape, True),
+    "swiglu": lambda shape: swiglu(shape, False),
+    "swiglu_backward": lambda shape: swiglu(shape, True),
+    "cross_entropy": lambda shape: cross_entropy(shape, False),
+    "cross_entropy_backward": lambda shape: cross_entropy(shape, True),
+    "embed": lambda shape: embed(shape, False),
+}
+
+
+def microseconds(run):
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(15):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # the launches are all there before the first begins
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def main():
+    lines = [line.rstrip("\n").split("\t") for line in open(sys.argv[1])]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("| kernel | shape | ours, us | TB/s | of copy | torch, us | ours faster |")
+    print("|---|---|---|---|---|---|---|")
+    for name, shape, us, rate, share in lines[1:]:
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        peers = [microseconds(run) for run in PEERS[name](shape)] if name in PEERS else []
+        theirs, ratio = (f"{min(peers):.1f}", f"{min(peers) / float(us):.2f}×") if peers else ("", "")
+        print(f"| {name} | {shape} | {us} | {rate} | {share} | {theirs} | {ratio} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
