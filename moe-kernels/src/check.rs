@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::family::{ColumnBlocks, RotaryHead};
+use crate::family::{AttentionMask, AttentionShape, ColumnBlocks, RotaryHead};
 use crate::{Error, Result};
 
 /// An error unless `got` is `expected`.
@@ -65,4 +65,53 @@ pub(crate) fn rotary_head(kernel: &'static str, head: RotaryHead, width: usize, 
     argument(kernel, first + 2 * angles <= head_dim, || {
         format!("a rotated part of 2·{angles} from {first} on exceeds head_dim {head_dim}")
     })
+}
+
+/// An error unless `op(a) · op(b)` has the shape of `y`; the shapes are those of `y`, `op(a)` and `op(b)`.
+pub(crate) fn product(kernel: &'static str, y: [usize; 2], a: [usize; 2], b: [usize; 2]) -> Result<()> {
+    shape(kernel, "op(a)", [y[0], b[0]], a)?;
+    shape(kernel, "op(b)", [a[1], y[1]], b)
+}
+
+/// An operand's name and shape.
+pub(crate) type Named = (&'static str, [usize; 2]);
+
+/// An error unless the sizes of attention are sound, and its operands have the shapes that they ask for.
+pub(crate) fn attention(
+    kernel: &'static str,
+    s: &AttentionShape,
+    queries: &[Named],
+    keys: &[Named],
+    outputs: &[Named],
+    values: &[Named],
+    lse: [usize; 2],
+) -> Result<()> {
+    let AttentionShape { batch, head_dim, v_head_dim, kv_heads, .. } = *s;
+    argument(kernel, batch > 0 && head_dim > 0 && v_head_dim > 0 && kv_heads > 0, || {
+        format!(
+            "batch {batch}, head_dim {head_dim}, v_head_dim {v_head_dim} and kv_heads {kv_heads} must be positive"
+        )
+    })?;
+    argument(kernel, s.heads.is_multiple_of(s.kv_heads), || {
+        format!("kv_heads {} does not divide heads {}", s.kv_heads, s.heads)
+    })?;
+    let sees = s.mask != AttentionMask::SlidingWindow { window: 0 };
+    argument(kernel, sees, || "a window of 0 keys".to_owned())?;
+    let (q_rows, kv_rows) = (s.q_len * batch, s.kv_len * batch);
+    for (operands, expected) in [
+        (queries, [q_rows, s.heads * head_dim]),
+        (keys, [kv_rows, kv_heads * head_dim]),
+        (outputs, [q_rows, s.heads * v_head_dim]),
+        (values, [kv_rows, kv_heads * v_head_dim]),
+    ] {
+        for &(what, got) in operands {
+            shape(kernel, what, expected, got)?;
+        }
+    }
+    shape(kernel, "lse", [q_rows, s.heads], lse)
+}
+
+/// An error unless there is a first key for every row of queries, where there are first keys.
+pub(crate) fn first_keys(kernel: &'static str, s: &AttentionShape, got: Option<[usize; 2]>) -> Result<()> {
+    got.map_or(Ok(()), |got| shape(kernel, "first_keys", [1, s.q_len * s.batch], got))
 }

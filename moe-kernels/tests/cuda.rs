@@ -52,6 +52,12 @@ suites! {
     loss_f32: loss::<f32>(1e-5);
     loss_f64: loss::<f64>(1e-12);
     loss_bf16: loss::<bf16>(2e-2);
+    gemm_f32: gemm::<f32>(1e-5);
+    gemm_f64: gemm::<f64>(1e-12);
+    gemm_bf16: gemm::<bf16>(1e-2);
+    attention_f32: attention::<f32>(1e-5);
+    attention_f64: attention::<f64>(1e-12);
+    attention_bf16: attention::<bf16>(2e-2);
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub fn gemm<T: Float, D: Gemm<T>>(device: &D, tolerance: f64) {
         (517, 23, 11),
         (19, 523, 6),
         (300, 520, 70),
+        (128, 192, 64),
     ];
     for (m, n, k) in sizes {
         for (ta, tb) in [(Op::N, Op::N), (Op::N, Op::T), (Op::T, Op::N), (Op::T, Op::T)] {

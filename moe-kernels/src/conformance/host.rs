@@ -84,15 +84,18 @@ pub(super) struct Placed<E: Element, D: Device> {
     around: E,
 }
 
-/// Elements before the operand in its row, and after it: odd, so that nothing is aligned.
-const BEFORE: usize = 3;
-const AFTER: usize = 4;
+/// Elements before the operand in its row, and after it: odd, so that nothing is aligned; but where rows are of whole 64 elements, as
+/// those of models are, all rows begin at multiples of 16 bytes, so that kernels that need that are tested too.
+fn margins(cols: usize) -> (usize, usize) {
+    if cols > 0 && cols.is_multiple_of(64) { (16, 32) } else { (3, 4) }
+}
 
 impl<E: Element, D: Device> Placed<E, D> {
     fn new(device: &D, rows: usize, cols: usize, elements: &[E], around: E) -> Self {
         assert_eq!(elements.len(), rows * cols);
-        let stride = BEFORE + cols + AFTER;
-        let layout = Layout { offset: stride + BEFORE, rows, cols, stride };
+        let (before, after) = margins(cols);
+        let stride = before + cols + after;
+        let layout = Layout { offset: stride + before, rows, cols, stride };
         let mut host = vec![around; (rows + 2) * stride];
         for i in 0..rows {
             let at = layout.offset + i * stride;

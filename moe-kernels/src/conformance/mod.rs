@@ -3,7 +3,7 @@
 //! One function per kernel family, to be called from a test of the backend. Forward kernels are held to a naive
 //! reference in `f64` that is written here, independently of any backend; backward kernels to five-point central
 //! differences of that reference (error about 1e-11, hence never tighter than [`GRADIENT`]). Operands lie in the middle
-//! of larger matrices of NaN, at odd offsets and strides: a kernel that reads or writes outside, or reads what it
+//! of larger matrices of NaN, at odd offsets and strides (at multiples of 16 bytes where rows are of whole 64 elements): a kernel that reads or writes outside, or reads what it
 //! should overwrite, is caught. Every function panics where the backend is wrong.
 //!
 //! `tolerance` is relative to the largest element of the result: some ten units of rounding of `T`, for example

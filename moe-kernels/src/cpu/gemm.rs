@@ -69,8 +69,7 @@ impl Cpu {
         a: FaerRef<'_, T>,
         b: FaerRef<'_, T>,
     ) -> Result<()> {
-        check::shape(kernel, "op(a)", [y.rows(), b.nrows()], [a.nrows(), a.ncols()])?;
-        check::shape(kernel, "op(b)", [a.ncols(), y.cols()], [b.nrows(), b.ncols()])?;
+        check::product(kernel, [y.rows(), y.cols()], [a.nrows(), a.ncols()], [b.nrows(), b.ncols()])?;
         self.for_each(tiles(y.faer(), a, b), |(y, a, b)| T::matmul(y, accum, a, b, T::ONE))
     }
 }

@@ -3,11 +3,12 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute, CUdeviceptr, CUstream, CUstream_flags};
 
 use super::allocator::Allocator;
+use super::cublaslt::Lt;
 use super::driver::cu;
 use super::fault::Faults;
 use super::kernel::{Kernel, Kernels};
@@ -37,6 +38,7 @@ struct Gpu {
     staging: Mutex<Staging>,
     faults: Mutex<Faults>,
     kernels: Kernels,
+    cublaslt: OnceLock<Lt>,
 }
 
 // SAFETY: handles of the driver may be used on any thread on which the context is current; everything else is behind locks.
@@ -116,6 +118,7 @@ impl Cuda {
             staging: Mutex::new(staging),
             faults: Mutex::new(faults),
             kernels: Kernels::default(),
+            cublaslt: OnceLock::new(),
         };
         Ok(Cuda { gpu: Arc::new(gpu) })
     }
@@ -159,6 +162,15 @@ impl Cuda {
         self.gpu.kernels.get(variant, name, self.gpu.capability)
     }
 
+    /// cuBLASLt, from its first use on; the context is current.
+    pub(super) fn cublaslt(&self) -> Result<&Lt> {
+        if let Some(lt) = self.gpu.cublaslt.get() {
+            return Ok(lt);
+        }
+        let lt = Lt::new()?;
+        Ok(self.gpu.cublaslt.get_or_init(|| lt))
+    }
+
     /// The faults of launches, to give the next one its code.
     pub(super) fn faults(&self) -> Result<MutexGuard<'_, Faults>> {
         if lock(&self.gpu.faults).is_full() {
@@ -191,7 +203,7 @@ impl Cuda {
     }
 
     /// An error unless the buffer lies on this device.
-    fn require(&self, buf: &CudaBuf) -> Result<()> {
+    pub(super) fn require(&self, buf: &CudaBuf) -> Result<()> {
         check::argument("memory", self.owns(buf), || {
             format!("a buffer lies on CUDA device {}, not on {}", buf.ordinal(), self.ordinal())
         })
@@ -213,6 +225,7 @@ impl Drop for Gpu {
         // handle is destroyed once.
         unsafe {
             let _ = cu!(cuStreamSynchronize(self.stream));
+            drop(self.cublaslt.take());
             self.kernels.destroy();
             self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).destroy();
             self.memory.get_mut().unwrap_or_else(PoisonError::into_inner).destroy();

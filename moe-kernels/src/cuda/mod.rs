@@ -28,6 +28,7 @@
 mod allocator;
 mod cache;
 mod compile;
+mod cublaslt;
 mod device;
 mod driver;
 #[allow(dead_code)] // for the families to come
@@ -41,9 +42,13 @@ mod library;
 #[allow(dead_code)] // for the families to come
 mod source;
 mod staging;
+mod tensor_map;
 
 mod activation;
+mod attention;
+mod attention_flash;
 mod embedding;
+mod gemm;
 mod loss;
 mod norm;
 mod rope;

@@ -39,7 +39,10 @@ macro_rules! sources {
 }
 sources! {
     ACTIVATION = "activation", FLOATS, &[];
+    ATTENTION = "attention", FLOATS, &[];
+    ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[];
     EMBEDDING = "embedding", FLOATS, &[];
+    GEMM = "gemm", FLOATS, &[];
     LOSS = "loss", FLOATS, &[];
     NORM = "norm", FLOATS, &[];
     ROPE = "rope", FLOATS, &[];

@@ -9,6 +9,16 @@ pub enum Op {
     T,
 }
 
+impl Op {
+    /// The shape of `op(m)` for an `m` of this shape.
+    pub fn shape(self, [rows, cols]: [usize; 2]) -> [usize; 2] {
+        match self {
+            Op::N => [rows, cols],
+            Op::T => [cols, rows],
+        }
+    }
+}
+
 /// Dense matrix products.
 pub trait Gemm<T: Float>: Device {
     /// `y = op(a) · op(b)`, accumulated in `T::Acc`, rounded once. `y: [m, n]`.

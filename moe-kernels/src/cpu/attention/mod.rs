@@ -75,53 +75,14 @@ fn head<'a, T>(m: Mat<'a, T>, batch: usize, sequence: usize, head: usize, dim: u
     m.col_range(head * dim..(head + 1) * dim).every(sequence, batch, len)
 }
 
-/// An operand's name and shape.
-type Named = (&'static str, [usize; 2]);
-
-/// Shapes of the operands; names the kernel in errors.
-fn check_shapes(
-    kernel: &'static str,
-    s: &AttentionShape,
-    queries: &[Named],
-    keys: &[Named],
-    outputs: &[Named],
-    values: &[Named],
-    lse: [usize; 2],
-) -> Result<()> {
-    let AttentionShape { batch, head_dim, v_head_dim, kv_heads, .. } = *s;
-    check::argument(kernel, batch > 0 && head_dim > 0 && v_head_dim > 0 && kv_heads > 0, || {
-        format!(
-            "batch {batch}, head_dim {head_dim}, v_head_dim {v_head_dim} and kv_heads {kv_heads} must be positive"
-        )
-    })?;
-    check::argument(kernel, s.heads.is_multiple_of(s.kv_heads), || {
-        format!("kv_heads {} does not divide heads {}", s.kv_heads, s.heads)
-    })?;
-    let sees = s.mask != AttentionMask::SlidingWindow { window: 0 };
-    check::argument(kernel, sees, || "a window of 0 keys".to_owned())?;
-    let (q_rows, kv_rows) = (s.q_len * batch, s.kv_len * batch);
-    for (operands, expected) in [
-        (queries, [q_rows, s.heads * head_dim]),
-        (keys, [kv_rows, kv_heads * head_dim]),
-        (outputs, [q_rows, s.heads * v_head_dim]),
-        (values, [kv_rows, kv_heads * v_head_dim]),
-    ] {
-        for &(what, got) in operands {
-            check::shape(kernel, what, expected, got)?;
-        }
-    }
-    check::shape(kernel, "lse", [q_rows, s.heads], lse)
-}
-
 /// The first key of every row of queries, if there are such.
 fn first_keys<'a>(
     kernel: &'static str,
     s: &AttentionShape,
     keys: Option<View<'a, i32, Cpu>>,
 ) -> Result<Option<&'a [i32]>> {
-    let Some(keys) = keys else { return Ok(None) };
-    check::shape(kernel, "first_keys", [1, s.q_len * s.batch], keys.shape())?;
-    Ok(Some(Mat::from(keys).vector()))
+    check::first_keys(kernel, s, keys.map(|keys| keys.shape()))?;
+    Ok(keys.map(|keys| Mat::from(keys).vector()))
 }
 
 impl<T: CpuFloat> Attention<T> for Cpu {
@@ -138,7 +99,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         let s = *shape;
         let [q_shape, k_shape] = [[("q", q.shape())], [("k", k.shape())]];
         let [o_shape, v_shape] = [[("o", o.shape())], [("v", v.shape())]];
-        check_shapes("attention", &s, &q_shape, &k_shape, &o_shape, &v_shape, lse.shape())?;
+        check::attention("attention", &s, &q_shape, &k_shape, &o_shape, &v_shape, lse.shape())?;
         let first_keys = self::first_keys("attention", &s, first_keys)?;
         let (q, k, v) = (Mat::from(q), Mat::from(k), Mat::from(v));
         let o = MatMut::from(&mut o).heads(s.batch, s.v_head_dim);
@@ -200,7 +161,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         let keys = [("dk", dk.shape()), ("k", k.shape())];
         let outputs = [("d_o", d_o.shape()), ("o", o.shape())];
         let values = [("dv", dv.shape()), ("v", v.shape())];
-        check_shapes("attention_backward", &s, &queries, &keys, &outputs, &values, lse.shape())?;
+        check::attention("attention_backward", &s, &queries, &keys, &outputs, &values, lse.shape())?;
         let first_keys = self::first_keys("attention_backward", &s, first_keys)?;
         let group = s.heads / s.kv_heads;
         let (d_o, q, k, v) = (Mat::from(d_o), Mat::from(q), Mat::from(k), Mat::from(v));

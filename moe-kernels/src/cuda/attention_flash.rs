@@ -1,0 +1,166 @@
+//! Attention of `bf16` on Hopper's tensor cores: `attention_flash.cu`.
+
+use super::Cuda;
+use super::attention::Sizes;
+use super::launch::Launch;
+use super::source::ATTENTION_FLASH;
+use super::tensor_map::{TensorMap, Tiled};
+use crate::family::AttentionShape;
+use crate::{DType, Device, Float, Result, View, ViewMut};
+
+/// Rows of a block's result, its threads, and keys of a step of the forward: `ROWS`, `THREADS` and `KEYS` of the kernels.
+const ROWS: usize = 128;
+const THREADS: usize = 384;
+const KEYS: usize = 128;
+/// Queries or keys of a step of the backward, and rows of a copy: `STEP` and `PANEL`.
+const STEP: usize = 64;
+/// Bytes of `Statistics`, of `Bounds`, and of a barrier.
+const STATISTICS: usize = 4 * 4 * STEP;
+const BOUNDS: usize = 16;
+const BARRIER: usize = 8;
+
+/// Sizes of heads that there are kernels for, and their names.
+#[derive(Debug)]
+struct Kernels {
+    dim: usize,
+    v_dim: usize,
+    forward: &'static str,
+    statistics: &'static str,
+    backward_q: &'static str,
+    backward_kv: &'static str,
+}
+
+macro_rules! kernels {
+    ($($dim:literal $v_dim:literal),*) => {
+        &[$(Kernels {
+            dim: $dim,
+            v_dim: $v_dim,
+            forward: concat!("flash_forward_", $dim, "_", $v_dim),
+            statistics: concat!("flash_statistics_", $dim, "_", $v_dim),
+            backward_q: concat!("flash_backward_q_", $dim, "_", $v_dim),
+            backward_kv: concat!("flash_backward_kv_", $dim, "_", $v_dim),
+        }),*]
+    };
+}
+static KERNELS: &[Kernels] = kernels!(64 64, 128 128);
+
+/// The gradients of a backward.
+pub(super) struct Backward<'a, T> {
+    pub(super) dq: ViewMut<'a, T, Cuda>,
+    pub(super) dk: ViewMut<'a, T, Cuda>,
+    pub(super) dv: ViewMut<'a, T, Cuda>,
+}
+
+/// A call that these kernels take.
+pub(super) struct Flash<'a> {
+    device: &'a Cuda,
+    kernels: &'static Kernels,
+    scale: f32,
+}
+
+impl<'a> Flash<'a> {
+    /// `None` unless these kernels take operands like these.
+    pub(super) fn of<T: Float>(
+        device: &'a Cuda,
+        s: &AttentionShape,
+        matrices: &[View<'_, T, Cuda>],
+    ) -> Option<Self> {
+        let kernels = KERNELS.iter().find(|k| (k.dim, k.v_dim) == (s.head_dim, s.v_head_dim))?;
+        let scale = s.scale as f32;
+        let fits = T::DTYPE == DType::Bf16
+            && device.compute_capability() == (9, 0)
+            && (f32::MIN_POSITIVE..1e30).contains(&scale)
+            && s.heads > 0
+            && matrices.iter().all(|&m| Tiled::from(m).is_addressable());
+        fits.then_some(Flash { device, kernels, scale })
+    }
+
+    #[allow(clippy::too_many_arguments)] // the operands of the formula
+    pub(super) fn forward<T: Float>(
+        &self,
+        o: &mut ViewMut<'_, T, Cuda>,
+        lse: &mut ViewMut<'_, T::Acc, Cuda>,
+        q: View<'_, T, Cuda>,
+        k: View<'_, T, Cuda>,
+        v: View<'_, T, Cuda>,
+        first_keys: Option<View<'_, i32, Cuda>>,
+        s: &Sizes,
+    ) -> Result<()> {
+        let Kernels { dim, v_dim, .. } = *self.kernels;
+        let shared = 2 * (ROWS * dim + 2 * KEYS * (dim + v_dim)) + 9 * BARRIER;
+        let launch = self.launch(self.kernels.forward, s.q_len, s.heads, s, shared)?;
+        let launch = launch.mat_mut(o).mat_mut(lse).value(heads(q, s, s.heads)?);
+        let launch = launch.value(heads(k, s, s.kv_heads)?).value(heads(v, s, s.kv_heads)?);
+        // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
+        unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch() }
+    }
+
+    #[allow(clippy::too_many_arguments)] // the operands of the formula
+    pub(super) fn backward<T: Float>(
+        &self,
+        mut gradients: Backward<'_, T>,
+        d_o: View<'_, T, Cuda>,
+        q: View<'_, T, Cuda>,
+        k: View<'_, T, Cuda>,
+        v: View<'_, T, Cuda>,
+        o: View<'_, T, Cuda>,
+        lse: View<'_, T::Acc, Cuda>,
+        first_keys: Option<View<'_, i32, Cuda>>,
+        s: &Sizes,
+    ) -> Result<()> {
+        let Kernels { dim, v_dim, statistics: name, backward_q, backward_kv, .. } = *self.kernels;
+        let blocks = (s.q_len as usize).div_ceil(STEP) * s.batch as usize;
+        let statistics = self.device.alloc(blocks * s.heads as usize * STATISTICS)?;
+        let bounds = self.device.alloc(blocks * BOUNDS)?;
+        let maps = [
+            heads(d_o, s, s.heads)?,
+            heads(q, s, s.heads)?,
+            heads(k, s, s.kv_heads)?,
+            heads(v, s, s.kv_heads)?,
+        ];
+        let with_maps = |launch: Launch<'a>| maps.iter().fold(launch, |launch, &map| launch.value(map));
+
+        let launch = self.device.kernel(&ATTENTION_FLASH.of(DType::Bf16), name)?;
+        let launch = launch.grid([blocks * s.heads as usize, 1, 1]).block([4 * STEP, 1, 1]);
+        let launch = launch.scratch(&statistics).scratch(&bounds).mat(d_o).mat(o).mat(lse);
+        // SAFETY: there is room for every block of queries of every head, and for the bounds of every block.
+        unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
+
+        let shared = 2 * (ROWS + 3 * STEP) * (dim + v_dim) + 7 * BARRIER;
+        let launch = self.launch(backward_q, s.q_len, s.heads, s, shared)?.mat_mut(&mut gradients.dq);
+        let launch = with_maps(launch).scratch(&statistics).vector_or_null(first_keys);
+        // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
+        unsafe { self.sizes(launch, s).launch()? };
+
+        let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim) + 2 * STATISTICS + 6 * BARRIER;
+        let launch = self.launch(backward_kv, s.kv_len, s.kv_heads, s, shared)?;
+        let launch = with_maps(launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv));
+        // SAFETY: as above.
+        unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch() }
+    }
+
+    /// A block for every `ROWS` rows of every head of every sequence.
+    fn launch(
+        &self,
+        name: &'static str,
+        len: i32,
+        heads: i32,
+        s: &Sizes,
+        shared: usize,
+    ) -> Result<Launch<'a>> {
+        let blocks = (len as usize).div_ceil(ROWS) * heads as usize * s.batch as usize;
+        let launch = self.device.kernel(&ATTENTION_FLASH.of(DType::Bf16), name)?;
+        Ok(launch.grid([blocks, 1, 1]).block([THREADS, 1, 1]).shared(shared))
+    }
+
+    /// What all kernels end with: `SIZES`.
+    fn sizes(&self, launch: Launch<'a>, s: &Sizes) -> Launch<'a> {
+        let launch = launch.value(s.batch).value(s.q_len).value(s.kv_len).value(s.heads).value(s.kv_heads);
+        launch.value(s.first_query).value(s.window).value(self.scale)
+    }
+}
+
+/// A matrix `[len · batch, heads · dim]` as the copy engine sees it.
+fn heads<T: Float>(m: View<'_, T, Cuda>, s: &Sizes, heads: i32) -> Result<TensorMap> {
+    Tiled::from(m).heads(s.batch as usize, heads as usize, STEP as u32)
+}
