@@ -173,3 +173,175 @@ __device__ __forceinline__ float fast_inverse(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// --- matrices element by element ---------------------------------------------------------------------------------------
+
+// `N` elements, of 4 bytes together at least, as the words that are loaded and stored. They are taken apart where they are used, not
+// where they are loaded, so that nothing waits for one load before the next is under way.
+template <typename E, int N> struct Words {
+    static constexpr int COUNT = N * sizeof(E) / 4;
+    u32 at[COUNT];
+
+    __device__ __forceinline__ E get(int k) const {
+        union {
+            E element;
+            u32 words[sizeof(E) < 4 ? 1 : sizeof(E) / 4];
+        } one;
+        if constexpr (sizeof(E) < 4) {
+            constexpr int EACH = 4 / sizeof(E);
+            one.words[0] = at[k / EACH] >> (k % EACH * 8 * sizeof(E));
+        } else {
+#pragma unroll
+            for (int w = 0; w < sizeof(E) / 4; w++) one.words[w] = at[k * (sizeof(E) / 4) + w];
+        }
+        return one.element;
+    }
+
+    // Of words that are 0 there.
+    __device__ __forceinline__ void set(int k, E x) {
+        union {
+            E element;
+            u32 words[sizeof(E) < 4 ? 1 : sizeof(E) / 4];
+        } one;
+        one.words[0] = 0;
+        one.element = x;
+        if constexpr (sizeof(E) < 4) {
+            constexpr int EACH = 4 / sizeof(E);
+            at[k / EACH] |= one.words[0] << (k % EACH * 8 * sizeof(E));
+        } else {
+#pragma unroll
+            for (int w = 0; w < sizeof(E) / 4; w++) at[k * (sizeof(E) / 4) + w] = one.words[w];
+        }
+    }
+};
+
+// The first `n` of `N` consecutive elements, zeros after them; at once if all are there and `vectors` says that they may be.
+template <int N, typename E> __device__ __forceinline__ Words<E, N> load_up_to(const E *from, int n, bool vectors) {
+    Words<E, N> x = {};
+    if (vectors && n == N) {
+        if constexpr (Words<E, N>::COUNT == 1) {
+            x.at[0] = *reinterpret_cast<const u32 *>(from);
+        } else if constexpr (Words<E, N>::COUNT == 2) {
+            uint2 part = *reinterpret_cast<const uint2 *>(from);
+            x.at[0] = part.x, x.at[1] = part.y;
+        } else {
+#pragma unroll
+            for (int w = 0; w < Words<E, N>::COUNT; w += 4) {
+                uint4 part = reinterpret_cast<const uint4 *>(from)[w / 4];
+                x.at[w] = part.x, x.at[w + 1] = part.y, x.at[w + 2] = part.z, x.at[w + 3] = part.w;
+            }
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; k++)
+            if (k < n) x.set(k, from[k]);
+    }
+    return x;
+}
+
+// In assembly, since the compiler would merge vectors with the same elements one by one.
+template <int N, typename E>
+__device__ __forceinline__ void store_up_to(E *to, const Words<E, N> &x, int n, bool vectors) {
+    if (vectors && n == N) {
+        if constexpr (Words<E, N>::COUNT == 1) {
+            asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(x.at[0]) : "memory");
+        } else if constexpr (Words<E, N>::COUNT == 2) {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.at[0]), "r"(x.at[1]) : "memory");
+        } else {
+#pragma unroll
+            for (int w = 0; w < Words<E, N>::COUNT; w += 4)
+                asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<u32 *>(to) + w), "r"(x.at[w]),
+                             "r"(x.at[w + 1]), "r"(x.at[w + 2]), "r"(x.at[w + 3])
+                             : "memory");
+        }
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        if (k < n) to[k] = x.get(k);
+}
+
+// How the blocks of a launch lie over a matrix: `across` of them beside each other, each thread with `N` consecutive
+// columns of some rows. A matrix without gaps comes as one of other rows, of which the last one may be shorter.
+struct Tiles {
+    i64 rows, cols, last;
+    i32 across, vectors;
+
+    // Columns that row `i` has from `j` on, at most `n`.
+    __device__ __forceinline__ int left(i64 i, i64 j, int n) const {
+        i64 end = i + 1 < rows ? cols : i + 1 == rows ? last : 0;
+        return int(max(i64(0), min(end - j, i64(n))));
+    }
+};
+
+// `ROWS` rows of one thread: everything is read before anything is written, so that many reads are under way.
+template <int N, int ROWS, typename Work> __device__ __forceinline__ void for_tiles(const Tiles &tiles, const Work &work) {
+    u32 down = blockIdx.x / u32(tiles.across), across = blockIdx.x % u32(tiles.across);
+    i64 j = (i64(across) * blockDim.x + threadIdx.x) * N;
+    i64 first = i64(down) * blockDim.y * ROWS + threadIdx.y;
+    typename Work::In in[ROWS];
+    // Whole vectors of all rows: no branches between one read and the next.
+    if (tiles.vectors && tiles.left(first, j, N) == N && tiles.left(first + (ROWS - 1) * i64(blockDim.y), j, N) == N) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) in[r] = work.read(first + r * i64(blockDim.y), j, N, true);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) work.write(first + r * i64(blockDim.y), j, N, true, in[r]);
+        return;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        i64 i = first + r * blockDim.y;
+        int n = tiles.left(i, j, N);
+        if (n > 0) in[r] = work.read(i, j, n, tiles.vectors);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        i64 i = first + r * blockDim.y;
+        int n = tiles.left(i, j, N);
+        if (n > 0) work.write(i, j, n, tiles.vectors, in[r]);
+    }
+}
+
+// --- sums over rows ----------------------------------------------------------------------------------------------------
+
+// A block of 32 · 8 threads sums 32 · N columns.
+enum { SUM_ROWS = 8 };
+
+// `sum[k]` = Σ factor[i] · x[i, j + k] for the `n` columns from `j` on and rows `first..end`, in an order that depends on
+// nothing but their number: every eighth row ascending, then these eight. Only threads of row 0 get it. `factor` may be null.
+template <int N, typename E, typename A>
+__device__ __forceinline__ void sum_of_rows(A (&sum)[N], const E *x, i64 xs, i64 first, i64 end, i64 j, int n,
+                                            bool vectors, const A *factor) {
+    __shared__ A parts[SUM_ROWS - 1][N][32];
+#pragma unroll
+    for (int k = 0; k < N; k++) sum[k] = 0;
+    // Two loops, of which the first has no branches, so that many reads are under way.
+    i64 i = first + threadIdx.y;
+    if (vectors && n == N && !factor) {
+#pragma unroll 8
+        for (; i < end; i += SUM_ROWS) {
+            Words<E, N> v = load_up_to<N>(x + i * xs + j, N, true);
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += widen(v.get(k));
+        }
+    }
+    if (n > 0) {
+        for (; i < end; i += SUM_ROWS) {
+            Words<E, N> v = load_up_to<N>(x + i * xs + j, n, vectors);
+            A by = factor ? factor[i] : A(1);
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += by * widen(v.get(k));
+        }
+    }
+    if (threadIdx.y > 0) {
+#pragma unroll
+        for (int k = 0; k < N; k++) parts[threadIdx.y - 1][k][threadIdx.x] = sum[k];
+    }
+    __syncthreads();
+    if (threadIdx.y == 0) {
+#pragma unroll
+        for (int part = 0; part < SUM_ROWS - 1; part++)
+#pragma unroll
+            for (int k = 0; k < N; k++) sum[k] += parts[part][k][threadIdx.x];
+    }
+}

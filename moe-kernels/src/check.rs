@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::family::{AttentionMask, AttentionShape, ColumnBlocks, RotaryHead};
+use crate::family::{AttentionMask, AttentionShape, ColumnBlocks, ExpertGroups, RotaryHead, Scoring};
 use crate::{Error, Result};
 
 /// An error unless `got` is `expected`.
@@ -114,4 +114,33 @@ pub(crate) fn attention(
 /// An error unless there is a first key for every row of queries, where there are first keys.
 pub(crate) fn first_keys(kernel: &'static str, s: &AttentionShape, got: Option<[usize; 2]>) -> Result<()> {
     got.map_or(Ok(()), |got| shape(kernel, "first_keys", [1, s.q_len * s.batch], got))
+}
+
+/// Refuses a choice of `k` among so many `experts` that a scoring does not allow, and a bias, of this shape, that it does not take.
+pub(crate) fn scoring(
+    kernel: &'static str,
+    scoring: &Scoring,
+    experts: usize,
+    k: usize,
+    bias: Option<[usize; 2]>,
+) -> Result<()> {
+    argument(kernel, (1..=experts).contains(&k), || format!("{k} of {experts} experts cannot be chosen"))?;
+    if let Some(bias) = bias {
+        shape(kernel, "bias", [1, experts], bias)?;
+        argument(kernel, scoring.function.is_separate() || scoring.groups.is_none(), || {
+            "a softmax takes no bias where there are groups".to_owned()
+        })?;
+    }
+    let Some(ExpertGroups { count, kept, score_top_k }) = scoring.groups else { return Ok(()) };
+    let size = experts.checked_div(count).unwrap_or(0);
+    let legal = count > 0
+        && experts.is_multiple_of(count)
+        && (1..=count).contains(&kept)
+        && (1..=size).contains(&score_top_k)
+        && k <= kept * size;
+    argument(kernel, legal, || {
+        format!(
+            "{k} of {experts} experts cannot be chosen from {kept} of {count} groups by their {score_top_k} best"
+        )
+    })
 }

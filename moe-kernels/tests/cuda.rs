@@ -4,21 +4,10 @@
 
 #[path = "cuda/aligned.rs"]
 mod aligned;
+mod gpu;
 
+use gpu::gpu;
 use moe_kernels::{Cuda, Error, bf16, cuda};
-
-/// The first GPU with poisoned memory; `None`, said aloud, where there is none.
-fn gpu(test: &str) -> Option<Cuda> {
-    match cuda::probe() {
-        Ok(count) if count > 0 => Some(Cuda::poisoned(0).expect("a GPU that can be used")),
-        absent => {
-            let why = absent.map_or_else(|error| error.to_string(), |_| "no CUDA device".into());
-            assert!(std::env::var_os("MOE_REQUIRE_GPU").is_none(), "{test}: {why}");
-            eprintln!("{test} was skipped: {why}");
-            None
-        }
-    }
-}
 
 /// One test for each suite and type.
 macro_rules! suites {
@@ -58,6 +47,20 @@ suites! {
     attention_f32: attention::<f32>(1e-5);
     attention_f64: attention::<f64>(1e-12);
     attention_bf16: attention::<bf16>(2e-2);
+    elementwise_f32: elementwise::<f32>(1e-6);
+    elementwise_f64: elementwise::<f64>(1e-14);
+    elementwise_bf16: elementwise::<bf16>(1e-2);
+    grouped_bias_f32: grouped_bias::<f32>(1e-5);
+    grouped_bias_f64: grouped_bias::<f64>(1e-12);
+    grouped_bias_bf16: grouped_bias::<bf16>(1e-2);
+    routing_f32: routing::<f32>(1e-5);
+    routing_f64: routing::<f64>(1e-12);
+    optim_f32: optim::<f32>(1e-6);
+    optim_f64: optim::<f64>(1e-14);
+    optim_bf16: optim::<bf16>(1e-6);
+    reduce_f32: reduce::<f32>(1e-6);
+    reduce_f64: reduce::<f64>(1e-14);
+    reduce_bf16: reduce::<bf16>(1e-6);
 }
 
 #[test]

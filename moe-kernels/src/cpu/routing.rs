@@ -407,22 +407,6 @@ fn check_choice<'a>(
     check::indices(kernel, "expert", chosen, count)
 }
 
-/// Refuses groups that do not divide `experts`, or leave fewer than `chosen` of them.
-fn check_groups(kernel: &'static str, groups: ExpertGroups, experts: usize, chosen: usize) -> Result<()> {
-    let ExpertGroups { count, kept, score_top_k } = groups;
-    let size = experts.checked_div(count).unwrap_or(0);
-    let legal = count > 0
-        && experts.is_multiple_of(count)
-        && (1..=count).contains(&kept)
-        && (1..=size).contains(&score_top_k)
-        && chosen <= kept * size;
-    check::argument(kernel, legal, || {
-        format!(
-            "{chosen} of {experts} experts cannot be chosen from {kept} of {count} groups by their {score_top_k} best"
-        )
-    })
-}
-
 impl<T: CpuFloat> Routing<T> for Cpu {
     fn route(
         &self,
@@ -445,16 +429,8 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         if let Some(margins) = &margins {
             check::shape(KERNEL, "margins", [1, n], margins.shape())?;
         }
-        check::argument(KERNEL, (1..=count).contains(&k), || {
-            format!("{k} of {count} experts cannot be chosen")
-        })?;
+        check::scoring(KERNEL, scoring, count, k, bias.map(|bias| bias.shape()))?;
         let function = Function::from(scoring.function);
-        if let Some(bias) = &bias {
-            check::shape(KERNEL, "bias", [1, count], bias.shape())?;
-            check::argument(KERNEL, function.is_separate() || scoring.groups.is_none(), || {
-                "a softmax takes no bias where there are groups".to_owned()
-            })?;
-        }
         if let Some(valid) = &valid {
             check::shape(KERNEL, "valid", [1, n], valid.shape())?;
         }
@@ -465,9 +441,6 @@ impl<T: CpuFloat> Routing<T> for Cpu {
             // What is given to padding is not used.
             let used = given.iter().enumerate().filter(|(i, _)| valid.is_none_or(|valid| valid[*i] != 0));
             check_choice(KERNEL, used.map(|(_, experts)| experts), count)?;
-        }
-        if let Some(groups) = scoring.groups {
-            check_groups(KERNEL, groups, count, k)?;
         }
         let (logits, bias) = (Mat::from(logits), bias.map(|bias| Mat::from(bias).vector()));
         let (mut weights, mut experts) = (MatMut::from(&mut weights), MatMut::from(&mut experts));

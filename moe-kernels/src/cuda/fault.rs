@@ -10,7 +10,7 @@ use crate::{Error, Result};
 pub(super) enum Fault {
     /// A value that is not a number, or not finite.
     NotANumber,
-    /// `what` of the row is not below `end`.
+    /// A `what` of the row is not below `end`.
     Index { what: &'static str, end: usize },
     /// Anything else; `what` is the sentence.
     Argument { what: &'static str },
@@ -21,7 +21,7 @@ impl Fault {
         match self {
             Fault::NotANumber => Error::NotANumber { kernel, row },
             Fault::Index { what, end } => {
-                Error::Argument { kernel, what: format!("{what} {row} is not below {end}") }
+                Error::Argument { kernel, what: format!("{what} of row {row} is not below {end}") }
             }
             Fault::Argument { what } => Error::Argument { kernel, what: format!("{what} (at {row})") },
         }

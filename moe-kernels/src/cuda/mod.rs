@@ -43,15 +43,22 @@ mod library;
 mod source;
 mod staging;
 mod tensor_map;
+mod tiles;
 
 mod activation;
 mod attention;
 mod attention_flash;
+mod choices;
+mod elementwise;
 mod embedding;
 mod gemm;
+mod grouped_bias;
 mod loss;
 mod norm;
+mod optim;
+mod reduce;
 mod rope;
+mod routing;
 mod rows;
 
 pub use cache::cache_dir;

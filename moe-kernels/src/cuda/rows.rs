@@ -2,27 +2,28 @@
 
 use super::Cuda;
 use super::fault::Fault;
-use super::launch::blocks;
 use super::source::ROWS;
+use super::tiles::Tiles;
 use crate::family::{ColumnBlocks, Rows};
 use crate::{Element, Result, View, ViewMut, check};
 
-/// Elements of a row that one warp moves, and warps of a block: `PIECE` of the kernels, and their blocks.
-const PIECE: usize = 1024;
-const WARPS: usize = 8;
+/// Rows of a thread: `ROWS` of the kernels.
+const DOWN: usize = 4;
 
-/// Blocks for so many rows.
-fn grid(rows: usize, cols: usize) -> [usize; 3] {
-    blocks(rows * cols.div_ceil(PIECE), WARPS)
+/// Elements of a thread: `N` of the kernels.
+const fn each<E>() -> usize {
+    16 / size_of::<E>()
 }
 
 impl<E: Element> Rows<E> for Cuda {
     fn copy_rows(&self, mut y: ViewMut<'_, E, Self>, x: View<'_, E, Self>) -> Result<()> {
-        check::shape("copy_rows", "x", y.shape(), x.shape())?;
-        let [n, cols] = y.shape();
-        let launch = self.kernel(&ROWS.of(E::DTYPE), "copy_rows")?.grid(grid(n, cols)).block([32, WARPS, 1]);
-        // SAFETY: shapes are equal, and the kernel touches `n` rows of `cols` elements.
-        unsafe { launch.mat_mut(&mut y).mat(x).size(n).size(cols).launch() }
+        const KERNEL: &str = "copy_rows";
+        check::shape(KERNEL, "x", y.shape(), x.shape())?;
+        let tiles = Tiles::new(x.shape(), each::<E>(), DOWN).with(y.as_view()).with(x);
+        let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
+        let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x);
+        // SAFETY: shapes are equal, and the kernel touches the elements of that shape.
+        unsafe { tiles.argument(launch).launch() }
     }
 
     fn gather_rows(
@@ -35,16 +36,16 @@ impl<E: Element> Rows<E> for Cuda {
         let ([n, cols], [end, _]) = (y.shape(), x.shape());
         check::shape(KERNEL, "x", [end, cols], x.shape())?;
         check::shape(KERNEL, "index", [1, n], index.shape())?;
-        let launch =
-            self.kernel(&ROWS.of(E::DTYPE), KERNEL)?.grid(grid(n, cols.max(1))).block([32, WARPS, 1]);
-        let launch = launch.mat_mut(&mut y).mat(x).vector(index).size(n).size(cols).size(end);
+        let tiles = Tiles::new([n, cols], each::<E>(), DOWN).with(y.as_view()).with_other(x);
+        let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
+        let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).vector(index).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
-        unsafe { launch.fault(Fault::Index { what: "index", end }).launch() }
+        unsafe { tiles.argument(launch.fault(Fault::Index { what: "index", end })).launch() }
     }
 
     fn copy_column_blocks(
         &self,
-        mut y: ViewMut<'_, E, Self>,
+        y: ViewMut<'_, E, Self>,
         y_at: ColumnBlocks,
         x: View<'_, E, Self>,
         x_at: ColumnBlocks,
@@ -59,11 +60,18 @@ impl<E: Element> Rows<E> for Cuda {
         })?;
         check::column_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
         check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
-        let launch =
-            self.kernel(&ROWS.of(E::DTYPE), KERNEL)?.grid(grid(n * count, width)).block([32, WARPS, 1]);
-        let launch = launch.mat_mut(&mut y).size(y_at.first).size(y_at.step);
-        let launch = launch.mat(x).size(x_at.first).size(x_at.step);
+        if count == 0 {
+            return Ok(());
+        }
+        let (mut y, x) = (y.columns(y_at.first..y_cols)?, x.columns(x_at.first..x_cols)?);
+        let tiles = Tiles::new([n, count * width], each::<E>(), DOWN)
+            .with_other(y.as_view())
+            .with_other(x)
+            .only_within(&[width, y_at.step, x_at.step]);
+        let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
+        let launch = tiles.mat_mut(launch, &mut y).size(y_at.step);
+        let launch = tiles.mat(launch, x).size(x_at.step).size(width);
         // SAFETY: all blocks of columns lie inside both matrices, which have `n` rows.
-        unsafe { launch.size(n).size(count).size(width).launch() }
+        unsafe { tiles.argument(launch).launch() }
     }
 }

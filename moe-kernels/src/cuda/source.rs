@@ -47,6 +47,12 @@ sources! {
     NORM = "norm", FLOATS, &[];
     ROPE = "rope", FLOATS, &[];
     ROWS = "rows", &[DType::F64, DType::F32, DType::Bf16, DType::I64, DType::I32, DType::U8], &[];
+    ELEMENTWISE = "elementwise", FLOATS, &[];
+    REDUCE = "reduce", FLOATS, &[];
+    GROUPED_BIAS = "grouped_bias", FLOATS, &[];
+    OPTIM = "optim", FLOATS, &[];
+    ROUTING = "routing", &[DType::F64, DType::F32], &[];
+    CHOICES = "choices", &[DType::F64, DType::F32], &[];
 }
 
 /// Most definitions of a [`Variant`].

@@ -1,0 +1,209 @@
+// What becomes of choices of experts: sorted, and dropped or kept. Choice `c`, of fewer than 2^31, is choice `c % k` of token
+// `c / k`.
+
+// The stable counting sort takes two launches over the same blocks of `each` choices: first what each block has of each expert,
+// then the places. A block's choices go to its warps in equal consecutive parts.
+
+__device__ __forceinline__ i32 expert_of(const i32 *experts, i64 es, u32 k, i64 c, i64 end) {
+    return c < end ? experts[u32(c) / k * es + u32(c) % k] : -1;
+}
+
+// counts[block, e]
+extern "C" __global__ void sort_count(i32 *counts, const i32 *experts, i64 es, u32 k, i64 choices, i64 each, i32 num_experts,
+                                      Fault outside) {
+    extern __shared__ i32 count[];
+    for (i32 e = threadIdx.x; e < num_experts; e += blockDim.x) count[e] = 0;
+    __syncthreads();
+    i64 first = blockIdx.x * each, end = min(first + each, choices);
+    for (i64 c = first + threadIdx.x; c < end; c += blockDim.x) {
+        i32 e = expert_of(experts, es, k, c, end);
+        if (e >= num_experts)
+            outside.raise(u32(c) / k);
+        else if (e >= 0)
+            atomicAdd(&count[e], 1); // a count is the same in whatever order
+    }
+    __syncthreads();
+    for (i32 e = threadIdx.x; e < num_experts; e += blockDim.x) counts[i64(blockIdx.x) * num_experts + e] = count[e];
+}
+
+// `rows` are those of `order` and `tokens`: with `rows_per_expert` so many for each, or less than 0 for experts side by side.
+// `tokens` may be null. Needs shared memory for (2 + warps) · num_experts integers.
+extern "C" __global__ void sort_place(i32 *order, i32 *tokens, i32 *position, i64 ps, i32 *offsets, const i32 *counts,
+                                      const i32 *experts, i64 es, u32 k, i64 choices, i64 each, i32 num_experts, i64 rows,
+                                      i64 rows_per_expert, Fault no_room) {
+    extern __shared__ i32 shared[];
+    // Choices of an expert; then: where the next one of this block goes.
+    i32 *total = shared, *start = total + num_experts;
+    i32 warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    i32 *next = start + num_experts, *own = next + i64(warp) * num_experts;
+    for (i32 e = threadIdx.x; e < (2 + warps) * num_experts; e += blockDim.x) shared[e] = 0;
+    __syncthreads();
+
+    // Sums over the blocks before this one and over all, several threads for each expert.
+    i32 parts = max(1, i32(blockDim.x) / max(1, num_experts));
+    for (i32 at = threadIdx.x; at < parts * num_experts; at += blockDim.x) {
+        i32 e = at % num_experts, before = 0, all = 0;
+#pragma unroll 8
+        for (u32 b = at / num_experts; b < gridDim.x; b += parts) {
+            i32 count = counts[i64(b) * num_experts + e];
+            all += count;
+            before += b < blockIdx.x ? count : 0;
+        }
+        atomicAdd(&total[e], all);
+        atomicAdd(&start[e], before);
+    }
+    i64 per_warp = (each + warps - 1) / warps;
+    i64 first = blockIdx.x * each + warp * per_warp;
+    i64 end = min(min(first + per_warp, i64(blockIdx.x + 1) * each), choices);
+    // What this warp has of each expert.
+    for (i64 c = first; c < end; c += 32) {
+        i32 e = expert_of(experts, es, k, c + lane, end);
+        u32 peers = __match_any_sync(FULL_MASK, e);
+        if (e >= 0 && e < num_experts && __ffs(peers) - 1 == lane) own[e] += __popc(peers);
+        __syncwarp();
+    }
+    __syncthreads();
+
+    // First rows of the experts.
+    if (warp == 0) {
+        i32 carry = 0;
+        for (i32 at = 0; at < num_experts; at += 32) {
+            i32 e = at + lane, x = e < num_experts ? total[e] : 0, sum = x;
+#pragma unroll
+            for (int up = 1; up < 32; up *= 2) {
+                i32 y = __shfl_up_sync(FULL_MASK, sum, up);
+                if (lane >= up) sum += y;
+            }
+            i32 row = rows_per_expert < 0 ? carry + sum - x : i32(e * rows_per_expert);
+            if (e < num_experts) {
+                start[e] += row;
+                if (blockIdx.x == 0) offsets[e] = row;
+                if (blockIdx.x == 0 && rows_per_expert >= 0 && x > rows_per_expert) no_room.raise(e);
+            }
+            carry += __shfl_sync(FULL_MASK, sum, 31);
+        }
+        if (blockIdx.x == 0 && lane == 0) offsets[num_experts] = rows_per_expert < 0 ? carry : i32(rows);
+    }
+    __syncthreads();
+    for (i32 e = threadIdx.x; e < num_experts; e += blockDim.x) {
+        i32 row = start[e];
+        for (i32 w = 0; w < warps; w++) {
+            i32 count = next[i64(w) * num_experts + e];
+            next[i64(w) * num_experts + e] = row;
+            row += count;
+        }
+    }
+    __syncthreads();
+
+    for (i64 c = first; c < end; c += 32) {
+        i32 e = expert_of(experts, es, k, c + lane, end);
+        bool routed = e >= 0 && e < num_experts;
+        u32 peers = __match_any_sync(FULL_MASK, e);
+        i64 row = routed ? own[e] + __popc(peers & ((1u << lane) - 1)) : -1;
+        __syncwarp();
+        if (routed && __ffs(peers) - 1 == lane) own[e] += __popc(peers);
+        __syncwarp();
+        if (routed && rows_per_expert >= 0 && row >= (e + 1) * rows_per_expert) row = -1;
+        if (c + lane < end) {
+            u32 token = u32(c + lane) / k;
+            position[token * ps + u32(c + lane) % k] = i32(row);
+            if (row >= 0) {
+                order[row] = i32(c + lane);
+                if (tokens) tokens[row] = i32(token);
+            }
+        }
+    }
+
+    // Rows without a choice.
+    i64 routed = rows;
+    if (rows_per_expert < 0) {
+        routed = 0;
+        for (i32 e = 0; e < num_experts; e++) routed += total[e];
+    }
+    for (i64 row = i64(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += i64(gridDim.x) * blockDim.x) {
+        bool empty = row >= routed;
+        if (rows_per_expert > 0) empty = row % rows_per_expert >= total[row / rows_per_expert];
+        if (!empty) continue;
+        order[row] = -1;
+        if (tokens) tokens[row] = -1;
+    }
+}
+
+#if defined(T_F32)
+typedef u32 Key;
+__device__ __forceinline__ Key bits_of(T x) { return __float_as_uint(x); }
+#else
+typedef u64 Key;
+__device__ __forceinline__ Key bits_of(T x) { return __double_as_longlong(x); }
+#endif
+
+// Ordered as the numbers are, 0 and −0 equal.
+__device__ __forceinline__ Key key_of(T x) {
+    constexpr Key SIGN = Key(1) << (8 * sizeof(T) - 1);
+    Key bits = bits_of(x + T(0));
+    return bits & SIGN ? ~bits : bits | SIGN;
+}
+
+// Choices of a thread that are compared with the others of their expert at once.
+constexpr int OWN = 2;
+
+// kept[c] = −1 for the choices of each expert (`order[offsets[e]..offsets[e + 1]]`) before which `capacity` others of the
+// same unit go. Blocks are (part, expert). `weights` may be null.
+extern "C" __global__ void __launch_bounds__(256)
+    drop_excess(i32 *kept, i64 ks, const i32 *order, const i32 *offsets, const T *weights, i64 ws, const i32 *slots, u32 k, i64 n,
+         i32 num_experts, u32 unit_slots, i64 capacity, Fault not_a_number, Fault negative) {
+    __shared__ Key keys[256];
+    __shared__ i32 places[256];
+    __shared__ u32 units[256];
+    // What is wrong with weights and slots, also of choices that are routed nowhere.
+    i64 threads = i64(gridDim.x) * gridDim.y * 256;
+    i64 thread = (i64(blockIdx.y) * gridDim.x + blockIdx.x) * 256 + threadIdx.x;
+    for (i64 i = thread; i < n; i += threads) {
+        if (slots[i] < 0) negative.raise(i);
+        if (weights)
+            for (u32 j = 0; j < k; j++)
+                if (weights[i * ws + j] != weights[i * ws + j]) not_a_number.raise(i);
+    }
+    for (i32 e = blockIdx.y; e < num_experts; e += gridDim.y) {
+        i64 first = offsets[e], end = offsets[e + 1];
+        for (i64 part = first + blockIdx.x * 256 * OWN; part < end; part += i64(gridDim.x) * 256 * OWN) {
+            u32 own[OWN], unit[OWN];
+            i32 place[OWN], before[OWN];
+            Key key[OWN];
+#pragma unroll
+            for (int q = 0; q < OWN; q++) {
+                i64 at = part + q * 256 + threadIdx.x;
+                own[q] = order[at < end ? at : first];
+                place[q] = slots[own[q] / k];
+                unit[q] = u32(place[q]) / unit_slots;
+                key[q] = weights ? key_of(weights[own[q] / k * ws + own[q] % k]) : 0;
+                before[q] = 0;
+            }
+            // Where all fit, nobody has to be compared.
+            for (i64 at = end - first > capacity ? first : end; at < end; at += 256) {
+                __syncthreads();
+                if (at + threadIdx.x < end) {
+                    u32 rival = order[at + threadIdx.x], r = rival / k;
+                    places[threadIdx.x] = slots[r];
+                    units[threadIdx.x] = u32(slots[r]) / unit_slots;
+                    keys[threadIdx.x] = weights ? key_of(weights[r * ws + rival % k]) : 0;
+                }
+                __syncthreads();
+                int rivals = int(min(i64(256), end - at));
+#pragma unroll 4
+                for (int r = 0; r < rivals; r++) {
+                    Key rival = keys[r];
+                    i32 rival_place = places[r];
+                    u32 rival_unit = units[r];
+#pragma unroll
+                    for (int q = 0; q < OWN; q++)
+                        before[q] += (rival_unit == unit[q]) &
+                                     ((rival > key[q]) | ((rival == key[q]) & (rival_place < place[q])));
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < OWN; q++)
+                if (part + q * 256 + threadIdx.x < end) kept[own[q] / k * ks + own[q] % k] = before[q] < capacity ? e : -1;
+        }
+    }
+}

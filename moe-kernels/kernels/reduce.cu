@@ -1,0 +1,70 @@
+// Sums in two launches: parts that depend on the shapes alone, then their sum.
+
+constexpr int N = 16 / sizeof(T);
+constexpr int THREADS = 256;
+
+// parts[block] = Σ a ⊙ b over the vectors `block · each ..` of a matrix that has `per_row` of them in a row.
+extern "C" __global__ void __launch_bounds__(THREADS) dot(double *parts, const T *a, i64 as, const T *b, i64 bs, i64 rows,
+                                                          i64 cols, i64 per_row, i64 each, i32 vectors) {
+    __shared__ double warps[THREADS / 32];
+    double sum[N] = {};
+    i64 first = blockIdx.x * each, end = min(first + each, rows * per_row);
+    bool squares = a == b && as == bs;
+    auto add = [&](const Words<T, N> &x, const Words<T, N> &y) {
+#pragma unroll
+        for (int k = 0; k < N; k++) sum[k] += to_f64(x.get(k)) * to_f64(y.get(k));
+    };
+    // Whole vectors of one row: a loop without branches, so that many reads are under way.
+    i64 v = first + threadIdx.x, whole = rows == 1 && vectors ? min(end, cols / N) : 0;
+    if (squares) {
+#pragma unroll 8
+        for (; v < whole; v += THREADS) {
+            Words<T, N> x = load_up_to<N>(a + v * N, N, true);
+            add(x, x);
+        }
+    } else {
+#pragma unroll 4
+        for (; v < whole; v += THREADS) add(load_up_to<N>(a + v * N, N, true), load_up_to<N>(b + v * N, N, true));
+    }
+    for (; v < end; v += THREADS) {
+        i64 i = v / per_row, j = (v - i * per_row) * N;
+        int n = int(min(i64(N), cols - j));
+        add(load_up_to<N>(a + i * as + j, n, vectors), load_up_to<N>(b + i * bs + j, n, vectors));
+    }
+    double total = 0;
+#pragma unroll
+    for (int k = 0; k < N; k++) total += sum[k];
+    total = block_sum<THREADS>(total, warps);
+    if (threadIdx.x == 0) parts[blockIdx.x] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) add_parts(double *out, const double *parts, i64 n) {
+    __shared__ double warps[THREADS / 32];
+    double sum = 0;
+    for (i64 i = threadIdx.x; i < n; i += THREADS) sum += parts[i];
+    sum = block_sum<THREADS>(sum, warps);
+    if (threadIdx.x == 0) *out += sum;
+}
+
+// y[block of rows, c] = Σ x[i, c] over the `each` rows of the block; blocks are (32 · N columns, rows).
+template <typename E>
+__device__ __forceinline__ void column_sums_of(Acc *y, i64 ys, const E *x, i64 xs, i64 rows, i64 cols, i64 each,
+                                               bool vectors) {
+    constexpr int N = 16 / sizeof(E);
+    i64 j = (i64(blockIdx.x) * 32 + threadIdx.x) * N, first = blockIdx.y * each;
+    int n = int(max(i64(0), min(i64(N), cols - j)));
+    Acc sum[N];
+    sum_of_rows<N>(sum, x, xs, first, min(first + each, rows), j, n, vectors, (const Acc *)nullptr);
+    if (threadIdx.y == 0)
+        for (int k = 0; k < n; k++) y[blockIdx.y * ys + j + k] = sum[k];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) column_sums(Acc *y, i64 ys, const T *x, i64 xs, i64 rows, i64 cols,
+                                                                  i64 each, i32 vectors) {
+    column_sums_of(y, ys, x, xs, rows, cols, each, vectors);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) column_sums_of_parts(Acc *y, i64 ys, const Acc *x, i64 xs, i64 rows,
+                                                                           i64 cols, i64 each, i32 vectors) {
+    column_sums_of(y, ys, x, xs, rows, cols, each, vectors);
+}

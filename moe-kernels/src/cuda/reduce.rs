@@ -1,0 +1,78 @@
+//! Sums, in two launches: parts whose sizes depend on the shapes alone, then their sum.
+
+use super::Cuda;
+use super::source::REDUCE;
+use super::tiles::vectors;
+use crate::family::Reduce;
+use crate::{Device, Float, Layout, Result, View, ViewMut, check};
+
+/// Threads of a block.
+pub(super) const THREADS: usize = 256;
+/// Threads of a block where columns are summed: beside each other, and below.
+pub(super) const SUM_BLOCK: [usize; 3] = [32, 8, 1];
+/// Blocks of a sum, at most: what keeps a large GPU busy, while their parts are summed quickly.
+const PARTS: usize = 1024;
+/// Vectors of a thread, and rows of a block, at least.
+const VECTORS: usize = 8;
+const ROWS: usize = 64;
+
+impl<T: Float> Reduce<T> for Cuda {
+    fn dot(&self, mut out: ViewMut<'_, f64, Self>, a: View<'_, T, Self>, b: View<'_, T, Self>) -> Result<()> {
+        const KERNEL: &str = "dot";
+        check::shape(KERNEL, "b", a.shape(), b.shape())?;
+        check::shape(KERNEL, "out", [1, 1], out.shape())?;
+        let [rows, cols] = a.shape();
+        let (a, b) = match a.layout().is_contiguous() && b.layout().is_contiguous() {
+            true => (a.reshape(1, rows * cols)?, b.reshape(1, rows * cols)?),
+            false => (a, b),
+        };
+        let [rows, cols] = a.shape();
+        let n = 16 / size_of::<T>();
+        let per_row = cols.div_ceil(n);
+        let each = (rows * per_row).div_ceil(PARTS).next_multiple_of(THREADS).max(VECTORS * THREADS);
+        let blocks = (rows * per_row).div_ceil(each);
+        if blocks == 0 {
+            return Ok(());
+        }
+        let parts = self.alloc(blocks * size_of::<f64>())?;
+        let launch = self.kernel(&REDUCE.of(T::DTYPE), KERNEL)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
+        let launch = launch.scratch(&parts).mat(a).mat(b).size(rows).size(cols).size(per_row).size(each);
+        let launch = launch.value(i32::from(vectors(a, n) && vectors(b, n)));
+        // SAFETY: a block writes one part, of which there are as many; matrices have the same shape.
+        unsafe { launch.launch()? };
+        let launch = self.kernel(&REDUCE.of(T::DTYPE), "add_parts")?.block([THREADS, 1, 1]);
+        // SAFETY: the kernel reads as many parts as there are and writes one element.
+        unsafe { launch.vector_mut(&mut out).scratch(&parts).size(blocks).launch() }
+    }
+
+    fn column_sums(&self, mut out: ViewMut<'_, T::Acc, Self>, x: View<'_, T, Self>) -> Result<()> {
+        let [rows, cols] = x.shape();
+        check::shape("column_sums", "out", [1, cols], out.shape())?;
+        if cols == 0 {
+            return Ok(());
+        }
+        let across = cols.div_ceil(SUM_BLOCK[0] * 16 / size_of::<T>());
+        let each = rows.div_ceil(PARTS.div_ceil(across)).max(ROWS);
+        let down = rows.div_ceil(each);
+        if down <= 1 {
+            let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums")?;
+            let launch = launch.vector_mut(&mut out).size(0).mat(x).size(rows).size(cols).size(rows);
+            let launch = launch.value(i32::from(vectors(x, 16 / size_of::<T>())));
+            // SAFETY: one row of blocks, which writes `cols` elements.
+            return unsafe { launch.grid([across, 1, 1]).block(SUM_BLOCK).launch() };
+        }
+        let parts = self.alloc(down * cols * size_of::<T::Acc>())?;
+        let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums")?;
+        let launch = launch.scratch(&parts).size(cols).mat(x).size(rows).size(cols).size(each);
+        let launch = launch.value(i32::from(vectors(x, 16 / size_of::<T>())));
+        // SAFETY: each of `down` rows of blocks writes a row of `cols` parts.
+        unsafe { launch.grid([across, down, 1]).block(SUM_BLOCK).launch()? };
+        let sums = View::<T::Acc, Self>::new(&parts, Layout::contiguous(down, cols))?;
+        let across = cols.div_ceil(SUM_BLOCK[0] * 16 / size_of::<T::Acc>());
+        let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums_of_parts")?;
+        let launch = launch.vector_mut(&mut out).size(0).mat(sums).size(down).size(cols).size(down);
+        let launch = launch.value(i32::from(vectors(sums, 16 / size_of::<T::Acc>())));
+        // SAFETY: one row of blocks, which writes `cols` elements.
+        unsafe { launch.grid([across, 1, 1]).block(SUM_BLOCK).launch() }
+    }
+}
