@@ -5,6 +5,8 @@
 #[path = "cuda/aligned.rs"]
 mod aligned;
 mod gpu;
+#[path = "cuda/grouped.rs"]
+mod grouped;
 
 use gpu::gpu;
 use moe_kernels::{Cuda, Error, bf16, cuda};
@@ -21,6 +23,9 @@ macro_rules! suites {
     )*};
 }
 suites! {
+    grouped_gemm_f32: grouped_gemm::<f32>(1e-5);
+    grouped_gemm_f64: grouped_gemm::<f64>(1e-12);
+    grouped_gemm_bf16: grouped_gemm::<bf16>(1e-2);
     memory: memory::<>();
     rows_f32: rows::<f32>();
     rows_f64: rows::<f64>();

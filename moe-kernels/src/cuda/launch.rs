@@ -189,6 +189,12 @@ impl Launch<'_> {
         self
     }
 
+    /// Says that the kernel uses a buffer whose address is among its values.
+    pub(super) fn uses(mut self, buf: &CudaBuf) -> Self {
+        self.check(buf);
+        self
+    }
+
     /// An operand must lie on this device.
     fn check(&mut self, buf: &CudaBuf) {
         if !self.device.owns(buf) {

@@ -12,6 +12,12 @@
 //! which does not wait. The kernel notes the first such row and stays inside its operands; the next `download` or
 //! `synchronize` returns the error that [`Cpu`](crate::Cpu) returns at the call, once.
 //!
+//! # Products of row groups
+//!
+//! [`GroupedGemm`](crate::family::GroupedGemm) in bf16 has a kernel of its own on Hopper. It takes operands whose rows begin at multiples
+//! of 16 bytes (address and row stride), where the rows of the result are whole 16 bytes (8 columns, 4 of weight gradients), for
+//! up to 512 groups; everything else goes to a kernel that takes anything and is far slower.
+//!
 //! # Example
 //!
 //! ```no_run
@@ -52,7 +58,9 @@ mod choices;
 mod elementwise;
 mod embedding;
 mod gemm;
+mod grouped;
 mod grouped_bias;
+mod grouped_hopper;
 mod loss;
 mod norm;
 mod optim;

@@ -43,6 +43,8 @@ sources! {
     ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[];
     EMBEDDING = "embedding", FLOATS, &[];
     GEMM = "gemm", FLOATS, &[];
+    GROUPED = "grouped", FLOATS, &[];
+    GROUPED_HOPPER = "grouped_hopper", &[DType::Bf16], super::grouped_hopper::WAYS;
     LOSS = "loss", FLOATS, &[];
     NORM = "norm", FLOATS, &[];
     ROPE = "rope", FLOATS, &[];

@@ -9,10 +9,15 @@ use cudarc::driver::sys::{
 
 use super::Cuda;
 use super::driver::cu;
-use crate::{DType, Element, Result, View};
+use crate::{DType, Element, Result, View, ViewMut};
 
 /// What a kernel takes for a `TensorMap`, by value.
 pub(super) type TensorMap = [u64; 16];
+
+/// Size of the dimension whose end is a group's end ([`Tiled::ragged`]): `RAGGED` of the kernels.
+const RAGGED: u64 = 1 << 30;
+/// No index along a dimension comes here.
+const FAR: u64 = 0x7fff_0000;
 
 /// A matrix that tiles are moved from or to. A tile has 128 bytes of columns, swizzled in shared memory.
 #[derive(Debug, Clone, Copy)]
@@ -38,15 +43,53 @@ impl<E: Element> From<View<'_, E, Cuda>> for Tiled {
     }
 }
 
+impl<E: Element> From<&ViewMut<'_, E, Cuda>> for Tiled {
+    fn from(view: &ViewMut<'_, E, Cuda>) -> Self {
+        view.as_view().into()
+    }
+}
+
 impl Tiled {
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows as usize
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.cols as usize
+    }
+
     /// Whether the copy engine can address it: rows at multiples of 16 bytes, and sizes within its limits.
     pub(super) fn is_addressable(&self) -> bool {
         self.address.is_multiple_of(16)
             && self.stride.is_multiple_of(16)
             && (16..1 << 34).contains(&self.stride)
-            && (1..1 << 30).contains(&self.rows)
+            && (1..RAGGED).contains(&self.rows)
             && self.stride * self.rows < 1 << 40
-            && self.cols < 1 << 31
+            && (1..1 << 31).contains(&self.cols)
+    }
+
+    /// As it is: coordinates (column, row).
+    pub(super) fn plain(&self, tile_rows: u32) -> Result<TensorMap> {
+        self.encode(&[self.cols, self.rows], &[self.stride], tile_rows)
+    }
+
+    /// As equal groups of rows, past whose ends there is nothing: coordinates (column, row, group).
+    pub(super) fn groups(&self, groups: usize, tile_rows: u32) -> Result<TensorMap> {
+        let rows = self.rows / groups as u64;
+        self.encode(&[self.cols, rows, groups as u64], &[self.stride, self.stride * rows], tile_rows)
+    }
+
+    /// As groups of rows whose ends only the device knows: coordinates (column, `RAGGED` − rows left, end of the group, `RAGGED`).
+    ///
+    /// The second coordinate passes its dimension's end where the group ends. The address is that of the row all the same:
+    /// `(2³⁰ − left)·s + end·s + 2³⁰·(2³⁴ − s)` is `(end − left)·s` modulo 2⁶⁴. (The form is that of Triton's ragged TMA.)
+    pub(super) fn ragged(&self, tile_rows: u32) -> Result<TensorMap> {
+        let strides = [self.stride, self.stride, (1 << 34) - self.stride];
+        self.encode(&[self.cols, RAGGED, FAR, FAR], &strides, tile_rows)
     }
 
     /// As heads side by side in rows that are sequence-major: coordinates (column of the head, position, head, sequence).
@@ -60,6 +103,7 @@ impl Tiled {
     fn encode(&self, dims: &[u64], strides: &[u64], tile_rows: u32) -> Result<TensorMap> {
         let dtype = match self.dtype {
             DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
             other => unreachable!("no kernel moves tiles of {other}"),
         };
         let tile = [128 / self.dtype.size() as u32, tile_rows, 1, 1];

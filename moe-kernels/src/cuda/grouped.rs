@@ -1,0 +1,89 @@
+//! Matrix products of row groups with a weight each.
+
+use super::Cuda;
+use super::fault::Fault;
+use super::grouped_hopper::{Product, Tiles};
+use super::source::GROUPED;
+use crate::family::{GroupedGemm, Op};
+use crate::{Float, Result, View, ViewMut, check};
+
+/// Rows and columns of the result that a block owns, and its threads: `TILE` and `THREADS` of the kernels.
+const TILE: usize = 64;
+const THREADS: usize = 256;
+
+/// What is wrong with offsets that the Cpu refuses at the call.
+pub(super) const UNSOUND: Fault =
+    Fault::Argument { what: "offsets do not ascend from 0 to at most the rows" };
+
+/// How many groups `offsets` are of.
+fn groups(kernel: &'static str, offsets: View<'_, i32, Cuda>) -> Result<usize> {
+    let entries = offsets.shape()[1].max(1);
+    check::shape(kernel, "offsets", [1, entries], offsets.shape())?;
+    Ok(entries - 1)
+}
+
+impl<T: Float> GroupedGemm<T> for Cuda {
+    fn grouped_gemm(
+        &self,
+        mut y: ViewMut<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        tw: Op,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "grouped_gemm";
+        let [n, to] = y.shape();
+        let from = x.shape()[1];
+        let (out, input) = match tw {
+            Op::T => (to, from),
+            Op::N => (from, to),
+        };
+        check::shape(KERNEL, "x", [n, from], x.shape())?;
+        let groups = groups(KERNEL, offsets)?;
+        check::shape(KERNEL, "w", [groups * out, input], w.shape())?;
+        let (product, name) = match tw {
+            Op::T => (Product::Forward, "grouped_gemm_t"),
+            Op::N => (Product::InputGradient, "grouped_gemm_n"),
+        };
+        let tiles = Tiles { product, y: (&y).into(), a: x.into(), b: w.into(), groups };
+        if tiles.fit(self) {
+            let launch = tiles.launch(self, offsets)?.uses(y.buf()).uses(x.buf()).uses(w.buf());
+            // SAFETY: shapes and alignments fit, and the kernel does nothing if the offsets pass the rows.
+            return unsafe { launch.fault(UNSOUND).launch() };
+        }
+        let blocks = (n.div_ceil(TILE) + groups) * to.div_ceil(TILE);
+        let launch = self.kernel(&GROUPED.of(T::DTYPE), name)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
+        let launch =
+            launch.mat_mut(&mut y).mat(x).mat(w).vector(offsets).size(groups).size(n).size(to).size(from);
+        // SAFETY: shapes fit, and the kernel does nothing if the offsets pass the rows.
+        unsafe { launch.fault(UNSOUND).launch() }
+    }
+
+    fn grouped_gemm_acc(
+        &self,
+        mut g: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "grouped_gemm_acc";
+        let [n, out] = dy.shape();
+        let input = x.shape()[1];
+        check::shape(KERNEL, "x", [n, input], x.shape())?;
+        let groups = groups(KERNEL, offsets)?;
+        check::shape(KERNEL, "g", [groups * out, input], g.shape())?;
+        let tiles =
+            Tiles { product: Product::WeightGradient, y: (&g).into(), a: dy.into(), b: x.into(), groups };
+        if tiles.fit(self) {
+            let launch = tiles.launch(self, offsets)?.uses(g.buf()).uses(dy.buf()).uses(x.buf());
+            // SAFETY: shapes and alignments fit, and the kernel does nothing if the offsets pass the rows.
+            return unsafe { launch.fault(UNSOUND).launch() };
+        }
+        let blocks = groups * out.div_ceil(TILE) * input.div_ceil(TILE);
+        let launch = self.kernel(&GROUPED.of(T::DTYPE), KERNEL)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
+        let launch =
+            launch.mat_mut(&mut g).mat(dy).mat(x).vector(offsets).size(groups).size(n).size(out).size(input);
+        // SAFETY: shapes fit, and the kernel does nothing if the offsets pass the rows.
+        unsafe { launch.fault(UNSOUND).launch() }
+    }
+}
