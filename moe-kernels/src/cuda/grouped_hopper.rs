@@ -27,12 +27,16 @@ struct Build {
     pingpong: bool,
 }
 
+/// What measured fastest (`benchmarks/grouped_gemm.py`, docs/benchmarks.md): turns hide the way out of results, which sums of a few
+/// thousand products need; the larger tile loads less for each product.
 const FORWARD: Build =
     Build { product: Product::Forward, columns: 192, stages: 4, buffers: 4, pingpong: true };
-/// Chunks of 64 columns, in which `b` is loaded here, are shared whole between two blocks: an even number of them.
-const INPUT_GRADIENT: Build =
-    Build { product: Product::InputGradient, columns: 256, stages: 4, buffers: 2, pingpong: false };
-const WEIGHT_GRADIENT: Build = Build { product: Product::WeightGradient, ..INPUT_GRADIENT };
+const LONG_FORWARD: Build =
+    Build { product: Product::Forward, columns: 256, stages: 4, buffers: 2, pingpong: false };
+const INPUT_GRADIENT: Build = Build { product: Product::InputGradient, ..LONG_FORWARD };
+const WEIGHT_GRADIENT: Build = Build { product: Product::WeightGradient, ..FORWARD };
+/// Products of a sum from which on it is [`LONG_FORWARD`]'s.
+const LONG: usize = 8192;
 
 /// Rows of a tile, bytes of a row of a stage: `BM` and `BK` of the kernel.
 const TILE_ROWS: usize = 128;
@@ -77,8 +81,12 @@ impl Build {
 }
 
 /// All definitions that the kernel is compiled with.
-pub(super) const WAYS: &[&[(&str, i64)]] =
-    &[&FORWARD.definitions(), &INPUT_GRADIENT.definitions(), &WEIGHT_GRADIENT.definitions()];
+pub(super) const WAYS: &[&[(&str, i64)]] = &[
+    &FORWARD.definitions(),
+    &LONG_FORWARD.definitions(),
+    &INPUT_GRADIENT.definitions(),
+    &WEIGHT_GRADIENT.definitions(),
+];
 
 /// Operands of a product: `y = a · b` of each group, as the kernel names them.
 #[derive(Debug, Clone, Copy)]
@@ -106,7 +114,8 @@ impl Tiles {
 
     fn build(&self) -> &'static Build {
         match self.product {
-            Product::Forward => &FORWARD,
+            Product::Forward if self.a.cols() < LONG => &FORWARD,
+            Product::Forward => &LONG_FORWARD,
             Product::InputGradient => &INPUT_GRADIENT,
             Product::WeightGradient => &WEIGHT_GRADIENT,
         }
