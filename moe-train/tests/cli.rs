@@ -474,6 +474,83 @@ fn files_of_tokens_are_inspected_and_verified() {
     place.run(&["data", "verify", "nowhere"]).refused(3, &["nowhere"]);
 }
 
+/// From JSON lines and text to a run under a folding, in either format.
+#[test]
+fn corpora_are_prepared_inspected_verified_and_trained_on() {
+    let place = Place::new();
+    let lines = (0..40).map(|i| format!("{{\"id\": {i}, \"body\": \"{}\"}}\n", "fold ".repeat(i)));
+    fs::write(place.path("lines.jsonl"), lines.collect::<String>()).unwrap();
+    let prepare = |more: &[&str]| {
+        place.run(&[&["data", "prepare", "lines.jsonl", "text/1.txt", "--field", "body"], more].concat())
+    };
+    for (out, format, kind) in
+        [("c.tokens", "tokens", "token file"), ("c", "megatron", "Megatron dataset of U16, 40 sequences")]
+    {
+        let said = prepare(&["--tokenizer", "byte", "--out", out, "--format", format, "--threads", "3"]).ok();
+        let text = fs::metadata(place.path("text/1.txt")).unwrap().len();
+        let tokens = 5 * (0..40).sum::<u64>() + text;
+        let wanted = format!("1 empty documents were passed over\n40 documents, {tokens} tokens: {out}\n");
+        assert_eq!(said.out, wanted);
+        assert!(!place.path(&format!("{out}.parts")).exists());
+        let said = place.run(&["data", "inspect", out]).ok().out;
+        assert!(said.starts_with(&format!("{out}: {kind}\n{tokens} tokens in 40 documents\n")), "{said}");
+        let said = place.run(&["data", "inspect", out, "--document", "1", "--tokenizer", "byte"]).ok().out;
+        assert_eq!(said, "fold fold \n");
+        assert_eq!(place.run(&["data", "verify", out]).ok().out, format!("{out}: whole\n"));
+        let blend = format!("data.blend=[{{ path = '{out}' }}]");
+        let output = format!("train.output=run-{format}");
+        let sets = ["data.files=[]", &blend, "data.held_out=0.2", &output];
+        place.train(&sets.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
+    }
+    assert_eq!(place.timeless("run-tokens").len(), place.timeless("run-megatron").len());
+    let losses = |run: &str| -> Vec<Value> {
+        place.timeless(run).into_iter().filter_map(|line| line.get("loss").cloned()).collect()
+    };
+    assert_eq!(losses("run-tokens").len(), 6);
+    assert_eq!(losses("run-tokens"), losses("run-megatron"));
+
+    fs::write(place.path("lines.jsonl"), "{\"body\": \"a\"}\n{\"text\": \"b\"}\n").unwrap();
+    prepare(&["--tokenizer", "byte", "--out", "new"])
+        .refused(3, &["lines.jsonl:2: missing field `body` (column 13)"]);
+    let mut other = vec!["data", "prepare", "run.toml", "--tokenizer", "byte", "--out", "new"];
+    place.run(&other).refused(3, &["run.toml", "--input-format"]);
+    other.extend(["--input-format", "text"]);
+    place.run(&other).refused(3, &["new.parts has parts of the input lines.jsonl, where run.toml is now"]);
+    fs::remove_dir_all(place.path("new.parts")).unwrap();
+    assert!(place.run(&other).ok().out.starts_with("1 documents"));
+}
+
+/// Killed when a part is complete, and again in between: the result is that of one that was not.
+#[cfg(feature = "tokenizers")]
+#[test]
+fn a_killed_preparation_goes_on() {
+    let place = Place::new();
+    let lines = (0..6000).map(|i| {
+        let words = (0..160).map(|k| ["the", "ranks", "fold", "für", "3 €"][(i * k + k * k) % 5]);
+        format!("{{\"text\": \"{}\"}}\n", words.collect::<Vec<_>>().join(" "))
+    });
+    fs::write(place.path("lines.jsonl"), lines.collect::<String>()).unwrap();
+    let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tokenizer");
+    let arguments = |out| ["data", "prepare", "lines.jsonl", "--tokenizer", tokenizer, "--out", out];
+    let said = place.run(&arguments("whole")).ok().out;
+    assert!(said.starts_with("documents end with <|endoftext|> (1)\n6000 documents, "), "{said}");
+    for part in 0..2 {
+        let mut child = place.command(&arguments("out")).stdout(Stdio::null()).spawn().unwrap();
+        let part = place.path(&format!("out.parts/part-{part:06}.tokens"));
+        while !part.exists() && child.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    place.run(&arguments("out")).ok();
+    // Not `assert_eq`, which would print both.
+    assert!(fs::read(place.path("out")).unwrap() == fs::read(place.path("whole")).unwrap());
+    let left = fs::read_dir(place.0.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("out")).collect();
+    assert_eq!(left, ["out"]);
+}
+
 /// A token file and a dataset of Megatron, of which other samples are used than of one alone, whatever the folding.
 #[test]
 fn blends_are_the_same_under_any_folding_and_go_on() {

@@ -27,12 +27,7 @@ impl Sample {
             Some(_) => return Err("this is no JSON object".to_owned()),
             None => return Err("an empty line".to_owned()),
         }
-        let sample: Sample = serde_json::from_slice(line).map_err(|error| {
-            // It counts lines from the start of this one.
-            let text = error.to_string();
-            let what = text.split(" at line ").next().unwrap_or(&text);
-            format!("{what} (column {})", error.column())
-        })?;
+        let sample: Sample = serde_json::from_slice(line).map_err(|error| json_fault(&error))?;
         for (name, text) in [("prompt", &sample.prompt), ("completion", &sample.completion)] {
             if text.is_empty() {
                 return Err(format!("the {name} is empty"));
@@ -87,6 +82,14 @@ pub fn prepare_completions(
     train.finish()?;
     held.finish()?;
     Ok(prepared)
+}
+
+/// What is wrong with a line.
+pub(super) fn json_fault(error: &serde_json::Error) -> String {
+    // It counts lines from the start of this one.
+    let text = error.to_string();
+    let what = text.split(" at line ").next().unwrap_or(&text);
+    format!("{what} (column {})", error.column())
 }
 
 /// A prompt and its completion.

@@ -234,6 +234,48 @@ pub enum DataError {
         /// What is wrong with it.
         what: String,
     },
+    /// A file of documents is none that can be read.
+    #[error("{}: {what}", path.display())]
+    Input {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A row of a column has no tokens.
+    #[error("{}: row {row}, counted from 0: {source}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The row, from 0.
+        row: u64,
+        /// Why.
+        source: TokenizeError,
+    },
+    /// Parts that are there are not of what is to be made.
+    #[error(
+        "{} has parts of {what}: give what they were begun with, or remove the folder to begin anew", folder.display()
+    )]
+    Parts {
+        /// The folder.
+        folder: PathBuf,
+        /// What they are parts of.
+        what: String,
+    },
+    /// Nothing is to be written.
+    #[error("no document has a text ({empty} empty ones): nothing is written")]
+    NoText {
+        /// Documents without a text.
+        empty: u64,
+    },
+    /// Stopped before its end.
+    #[error("interrupted when {done} of {of} parts were complete: the same command goes on with them")]
+    Interrupted {
+        /// Complete parts.
+        done: usize,
+        /// All parts.
+        of: usize,
+    },
     /// There is nothing left to train on when a sample is held out.
     #[error("data.files has only one prompt with a completion, and whole ones are held out: give more")]
     OneSample,

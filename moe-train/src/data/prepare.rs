@@ -1,15 +1,11 @@
 //! From text files to token files.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use super::cut::{document_end, read_at};
 use super::{DataError, Encoder, TokenFileWriter, TokenizeError};
 use crate::durable::Context;
-
-/// A file is one document, unless it is longer than this; then it is cut into several, after the last line end before
-/// this length where there is one, else between two characters. So a single long text can be trained on and held out from.
-pub const MAX_DOCUMENT_BYTES: usize = 64 * 1024;
 
 /// What [`prepare`] wrote.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -113,18 +109,9 @@ struct Document<'a> {
 impl Document<'_> {
     fn read(&self) -> Result<Vec<u8>, DataError> {
         let mut bytes = vec![0; self.len];
-        let read = |bytes: &mut [u8]| {
-            let mut file = File::open(self.path)?;
-            file.seek(SeekFrom::Start(self.start))?;
-            file.read_exact(bytes)
-        };
-        match read(&mut bytes) {
-            Ok(()) => Ok(bytes),
-            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-                Err(DataError::Changed { path: self.path.to_owned() })
-            }
-            Err(error) => Err(error).context("read", self.path)?,
-        }
+        let mut file = File::open(self.path).context("open", self.path)?;
+        read_at(&mut file, self.path, self.start, &mut bytes)?;
+        Ok(bytes)
     }
 
     /// Says where in the file the tokenizer found fault.
@@ -140,30 +127,17 @@ impl Document<'_> {
 /// Cuts a file into documents.
 fn cut<'a>(path: &'a Path, documents: &mut Vec<Document<'a>>) -> Result<(), DataError> {
     let mut file = File::open(path).context("open", path)?;
-    let mut buffer = Vec::with_capacity(MAX_DOCUMENT_BYTES + 1);
-    let mut start = 0;
-    loop {
-        let missing = (MAX_DOCUMENT_BYTES + 1 - buffer.len()) as u64;
-        file.by_ref().take(missing).read_to_end(&mut buffer).context("read", path)?;
-        let len = match buffer.len() {
-            0 if start == 0 => return Err(DataError::EmptyText { path: path.to_owned() }),
-            0 => return Ok(()),
-            all if all <= MAX_DOCUMENT_BYTES => all,
-            _ => {
-                let whole = &buffer[..MAX_DOCUMENT_BYTES];
-                whole.iter().rposition(|&byte| byte == b'\n').map_or_else(|| character(&buffer), |at| at + 1)
-            }
-        };
-        documents.push(Document { path, start, len });
-        start += len as u64;
-        buffer.drain(..len);
+    let bytes = file.metadata().context("read", path)?.len();
+    if bytes == 0 {
+        return Err(DataError::EmptyText { path: path.to_owned() });
     }
-}
-
-/// The largest length up to [`MAX_DOCUMENT_BYTES`] that cuts no character of UTF-8, if it is that.
-fn character(longer: &[u8]) -> usize {
-    let starts = |&at: &usize| longer[at] & 0xC0 != 0x80;
-    (MAX_DOCUMENT_BYTES - 3..=MAX_DOCUMENT_BYTES).rev().find(starts).unwrap_or(MAX_DOCUMENT_BYTES)
+    let mut start = 0;
+    while start < bytes {
+        let end = document_end(&mut file, path, start, bytes)?;
+        documents.push(Document { path, start, len: (end - start) as usize });
+        start = end;
+    }
+    Ok(())
 }
 
 /// Which of `n` documents are held out; none if there are not two.
@@ -191,7 +165,7 @@ pub(super) fn choose(n: usize, held_out: f64, seed: u64) -> Option<Vec<bool>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{TokenFile, TokenizerKind};
+    use super::super::{MAX_DOCUMENT_BYTES, TokenFile, TokenizerKind};
     use super::*;
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {

@@ -1,6 +1,34 @@
 //! Where documents of tokens are written to.
 
+use std::path::Path;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 use super::{DataError, MegatronWriter, TokenFileWriter};
+
+/// The format of a file of documents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DocumentFormat {
+    /// A token file of this program.
+    Tokens,
+    /// Megatron's `.bin` and `.idx`.
+    Megatron,
+}
+
+impl DocumentFormat {
+    /// Begins a file, or the files with a prefix, of tokens below `vocab_size`.
+    ///
+    /// # Errors
+    /// It cannot be created, or the format does not take so large a vocabulary.
+    pub fn create(self, path: &Path, vocab_size: u32) -> Result<Box<dyn DocumentWriter>, DataError> {
+        Ok(match self {
+            DocumentFormat::Tokens => Box::new(TokenFileWriter::create(path, vocab_size)?),
+            DocumentFormat::Megatron => Box::new(MegatronWriter::create(path, vocab_size)?),
+        })
+    }
+}
 
 /// Takes documents of tokens, in order, in whichever format.
 ///
@@ -58,6 +86,23 @@ impl DocumentWriter for MegatronWriter {
 
     fn finish(self: Box<Self>) -> Result<(), DataError> {
         (*self).finish()
+    }
+}
+
+/// The lowest `width` bytes of each token: 1, 2 or 4.
+pub(super) fn narrow(tokens: &[u32], width: usize) -> Vec<u8> {
+    let mut bytes = vec![0; tokens.len() * width];
+    match width {
+        1 => bytes.iter_mut().zip(tokens).for_each(|(byte, &token)| *byte = token as u8),
+        2 => fill(bytes.as_chunks_mut().0, tokens, |token| (token as u16).to_le_bytes()),
+        _ => fill(bytes.as_chunks_mut().0, tokens, u32::to_le_bytes),
+    }
+    bytes
+}
+
+fn fill<const WIDTH: usize>(bytes: &mut [[u8; WIDTH]], tokens: &[u32], narrow: impl Fn(u32) -> [u8; WIDTH]) {
+    for (bytes, &token) in bytes.iter_mut().zip(tokens) {
+        *bytes = narrow(token);
     }
 }
 

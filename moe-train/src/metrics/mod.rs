@@ -7,5 +7,6 @@ mod tensorboard;
 
 pub use jsonl::{JsonLines, MetricsError};
 pub use progress::Progress;
+pub(crate) use progress::{duration, short};
 pub use record::{EvalRecord, SetLoss, StepRecord};
 pub use tensorboard::EventFile;

@@ -90,7 +90,7 @@ impl<W: Write> Progress<W> {
 }
 
 /// Three or four digits: `950`, `12.3k`, `4.56M`.
-fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     match value {
         v if v < 1e3 => format!("{v:.0}"),
         v if v < 1e5 => format!("{:.1}k", v / 1e3),
@@ -100,7 +100,7 @@ fn short(value: f64) -> String {
 }
 
 /// `42s`, `3m05s`, `2h07m`, `3d04h`.
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     if !seconds.is_finite() {
         return "-".to_owned();
     }

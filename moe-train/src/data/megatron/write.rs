@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::super::DataError;
+use super::super::writer::narrow;
 use super::checksums::{Checksum, Checksums};
 use super::{HEADER, MAGIC, MegatronDType, VERSION, beside};
 use crate::durable::{Context, create_new, rename, temporary_name};
@@ -52,10 +53,7 @@ impl MegatronWriter {
             let (path, index) = (beside(&self.prefix, ".bin"), self.lengths.len() as u64);
             return Err(DataError::LongSequence { path, index });
         }
-        let width = self.dtype.width();
-        let bytes: Vec<u8> =
-            tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(width)).collect();
-        self.bin.write(&bytes)?;
+        self.bin.write(&narrow(tokens, self.dtype.width()))?;
         self.open = open as u32;
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::super::DataError;
+use super::super::writer::narrow;
 use super::{HEADER, Header};
 use crate::durable::{Context, create_new, rename, temporary_name};
 
@@ -144,9 +145,7 @@ impl TokenFileWriter {
     }
 
     fn push(&mut self, tokens: &[u32], learnt: bool) -> Result<(), DataError> {
-        let bytes: Vec<u8> =
-            tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(self.width)).collect();
-        self.write(&bytes)?;
+        self.write(&narrow(tokens, self.width))?;
         if let Some(mask) = &mut self.mask {
             mask_tokens(mask, self.tokens, tokens.len(), learnt);
         }

@@ -1,18 +1,18 @@
 //! `moe-train data`.
 
+mod prepare;
+
 use std::path::PathBuf;
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 
 use crate::Result;
-use crate::data::{
-    DocumentWriter, MegatronWriter, TokenFileWriter, Tokenizer, TokenizerKind, Tokens, Verified,
-    import_nanogpt,
-};
+use crate::data::{DocumentFormat, Tokenizer, TokenizerKind, Tokens, Verified, import_nanogpt};
 
 /// Make tokens to train on, and look into them.
 #[derive(Debug, Subcommand)]
 pub enum Data {
+    Prepare(prepare::Prepare),
     /// Copy the tokens of nanoGPT, llm.c or modded-nanogpt into a file of documents.
     ImportNanogpt {
         /// Files, `.bin`, with or without a header; a document may go on in the next one.
@@ -29,8 +29,8 @@ pub enum Data {
         #[arg(long, default_value_t = 50257)]
         vocab_size: u32,
         /// What to make.
-        #[arg(long, value_enum, default_value_t = Format::Tokens)]
-        format: Format,
+        #[arg(long, value_enum, default_value_t = DocumentFormat::Tokens)]
+        format: DocumentFormat,
     },
     /// Say what is in a file of documents, or in one of its documents.
     Inspect {
@@ -51,23 +51,12 @@ pub enum Data {
     },
 }
 
-/// The format of a file of documents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// A token file of this program.
-    Tokens,
-    /// Megatron's `.bin` and `.idx`.
-    Megatron,
-}
-
 impl Data {
     pub fn run(self) -> Result<()> {
         match self {
+            Data::Prepare(command) => command.run(),
             Data::ImportNanogpt { files, out, eot, vocab_size, format } => {
-                let mut writer: Box<dyn DocumentWriter> = match format {
-                    Format::Tokens => Box::new(TokenFileWriter::create(&out, vocab_size)?),
-                    Format::Megatron => Box::new(MegatronWriter::create(&out, vocab_size)?),
-                };
+                let mut writer = format.create(&out, vocab_size)?;
                 let imported = import_nanogpt(&files, eot, &mut *writer)?;
                 writer.finish()?;
                 println!("{} documents, {} tokens: {}", imported.documents, imported.tokens, out.display());
