@@ -10,6 +10,8 @@ import statistics
 import sys
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 
 torch._functorch.config.donated_buffer = False  # backward runs several times

@@ -80,11 +80,9 @@ extern "C" __global__ void embed_count(i32 *scratch, const i32 *__restrict__ ids
     if (slot == SLOTS) found.many[atomicAdd(found.used, 1)] = i32(row);
 }
 
-// Adds rows of `dy`, of the tokens at `members`, to `sum`: columns from `j` on.
-template <int M>
-__device__ __forceinline__ void add_rows(Acc *sum, const T *dy, i64 dys, i64 j, const i32 *members, int count) {
-    // Loads that are under way at once.
-    constexpr int LOADS = 8;
+// Adds rows of `dy`, of the tokens at `members`, to `sum`: columns from `j` on. `LOADS` of them are under way at once.
+template <int M, int LOADS>
+__device__ __forceinline__ void add_rows(Vec<Acc, M> &sum, const T *dy, i64 dys, i64 j, const i32 *members, int count) {
     for (int k = 0; k < count; k += LOADS) {
         Vec<T, M> v[LOADS];
 #pragma unroll
@@ -92,23 +90,29 @@ __device__ __forceinline__ void add_rows(Acc *sum, const T *dy, i64 dys, i64 j, 
             if (k + l < count) v[l] = load<M>(dy + members[k + l] * dys + j);
 #pragma unroll
         for (int l = 0; l < LOADS; l++)
-            if (k + l < count)
+            if (k + l < count) {
+                Vec<Acc, M> wide = widen(v[l]);
 #pragma unroll
-                for (int e = 0; e < M; e++) sum[e] += widen(v[l].at[e]);
+                for (int e = 0; e < M; e++) sum.at[e] += wide.at[e];
+            }
     }
 }
 
-// dtable += sum, `M` columns.
-template <int M> __device__ __forceinline__ void add_to(Acc *to, const Acc *sum) {
-    // Sums, too, are moved at most 16 bytes at a time.
-    constexpr int A = M < 16 / int(sizeof(Acc)) ? M : 16 / int(sizeof(Acc));
+// Sums are moved at most 16 bytes at a time, too.
+template <int M> constexpr int ACCS = M < 16 / int(sizeof(Acc)) ? M : 16 / int(sizeof(Acc));
+
+template <int M> __device__ __forceinline__ Vec<Acc, M> load_sums(const Acc *from) {
+    constexpr int A = ACCS<M>;
+    Vec<Acc, M> sums;
 #pragma unroll
-    for (int e = 0; e < M; e += A) {
-        Vec<Acc, A> v = load<A>(to + e);
+    for (int e = 0; e < M; e += A) *reinterpret_cast<Vec<Acc, A> *>(sums.at + e) = load<A>(from + e);
+    return sums;
+}
+
+template <int M> __device__ __forceinline__ void store_sums(Acc *to, const Vec<Acc, M> &sums) {
+    constexpr int A = ACCS<M>;
 #pragma unroll
-        for (int l = 0; l < A; l++) v.at[l] += sum[e + l];
-        store<A>(to + e, v);
-    }
+    for (int e = 0; e < M; e += A) store<A>(to + e, *reinterpret_cast<const Vec<Acc, A> *>(sums.at + e));
 }
 
 // One warp for each token; that in the first slot of its id works for all of them.
@@ -130,9 +134,10 @@ __device__ __forceinline__ void embed_few(Acc *dtable, i64 ts, const T *dy, i64 
     if (lane < tokens) sorted[warp][rank] = member;
     __syncwarp();
     for (i64 j = lane * M; j < h; j += 32 * M) {
-        Acc sum[M] = {};
-        add_rows<M>(sum, dy, dys, j, sorted[warp], tokens);
-        add_to<M>(dtable + row * ts + j, sum);
+        Acc *to = dtable + row * ts + j;
+        Vec<Acc, M> sum = load_sums<M>(to);
+        add_rows<M, 4>(sum, dy, dys, j, sorted[warp], tokens);
+        store_sums<M>(to, sum);
     }
 }
 
@@ -181,24 +186,25 @@ extern "C" __global__ void __launch_bounds__(ORDER_THREADS) embed_order(i32 *scr
 template <int M>
 __device__ __forceinline__ void embed_many(Acc *dtable, i64 ts, const T *dy, i64 dys, i32 *scratch, i64 rows, i64 n,
                                            i64 h) {
+    __shared__ Vec<Acc, M> sums[PARTS][32];
     Found found(scratch, rows, n);
-    __shared__ Acc sums[PARTS][32][M];
     if (blockIdx.x >= found.used[0]) return;
     i64 row = found.many[blockIdx.x];
     int part = threadIdx.x / 32, lane = threadIdx.x % 32;
     int tokens = found.count[row], each = (tokens + PARTS - 1) / PARTS, begin = min(tokens, part * each);
+    const i32 *members = found.members + found.begin[blockIdx.x] + begin;
     for (i64 j = (i64(blockIdx.y) * 32 + lane) * M; j - lane * M < h; j += i64(gridDim.y) * 32 * M) {
-        Acc sum[M] = {};
-        if (j < h)
-            add_rows<M>(sum, dy, dys, j, found.members + found.begin[blockIdx.x] + begin, min(each, tokens - begin));
-#pragma unroll
-        for (int e = 0; e < M; e++) sums[part][lane][e] = sum[e];
+        Vec<Acc, M> sum = {};
+        if (j < h) add_rows<M, 8>(sum, dy, dys, j, members, min(each, tokens - begin));
+        sums[part][lane] = sum;
         __syncthreads();
         if (part == 0 && j < h) {
-            for (int p = 1; p < PARTS; p++)
+            Acc *to = dtable + row * ts + j;
+            sum = load_sums<M>(to);
+            for (int p = 0; p < PARTS; p++)
 #pragma unroll
-                for (int e = 0; e < M; e++) sum[e] += sums[p][lane][e];
-            add_to<M>(dtable + row * ts + j, sum);
+                for (int e = 0; e < M; e++) sum.at[e] += sums[p][lane].at[e];
+            store_sums<M>(to, sum);
         }
         __syncthreads();
     }

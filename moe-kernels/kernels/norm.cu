@@ -26,9 +26,11 @@ __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64
 #pragma unroll
         for (int v = 0; v < V; v++) {
             int j = (threadIdx.x + v * blockDim.x) * N;
-            if (live && j < h)
+            if (live && j < h) {
+                Vec<Acc, N> a = widen(row[v]);
 #pragma unroll
-                for (int e = 0; e < N; e++) sum += widen(row[v].at[e]) * widen(row[v].at[e]);
+                for (int e = 0; e < N; e++) sum += a.at[e] * a.at[e];
+            }
         }
         sum = group_sum(sum);
     }
@@ -39,10 +41,10 @@ __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64
     for (int v = 0; v < V; v++) {
         int j = (threadIdx.x + v * blockDim.x) * N;
         if (j < h) {
-            Vec<T, N> weight = load<N>(w + j);
+            Vec<Acc, N> weight = widen(load<N>(w + j)), a = widen(row[v]);
 #pragma unroll
-            for (int e = 0; e < N; e++) row[v].at[e] = narrow<T>(widen(row[v].at[e]) * r * widen(weight.at[e]));
-            store<N>(y + i * ys + j, row[v]);
+            for (int e = 0; e < N; e++) a.at[e] *= r * weight.at[e];
+            store<N>(y + i * ys + j, narrow<T>(a));
         }
     }
 }
@@ -141,28 +143,35 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
     auto *place = reinterpret_cast<Vec<T, N> *>(dynamic) + thread;
     auto at = [&](int stage, int v, int operand) { return place + ((stage * V + v) * 2 + operand) * BACKWARD_THREADS; };
-    auto column = [&](int v) { return int(threadIdx.x + v * blockDim.x) * N; };
-    auto fetch = [&](i64 i, int stage) {
-        if (i < n)
+    int column = threadIdx.x * N, apart = blockDim.x * N;
+    bool has[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) has[v] = column + v * apart < h;
+
+    i64 step = i64(gridDim.x) * blockDim.y, first = i64(blockIdx.x) * blockDim.y, fetched = first + threadIdx.y;
+    dy += fetched * dys + column, x += fetched * xs + column, dx += fetched * dxs + column;
+    // Copies of this thread's next row begin.
+    auto fetch = [&](int stage) {
+        if (fetched < n)
 #pragma unroll
             for (int v = 0; v < V; v++)
-                if (column(v) < h) {
-                    copy_async(at(stage, v, 0), dy + i * dys + column(v));
-                    copy_async(at(stage, v, 1), x + i * xs + column(v));
+                if (has[v]) {
+                    copy_async(at(stage, v, 0), dy + v * apart);
+                    copy_async(at(stage, v, 1), x + v * apart);
                 }
         asm volatile("cp.async.commit_group;" ::: "memory");
+        fetched += step, dy += step * dys, x += step * xs;
     };
 
     Acc total[V][N] = {};
-    i64 step = i64(gridDim.x) * blockDim.y, first = i64(blockIdx.x) * blockDim.y;
-    for (int stage = 0; stage < STAGES - 1; stage++) fetch(first + threadIdx.y + stage * step, stage);
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
     Acc next_r = first + threadIdx.y < n ? rstd[first + threadIdx.y] : Acc(0);
     for (int stage = 0, turn = 0; first < n; first += step, turn ^= 1) {
         i64 i = first + threadIdx.y;
         bool live = i < n;
         Acc r = next_r;
         if (i + step < n) next_r = rstd[i + step];
-        fetch(i + (STAGES - 1) * step, stage == 0 ? STAGES - 1 : stage - 1);
+        fetch(stage == 0 ? STAGES - 1 : stage - 1);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
         Acc mean = 0;
         if (sums) {
@@ -170,26 +179,29 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
         } else {
 #pragma unroll
             for (int v = 0; v < V; v++)
-                if (live && column(v) < h) {
-                    Vec<T, N> g = *at(stage, v, 0), a = *at(stage, v, 1), weight = load<N>(w + column(v));
+                if (live && has[v]) {
+                    Vec<Acc, N> g = widen(*at(stage, v, 0)), a = widen(*at(stage, v, 1));
+                    Vec<Acc, N> weight = widen(load<N>(w + column + v * apart));
 #pragma unroll
-                    for (int e = 0; e < N; e++) mean += widen(g.at[e]) * widen(weight.at[e]) * widen(a.at[e]);
+                    for (int e = 0; e < N; e++) mean += g.at[e] * weight.at[e] * a.at[e];
                 }
             mean = lanes_sum(mean, part[turn]);
         }
         Acc c = r * r * r * (mean * share);
 #pragma unroll
         for (int v = 0; v < V; v++)
-            if (live && column(v) < h) {
-                Vec<T, N> g = *at(stage, v, 0), a = *at(stage, v, 1), weight = load<N>(w + column(v)), d;
+            if (live && has[v]) {
+                Vec<Acc, N> g = widen(*at(stage, v, 0)), a = widen(*at(stage, v, 1));
+                Vec<Acc, N> weight = widen(load<N>(w + column + v * apart));
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    Acc scaled = widen(g.at[e]) * r, ae = widen(a.at[e]);
-                    total[v][e] += scaled * ae;
-                    d.at[e] = narrow<T>(scaled * widen(weight.at[e]) - ae * c);
+                    g.at[e] *= r;
+                    total[v][e] += g.at[e] * a.at[e];
+                    g.at[e] = g.at[e] * weight.at[e] - a.at[e] * c;
                 }
-                store<N>(dx + i * dxs + column(v), d);
+                store<N>(dx + v * apart, narrow<T>(g));
             }
+        dx += step * dxs;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
@@ -200,10 +212,10 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
         if (threadIdx.y != row) continue;
 #pragma unroll
         for (int v = 0; v < V; v++)
-            if (column(v) < h)
+            if (has[v])
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    int j = column(v) + e;
+                    int j = column + v * apart + e;
                     Acc sum = row == 0 ? total[v][e] : dw[j] + total[v][e];
                     if (row + 1 == blockDim.y) partial[blockIdx.x * i64(h) + j] = sum;
                     else dw[j] = sum;

@@ -98,6 +98,33 @@ template <int N, typename E> __device__ __forceinline__ void store(E *to, const 
     *reinterpret_cast<Vec<E, N> *>(to) = v;
 }
 
+// All elements of a vector. Those of bf16 are taken two by two: one instruction for each (the compiler would cut every word in
+// halves first).
+template <int N> __device__ __forceinline__ Vec<float, N> widen(const Vec<float, N> &v) { return v; }
+template <int N> __device__ __forceinline__ Vec<double, N> widen(const Vec<double, N> &v) { return v; }
+template <int N> __device__ __forceinline__ Vec<float, N> widen(const Vec<bf16, N> &v) {
+    Vec<float, N> wide;
+    if constexpr (N % 2 == 0) {
+        const u32 *words = reinterpret_cast<const u32 *>(&v);
+#pragma unroll
+        for (int e = 0; e < N; e += 2) {
+            wide.at[e] = __uint_as_float(words[e / 2] << 16);
+            wide.at[e + 1] = __uint_as_float(words[e / 2] & 0xffff0000u);
+        }
+    } else {
+#pragma unroll
+        for (int e = 0; e < N; e++) wide.at[e] = widen(v.at[e]);
+    }
+    return wide;
+}
+
+template <typename To, int N, typename A> __device__ __forceinline__ Vec<To, N> narrow(const Vec<A, N> &v) {
+    Vec<To, N> rounded;
+#pragma unroll
+    for (int e = 0; e < N; e++) rounded.at[e] = narrow<To>(v.at[e]);
+    return rounded;
+}
+
 template <typename E> __device__ __forceinline__ bool aligned(const E *at, i64 stride, int bytes) {
     return u64(at) % bytes == 0 && (stride * i64(sizeof(E))) % bytes == 0;
 }

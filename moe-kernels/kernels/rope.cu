@@ -5,7 +5,7 @@
 // angles once.
 
 constexpr int N = 16 / sizeof(T);
-constexpr int HEADS = 2;
+constexpr int HEADS = 4;
 constexpr int THREADS = 128;
 
 struct Head {
@@ -13,10 +13,10 @@ struct Head {
 };
 
 // (re, im) turned.
-__device__ __forceinline__ void turn(T &re, T &im, Acc c, Acc s) {
-    Acc x = widen(re), y = widen(im);
-    re = narrow<T>(x * c - y * s);
-    im = narrow<T>(y * c + x * s);
+__device__ __forceinline__ void turn(Acc &re, Acc &im, Acc c, Acc s) {
+    Acc x = re;
+    re = x * c - im * s;
+    im = im * c + x * s;
 }
 
 template <bool HALVES, int M>
@@ -69,12 +69,15 @@ __device__ __forceinline__ void rope(T *y, i64 ys, const T *x, i64 xs, const Acc
 #pragma unroll
         for (int k = 0; k < HEADS; k++)
             if (group + k * groups < head.heads) {
+                Vec<Acc, M> wide[VECTORS];
+#pragma unroll
+                for (int l = 0; l < VECTORS; l++) wide[l] = widen(v[k][l]);
 #pragma unroll
                 for (int e = 0; e < PAIRS; e++)
-                    if constexpr (VECTORS == 2) turn(v[k][0].at[e], v[k][1].at[e], c[e], s[e]);
-                    else turn(v[k][0].at[2 * e], v[k][0].at[2 * e + 1], c[e], s[e]);
+                    if constexpr (VECTORS == 2) turn(wide[0].at[e], wide[1].at[e], c[e], s[e]);
+                    else turn(wide[0].at[2 * e], wide[0].at[2 * e + 1], c[e], s[e]);
 #pragma unroll
-                for (int l = 0; l < VECTORS; l++) store<M>(y + at + k * step + l * apart, v[k][l]);
+                for (int l = 0; l < VECTORS; l++) store<M>(y + at + k * step + l * apart, narrow<T>(wide[l]));
             }
     }
 }

@@ -8,7 +8,7 @@ use crate::family::{Rope, RotaryHead, RotaryPairs, Rotation};
 use crate::{Float, Result, View, ViewMut, check};
 
 /// Heads in which a thread turns the same elements: `HEADS` of the kernels.
-const HEADS: usize = 2;
+const HEADS: usize = 4;
 /// Threads of a block: `THREADS` of the kernels.
 const THREADS: usize = 128;
 
