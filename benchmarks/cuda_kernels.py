@@ -82,6 +82,69 @@ def embed(shape, _):
     return forward_and_backward(F.embedding, [ids, random(int(vocabulary), h)], None, False)
 
 
+def gather_rows(shape):
+    tokens, k, h = map(int, shape.split("x"))
+    index = torch.rand(tokens, 64, device=device).topk(k, dim=1).indices.flatten().sort(stable=True).indices // k
+    return [lambda x=random(tokens, h), out=random(tokens * k, h): torch.index_select(x, 0, index, out=out)]
+
+
+def gather_sum(shape):
+    tokens, k, h = map(int, shape.split("x"))
+    index = torch.randperm(tokens * k, device=device)
+    of_token = index // k
+    return [
+        lambda x=random(tokens * k, h), y=random(tokens, h): y.zero_().index_add_(0, of_token, x),
+        lambda x=random(tokens * k, h): x[index].view(tokens, k, h).sum(1),
+    ]
+
+
+def router(shape):
+    tokens, experts, _, k = shape.replace("x", " ").split()
+    return random(int(tokens), int(experts), dtype=f32), int(k)
+
+
+def route(shape):
+    logits, k = router(shape)
+
+    def function(logits):
+        probs = logits.softmax(-1)
+        weights, experts = probs.topk(k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), experts.int(), probs, logits.logsumexp(-1)
+
+    return forward_and_backward(function, [logits], None, False)
+
+
+def sort_by_expert(shape):
+    logits, k = router(shape)
+    experts = logits.topk(k, dim=-1).indices.int().flatten()
+
+    def function(experts):
+        _, order = experts.sort(stable=True)
+        position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        counts = torch.bincount(experts, minlength=logits.shape[1])
+        return order, order // k, position, counts.cumsum(0)
+
+    return [lambda: function(experts)]
+
+
+def sums(function, dtype):
+    return lambda shape: [lambda x=random(*map(int, shape.split(" ")[0].split("x")), dtype=dtype): function(x)]
+
+
+def converted(to, dtype):
+    return lambda shape: [lambda x=random(int(shape), dtype=dtype), y=random(int(shape), dtype=to): y.copy_(x)]
+
+
+def adamw(shape, moments):
+    n = int(shape)
+    master, grad = random(n, dtype=f32), random(n, dtype=f32)
+    m, v = random(n, dtype=moments), random(n, dtype=moments).abs()
+    step = torch.ones((), device=device)
+    settings = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
+    # Without the weights in bf16, which cost PyTorch a copy more.
+    return [lambda: torch._fused_adamw_([master], [grad], [m], [v], [], [step], **settings)]
+
+
 # By the names of our table; of embed_backward there is no equal (PyTorch's writes the whole table's gradient).
 PEERS = {
     "copy": lambda _: [lambda a=random(1 << 29), b=random(1 << 29): b.copy_(a)],
@@ -94,6 +157,16 @@ PEERS = {
     "cross_entropy": lambda shape: cross_entropy(shape, False),
     "cross_entropy_backward": lambda shape: cross_entropy(shape, True),
     "embed": lambda shape: embed(shape, False),
+    "gather_rows": gather_rows,
+    "gather_sum": gather_sum,
+    "route_softmax": route,
+    "sort_by_expert": sort_by_expert,
+    "column_sums": sums(lambda x: x.sum(0), f32),
+    "sum_of_squares": sums(torch.linalg.vector_norm, f32),
+    "add": lambda shape: [lambda a=random(int(shape)), b=random(int(shape)), y=random(int(shape)): torch.add(a, b, out=y)],
+    "widen": converted(f32, bf16),
+    "narrow": converted(bf16, f32),
+    "adamw": lambda shape: adamw(shape, f32),
 }
 
 

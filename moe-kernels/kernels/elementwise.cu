@@ -90,7 +90,9 @@ struct GatherSum {
     const T *x;
     i64 xs;
     const i32 *index;
-    i64 is, sources, end;
+    i64 is;
+    i32 sources;
+    i64 end;
     Fault outside;
     struct In {
         Acc sum[N];
@@ -98,31 +100,34 @@ struct GatherSum {
     };
 
     __device__ __forceinline__ In read(i64 i, i64 j, int n, bool vectors) const {
+        // Adding −0 leaves everything as it is, 0 and −0 too: what is skipped is −0.
+        Words<T, N> nothing = {};
+#pragma unroll
+        for (int k = 0; k < N; k++) nothing.set(k, narrow<T>(Acc(-0.0)));
         In in;
-        // Adding to −0 leaves everything as it is, 0 and −0 too.
 #pragma unroll
         for (int k = 0; k < N; k++) in.sum[k] = Acc(-0.0);
         in.any = false;
-        for (i64 first = 0; first < sources; first += SOURCES) {
+        const i32 *at = index + i * is;
+        for (i32 left = sources; left > 0; left -= SOURCES, at += SOURCES) {
             i32 from[SOURCES];
 #pragma unroll
-            for (int s = 0; s < SOURCES; s++) from[s] = first + s < sources ? index[i * is + first + s] : -1;
+            for (int s = 0; s < SOURCES; s++) from[s] = s < left ? at[s] : -1;
             Words<T, N> v[SOURCES];
 #pragma unroll
             for (int s = 0; s < SOURCES; s++) {
+                v[s] = nothing;
                 if (from[s] >= end) {
                     if (j == 0) outside.raise(i);
-                    from[s] = -1;
+                } else if (from[s] >= 0) {
+                    v[s] = load_up_to<N>(x + from[s] * xs + j, n, vectors);
+                    in.any = true;
                 }
-                if (from[s] >= 0) v[s] = load_up_to<N>(x + from[s] * xs + j, n, vectors);
             }
 #pragma unroll
-            for (int s = 0; s < SOURCES; s++) {
-                if (from[s] < 0) continue;
-                in.any = true;
+            for (int s = 0; s < SOURCES; s++)
 #pragma unroll
                 for (int k = 0; k < N; k++) in.sum[k] += widen(v[s].get(k));
-            }
         }
         return in;
     }
@@ -135,7 +140,7 @@ struct GatherSum {
 };
 
 extern "C" __global__ void __launch_bounds__(256) gather_sum(T *y, i64 ys, const T *x, i64 xs, const i32 *index, i64 is,
-                                                             i64 sources, i64 end, Fault outside, Tiles tiles) {
+                                                                i32 sources, i64 end, Fault outside, Tiles tiles) {
     for_tiles<N, 1>(tiles, GatherSum{y, ys, x, xs, index, is, sources, end, outside});
 }
 

@@ -3,30 +3,30 @@
 constexpr int N = 16 / sizeof(T);
 constexpr int THREADS = 256;
 
-// parts[block] = Σ a ⊙ b over the vectors `block · each ..` of a matrix that has `per_row` of them in a row.
+// parts[block] = Σ a ⊙ b over every so many vectors of a matrix that has `per_row` of them in a row.
 extern "C" __global__ void __launch_bounds__(THREADS) dot(double *parts, const T *a, i64 as, const T *b, i64 bs, i64 rows,
-                                                          i64 cols, i64 per_row, i64 each, i32 vectors) {
+                                                          i64 cols, i64 per_row, i32 vectors) {
     __shared__ double warps[THREADS / 32];
     double sum[N] = {};
-    i64 first = blockIdx.x * each, end = min(first + each, rows * per_row);
+    i64 first = i64(blockIdx.x) * THREADS + threadIdx.x, step = i64(gridDim.x) * THREADS, end = rows * per_row;
     bool squares = a == b && as == bs;
     auto add = [&](const Words<T, N> &x, const Words<T, N> &y) {
 #pragma unroll
         for (int k = 0; k < N; k++) sum[k] += to_f64(x.get(k)) * to_f64(y.get(k));
     };
     // Whole vectors of one row: a loop without branches, so that many reads are under way.
-    i64 v = first + threadIdx.x, whole = rows == 1 && vectors ? min(end, cols / N) : 0;
+    i64 v = first, whole = rows == 1 && vectors ? cols / N : 0;
     if (squares) {
 #pragma unroll 8
-        for (; v < whole; v += THREADS) {
+        for (; v < whole; v += step) {
             Words<T, N> x = load_up_to<N>(a + v * N, N, true);
             add(x, x);
         }
     } else {
 #pragma unroll 4
-        for (; v < whole; v += THREADS) add(load_up_to<N>(a + v * N, N, true), load_up_to<N>(b + v * N, N, true));
+        for (; v < whole; v += step) add(load_up_to<N>(a + v * N, N, true), load_up_to<N>(b + v * N, N, true));
     }
-    for (; v < end; v += THREADS) {
+    for (; v < end; v += step) {
         i64 i = v / per_row, j = (v - i * per_row) * N;
         int n = int(min(i64(N), cols - j));
         add(load_up_to<N>(a + i * as + j, n, vectors), load_up_to<N>(b + i * bs + j, n, vectors));

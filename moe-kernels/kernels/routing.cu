@@ -96,7 +96,7 @@ struct Scored {
 
 // 1 / (1 + e^−x) and one less that, neither of them by cancellation.
 __device__ __forceinline__ Scored sigmoid(T x) {
-    T e = exp_of(x < 0 ? x : -x), near = 1 / (1 + e), far = e / (1 + e);
+    T e = exp_of(x < 0 ? x : -x), near = 1 / (1 + e), far = e * near;
     return x < 0 ? Scored{far, near} : Scored{near, far};
 }
 
@@ -266,8 +266,11 @@ extern "C" __global__ void __launch_bounds__(256)
                 for (i32 j = 0; j < r.kept; j++) last = groups.next(group);
                 margin = groups.margin(last);
                 __syncwarp();
-                for (i32 e = lane; e < count; e += 32)
-                    if (group_keys[e / size] > 0) keys[e] = 0;
+                for (i32 g = 0; g < r.groups; g++) {
+                    if (group_keys[g] == 0) continue;
+                    for (i32 e = g * size + lane; e < (g + 1) * size; e += 32) keys[e] = 0;
+                }
+                __syncwarp();
             }
             Chooser choice(keys, count, lane);
             Key last = 0;

@@ -10,10 +10,12 @@
 
 mod bench;
 mod dense;
+mod moe;
 
 use moe_kernels::{Cuda, Result};
 
 fn main() -> Result<()> {
     let bench = bench::Bench::new(Cuda::new(0)?, std::env::args().nth(1).unwrap_or_default())?;
-    dense::run(&bench)
+    dense::run(&bench)?;
+    moe::run(&bench)
 }

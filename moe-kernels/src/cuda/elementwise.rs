@@ -92,9 +92,10 @@ impl<T: Float> Elementwise<T> for Cuda {
         let ([n, cols], [end, _], [_, sources]) = (y.shape(), x.shape(), index.shape());
         check::shape(KERNEL, "x", [end, cols], x.shape())?;
         check::shape(KERNEL, "index", [n, sources], index.shape())?;
+        check::argument(KERNEL, sources <= i32::MAX as usize, || format!("{sources} rows to a sum"))?;
         let tiles = Tiles::new([n, cols], each::<T>(), 1).with(y.as_view()).with_other(x);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), KERNEL)?;
-        let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).mat(index).size(sources).size(end);
+        let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).mat(index).value(sources as i32).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
         unsafe { tiles.argument(launch.fault(Fault::Index { what: "index", end })).launch() }
     }

@@ -10,8 +10,8 @@ use crate::{Device, Float, Layout, Result, View, ViewMut, check};
 pub(super) const THREADS: usize = 256;
 /// Threads of a block where columns are summed: beside each other, and below.
 pub(super) const SUM_BLOCK: [usize; 3] = [32, 8, 1];
-/// Blocks of a sum, at most: what keeps a large GPU busy, while their parts are summed quickly.
-const PARTS: usize = 1024;
+/// Blocks of a sum, at most: what a large GPU runs at once.
+const PARTS: usize = 528;
 /// Vectors of a thread, and rows of a block, at least.
 const VECTORS: usize = 8;
 const ROWS: usize = 64;
@@ -29,14 +29,13 @@ impl<T: Float> Reduce<T> for Cuda {
         let [rows, cols] = a.shape();
         let n = 16 / size_of::<T>();
         let per_row = cols.div_ceil(n);
-        let each = (rows * per_row).div_ceil(PARTS).next_multiple_of(THREADS).max(VECTORS * THREADS);
-        let blocks = (rows * per_row).div_ceil(each);
+        let blocks = (rows * per_row).div_ceil(VECTORS * THREADS).min(PARTS);
         if blocks == 0 {
             return Ok(());
         }
         let parts = self.alloc(blocks * size_of::<f64>())?;
         let launch = self.kernel(&REDUCE.of(T::DTYPE), KERNEL)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
-        let launch = launch.scratch(&parts).mat(a).mat(b).size(rows).size(cols).size(per_row).size(each);
+        let launch = launch.scratch(&parts).mat(a).mat(b).size(rows).size(cols).size(per_row);
         let launch = launch.value(i32::from(vectors(a, n) && vectors(b, n)));
         // SAFETY: a block writes one part, of which there are as many; matrices have the same shape.
         unsafe { launch.launch()? };
