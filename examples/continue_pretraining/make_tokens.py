@@ -1,8 +1,12 @@
-"""A text as the tokens of `moe-train trace`, a byte each.
-Usage: make_tokens.py OUT TEXT... (PyPI: torch, safetensors)"""
+"""Texts of equally many tokens as the tokens of `moe-train trace`.
+Usage: make_tokens.py FOLDER OUT TEXT... (PyPI: torch, transformers, safetensors)"""
 import sys
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
-save_file({"input_ids": torch.tensor([list(text.encode()) for text in sys.argv[2:]])}, sys.argv[1])
+folder, out, *texts = sys.argv[1:]
+ids = AutoTokenizer.from_pretrained(folder)(texts).input_ids
+length = min(map(len, ids))
+save_file({"input_ids": torch.tensor([row[:length] for row in ids])}, out)
