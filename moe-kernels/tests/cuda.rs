@@ -9,7 +9,7 @@ mod gpu;
 mod grouped;
 
 use gpu::gpu;
-use moe_kernels::{Cuda, Error, bf16, cuda};
+use moe_kernels::{Backend, Cuda, Error, Float, bf16, cuda};
 
 /// One test for each suite and type.
 macro_rules! suites {
@@ -66,6 +66,14 @@ suites! {
     reduce_f32: reduce::<f32>(1e-6);
     reduce_f64: reduce::<f64>(1e-14);
     reduce_bf16: reduce::<bf16>(1e-6);
+}
+
+#[test]
+fn cuda_is_a_whole_backend() {
+    fn backend<T: Float, D: Backend<T>>() {}
+    backend::<f32, Cuda>();
+    backend::<f64, Cuda>();
+    backend::<bf16, Cuda>();
 }
 
 #[test]
