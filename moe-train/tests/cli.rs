@@ -170,6 +170,30 @@ fn truncate(path: &Path) {
     fs::write(path, &bytes[..bytes.len() - 5]).unwrap();
 }
 
+/// Before anything is written: without the feature the message says how to build, with it which library is missing.
+#[test]
+fn a_gpu_that_cannot_be_used_is_refused_by_name() {
+    let place = Place::new();
+    let gpu = ["--set", "train.device=cuda"];
+    place.train(&gpu).refused(2, &["train.device", "parallel.world_size = 4"]);
+    let alone = ["parallel.world_size=1", "parallel.tp=1", "parallel.pp=1", "parallel.ep=1"];
+    let alone = alone.iter().flat_map(|setting| ["--set", setting]);
+    let (status, parts) = match cfg!(feature = "cuda") {
+        true => (5, ["libcuda", "LD_LIBRARY_PATH"]),
+        false => (2, ["train.device = \"cuda\"", "--features cuda"]),
+    };
+    let mut command = place.command(&["train", "run.toml"]);
+    command.args(gpu).args(alone).env("CUDA_VISIBLE_DEVICES", "");
+    let said = Said::new(command.output().unwrap());
+    if said.err.contains("libcuda") || !cfg!(feature = "cuda") {
+        said.refused(status, &parts);
+    } else {
+        // There is a driver, which shows no GPU.
+        assert_ne!(said.status, 0, "{said:?}");
+    }
+    assert!(!place.path("run").exists());
+}
+
 #[test]
 fn a_run_writes_metrics_checkpoints_and_a_sample() {
     let place = Place::new();

@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig};
-
 use super::device::{Cuda, CudaBuf};
 use super::driver::cu;
 use super::fault::{Fault, FaultArgument};
@@ -36,7 +34,6 @@ pub(super) struct Launch<'a> {
     grid: [usize; 3],
     block: [usize; 3],
     shared: usize,
-    cluster: [usize; 3],
 }
 
 /// Most blocks that [`blocks`] gives: several times what any GPU runs at once.
@@ -64,7 +61,6 @@ impl Cuda {
             grid: [1; 3],
             block: [1; 3],
             shared: 0,
-            cluster: [1; 3],
         })
     }
 }
@@ -183,12 +179,6 @@ impl Launch<'_> {
         self
     }
 
-    /// Blocks of a cluster.
-    pub(super) fn cluster(mut self, cluster: [usize; 3]) -> Self {
-        self.cluster = cluster;
-        self
-    }
-
     /// Says that the kernel uses a buffer whose address is among its values.
     pub(super) fn uses(mut self, buf: &CudaBuf) -> Self {
         self.check(buf);
@@ -226,28 +216,6 @@ impl Launch<'_> {
         self.kernel.allow_shared(self.shared)?;
         let [gx, gy, gz] = self.grid.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let [bx, by, bz] = self.block.map(|n| n as u32);
-        let mut attribute = CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            // SAFETY: a union of plain values.
-            value: unsafe { std::mem::zeroed::<CUlaunchAttributeValue>() },
-        };
-        let [cx, cy, cz] = self.cluster.map(|n| n as u32);
-        attribute.value.clusterDim.x = cx;
-        attribute.value.clusterDim.y = cy;
-        attribute.value.clusterDim.z = cz;
-        let config = CUlaunchConfig {
-            gridDimX: gx,
-            gridDimY: gy,
-            gridDimZ: gz,
-            blockDimX: bx,
-            blockDimY: by,
-            blockDimZ: bz,
-            sharedMemBytes: self.shared as u32,
-            hStream: self.device.stream(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(self.cluster != [1; 3]),
-        };
         self.device.bind()?;
         // Held until the launch is on the stream: its codes are not looked at before.
         let mut faults = if self.faults.is_empty() { None } else { Some(self.device.faults()?) };
@@ -266,7 +234,19 @@ impl Launch<'_> {
         }
         // SAFETY: there is one pointer for each parameter, to as many bytes as it has; the rest is the caller's promise.
         unsafe {
-            cu!(cuLaunchKernelEx(&config, self.kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut()))
+            cu!(cuLaunchKernel(
+                self.kernel.function,
+                gx,
+                gy,
+                gz,
+                bx,
+                by,
+                bz,
+                self.shared as u32,
+                self.device.stream(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut()
+            ))
         }
     }
 }

@@ -37,15 +37,11 @@ mod compile;
 mod cublaslt;
 mod device;
 mod driver;
-#[allow(dead_code)] // for the families to come
 mod fault;
 mod kernel;
 mod lanes;
-#[allow(dead_code)] // for the families to come
 mod launch;
-#[allow(dead_code)] // for the families to come
 mod library;
-#[allow(dead_code)] // for the families to come
 mod source;
 mod staging;
 mod tensor_map;

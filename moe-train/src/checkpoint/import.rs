@@ -27,7 +27,7 @@ const PIECE: usize = 1 << 20;
 pub fn import(weights: &Weights, dtype: TrainDType, root: &Path) -> Result<PathBuf> {
     let pending = PendingCheckpoint::create(root, 0)?;
     let file = match dtype {
-        TrainDType::F32 => write::<f32>(weights, pending.folder())?,
+        TrainDType::F32 | TrainDType::Bf16 => write::<f32>(weights, pending.folder())?,
         TrainDType::F64 => write::<f64>(weights, pending.folder())?,
     };
     if let Some(side_files) = weights.side_files() {

@@ -113,7 +113,7 @@ impl Eval {
             _ => TrainDType::F32,
         });
         let measured = match dtype {
-            TrainDType::F32 => perplexity::<f32>(&weights, &texts, &options)?,
+            TrainDType::F32 | TrainDType::Bf16 => perplexity::<f32>(&weights, &texts, &options)?,
             TrainDType::F64 => perplexity::<f64>(&weights, &texts, &options)?,
         };
         println!("windows of {sequence_length} tokens, in {dtype}");

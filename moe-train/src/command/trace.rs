@@ -50,7 +50,7 @@ impl Trace {
     pub fn run(self) -> Result<()> {
         let weights = Arc::new(open_weights(&self.checkpoint)?);
         match self.dtype {
-            TrainDType::F32 => self.in_type::<f32>(&weights),
+            TrainDType::F32 | TrainDType::Bf16 => self.in_type::<f32>(&weights),
             TrainDType::F64 => self.in_type::<f64>(&weights),
         }
     }

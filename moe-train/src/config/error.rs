@@ -121,3 +121,15 @@ pub enum ConfigError {
     #[error("[parallel] {0}")]
     Mapping(#[from] moe_topology::Error),
 }
+
+impl ConfigError {
+    /// Kernels of the host compute in f32 and f64.
+    pub(crate) fn bf16_on_cpu() -> Self {
+        ConfigError::Conflict {
+            setting: "train.dtype = \"bf16\"",
+            problem: "cannot be used",
+            other: "train.device = \"cpu\"".to_owned(),
+            fix: "train in f32, or set train.device = \"cuda\"".to_owned(),
+        }
+    }
+}

@@ -262,6 +262,19 @@ impl RunConfig {
 
     fn check_train(&self) -> Result<(), ConfigError> {
         let train = &self.train;
+        match (train.device, train.dtype) {
+            (DeviceKind::Cpu, TrainDType::Bf16) => return Err(ConfigError::bf16_on_cpu()),
+            (DeviceKind::Cuda, _) if self.parallel.world_size > 1 => {
+                let setting = "train.device = \"cuda\"";
+                return Err(ConfigError::Conflict {
+                    setting,
+                    problem: "cannot be used yet",
+                    other: format!("parallel.world_size = {}", self.parallel.world_size),
+                    fix: "set it to 1, with all axes 1, or train.device = \"cpu\"".to_owned(),
+                });
+            }
+            _ => {}
+        }
         for (setting, value) in [
             ("train.steps", train.steps),
             ("train.global_batch_size", train.global_batch_size as u64),

@@ -310,6 +310,9 @@ pub enum DeviceKind {
     /// Ranks are threads of this process.
     #[default]
     Cpu,
+    /// One rank on the first GPU that this process sees (`CUDA_VISIBLE_DEVICES`); in programs that are built with the feature
+    /// `cuda`.
+    Cuda,
 }
 
 /// Type of weights and activations.
@@ -321,13 +324,16 @@ pub enum TrainDType {
     F32,
     /// Double precision.
     F64,
+    /// bf16, with master weights, gradients and moments in single precision; on GPUs.
+    #[value(skip)]
+    Bf16,
 }
 
 impl TrainDType {
     /// The type of master weights, moments and buffers in checkpoints.
     pub const fn master(self) -> DType {
         match self {
-            TrainDType::F32 => DType::F32,
+            TrainDType::F32 | TrainDType::Bf16 => DType::F32,
             TrainDType::F64 => DType::F64,
         }
     }
@@ -338,6 +344,7 @@ impl fmt::Display for TrainDType {
         f.write_str(match self {
             TrainDType::F32 => "f32",
             TrainDType::F64 => "f64",
+            TrainDType::Bf16 => "bf16",
         })
     }
 }

@@ -76,7 +76,7 @@ fn wrong_types_and_missing_keys_name_table_and_key() {
     assert_eq!(refusal(&["train.steps=many"]), "[train] steps: invalid type: string \"many\", expected u64");
     assert_eq!(
         refusal(&["train.dtype=f16"]),
-        "[train] dtype: unknown variant `f16`, expected `f32` or `f64`"
+        "[train] dtype: unknown variant `f16`, expected one of `f32`, `f64`, `bf16`"
     );
     assert_eq!(
         refusal(&["data.files=a.txt"]),
@@ -414,6 +414,26 @@ fn later_milestones_are_refused_by_name() {
          set parallel.cp_ulysses to parallel.cp (all-to-all alone), or leave the window out"
     );
     with(&[&window[..], &["parallel.cp_ulysses=2"]].concat()).unwrap();
+}
+
+#[test]
+fn a_gpu_trains_alone_and_bf16_needs_one() {
+    let alone = ["parallel.world_size=1", "parallel.tp=1", "parallel.pp=1", "parallel.ep=1"];
+    let on_gpu = |more: &[&'static str]| [&["train.device=cuda"][..], more].concat();
+    assert_eq!(
+        refusal(&on_gpu(&[])),
+        "train.device = \"cuda\" cannot be used yet with parallel.world_size = 8: set it to 1, with all axes 1, or \
+         train.device = \"cpu\""
+    );
+    let bf16 = [&["train.dtype=bf16"], &alone[..]].concat();
+    assert_eq!(
+        refusal(&bf16),
+        "train.dtype = \"bf16\" cannot be used with train.device = \"cpu\": train in f32, or set train.device = \"cuda\""
+    );
+    let config = with(&on_gpu(&bf16)).unwrap();
+    assert_eq!((config.train.device, config.train.dtype), (DeviceKind::Cuda, TrainDType::Bf16));
+    assert_eq!(config.train.dtype.master().name(), "f32");
+    assert_eq!(RunConfig::parse(&config.to_toml().unwrap(), "resolved", &[] as &[&str]).unwrap(), config);
 }
 
 #[test]

@@ -50,19 +50,17 @@ impl GradNorm {
         names: &ParamNames,
     ) -> Result<Self> {
         let device = &cx.device;
-        let mut squares = vec![0.0; names.len()];
+        let mut squares = Tensor::<f64, D>::zeros(device, 1, names.len())?;
         for (bucket, grad) in cx.params.buckets().iter().zip(grads) {
             for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
                 let Some(&tensor) = names.0.get(&part.name) else { continue };
                 let at = range.start - bucket.slice.start;
                 let piece = grad.view().columns(at..at + range.len())?;
-                let mut sum = Tensor::<f64, D>::zeros(device, 1, 1)?;
-                device.dot(sum.view_mut()?, piece, piece)?;
-                squares[tensor] += sum.to_vec(device)?[0];
+                device.dot(squares.view_mut()?.columns(tensor..tensor + 1)?, piece, piece)?;
             }
         }
-        let squares = cx.comms.group(Attention::ALL)?.all_reduce_host(&squares, Reduction::Sum)?;
-        Ok(GradNorm(squares.into_iter().sum::<f64>().sqrt()))
+        let squares = cx.comms.group(Attention::ALL)?.all_reduce(&squares, Reduction::Sum)?;
+        Ok(GradNorm(squares.to_vec(device)?.into_iter().sum::<f64>().sqrt()))
     }
 
     /// The factor that clips the gradient to norm `max` (0: no clipping): `min(1, max / (‖g‖ + 1e-6))`.

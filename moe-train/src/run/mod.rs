@@ -5,13 +5,13 @@ mod folder;
 mod interrupt;
 mod log;
 mod rank;
+mod ranks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use moe_comm::ThreadWorld;
-use moe_kernels::{Backend, Cpu, Float};
+use moe_comm::World;
+use moe_kernels::{Backend, Float};
 use moe_model::ModelConfig;
 use moe_model::hf::HubConfig;
 use moe_topology::{Mapping, draw};
@@ -22,13 +22,14 @@ pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
 
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
-use crate::config::{RunConfig, SampleConfig, TokenizerKind, TrainDType};
+use crate::config::{RunConfig, SampleConfig, TokenizerKind};
 use crate::data::{EosToken, Tokenizer};
 use crate::infer::{Generation, InferError, Sampling, stop_tokens, write_text};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
 use crate::{Error, Result};
 use rank::{End, Outcome, Plan};
+use ranks::{Job, Ranks};
 
 /// Trains as `config` says, from the start or from the newest checkpoint of its folder.
 ///
@@ -36,6 +37,7 @@ use rank::{End, Outcome, Plan};
 /// Data, folder or checkpoint are refused before anything is written; a rank fails; the run is interrupted, after it saved.
 pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
     let setup = setup(config)?;
+    let ranks = Ranks::new(config)?;
     let folder = RunFolder::new(&config.train.output);
     let (checkpoint, init) = match resume {
         true => (Some(newest(&folder, config)?), None),
@@ -104,10 +106,8 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         hub,
         interrupted: interrupt::flag(),
     };
-    let outcome = match config.train.dtype {
-        TrainDType::F32 => launch::<f32>(plan)?,
-        TrainDType::F64 => launch::<f64>(plan)?,
-    };
+    let outcomes = ranks.run(plan)?;
+    let outcome = outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })?;
     let Outcome { step, checkpoint, .. } = outcome.clone();
     match outcome.end {
         End::Complete => {}
@@ -120,43 +120,29 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
     report(config, &outcome, data.unigram_entropy)
 }
 
-/// Ranks as threads, the machine's cores shared among them.
-fn launch<T: Float>(plan: Plan) -> Result<Outcome>
-where
-    Cpu: Backend<T>,
-{
-    let world_size = plan.setup.folding.world_size();
-    let deadline = Duration::from_secs_f64(plan.config.train.deadline_seconds);
-    let threads = threads(world_size);
-    let outcomes = ThreadWorld::run(world_size, deadline, move |world| {
-        rank::run::<T, Cpu>(&plan, &world, Cpu::new(threads))
-    })?;
-    outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })
-}
-
 /// The loss of weights on each of several sets, under the folding of `config`; none where no token counts.
 ///
 /// # Errors
 /// The weights or the tokens are damaged, or a rank fails.
 pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, sets: Vec<HeldOut>) -> Result<Vec<Option<f64>>> {
-    fn on<T: Float>(config: &RunConfig, weights: Arc<Weights>, sets: Vec<HeldOut>) -> Result<Vec<Option<f64>>>
-    where
-        Cpu: Backend<T>,
-    {
-        let setup = setup(config)?;
-        let (world_size, deadline) = (setup.folding.world_size(), config.train.deadline_seconds);
-        let threads = threads(world_size);
-        let losses = ThreadWorld::run(world_size, Duration::from_secs_f64(deadline), move |world| {
-            let mut trainer = RankTrainer::<T, Cpu>::zeros(setup.clone(), &world, Cpu::new(threads))?;
-            restore_weights(&mut trainer, &weights)?;
-            let mut loss = |set: &HeldOut| trainer.evaluate(set.micro_batches(), |u| set.micro_batch(u));
-            sets.iter().map(&mut loss).collect::<Result<Vec<_>>>()
-        })?;
-        Ok(losses.into_iter().next().unwrap_or_default())
-    }
-    match config.train.dtype {
-        TrainDType::F32 => on::<f32>(config, weights.clone(), sets),
-        TrainDType::F64 => on::<f64>(config, weights.clone(), sets),
+    let evaluation = Evaluation { setup: setup(config)?, weights: weights.clone(), sets };
+    Ok(Ranks::new(config)?.run(evaluation)?.into_iter().next().unwrap_or_default())
+}
+
+struct Evaluation {
+    setup: Setup,
+    weights: Arc<Weights>,
+    sets: Vec<HeldOut>,
+}
+
+impl Job for Evaluation {
+    type Outcome = Vec<Option<f64>>;
+
+    fn run<T: Float, D: Backend<T>>(&self, world: &dyn World<D>, device: D) -> Result<Self::Outcome> {
+        let mut trainer = RankTrainer::<T, D>::zeros(self.setup.clone(), world, device)?;
+        restore_weights(&mut trainer, &self.weights)?;
+        let mut loss = |set: &HeldOut| trainer.evaluate(set.micro_batches(), |u| set.micro_batch(u));
+        self.sets.iter().map(&mut loss).collect()
     }
 }
 

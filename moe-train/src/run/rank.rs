@@ -10,6 +10,7 @@ use moe_kernels::{Backend, Float};
 use moe_topology::Attention;
 
 use super::log::Log;
+use super::ranks::Job;
 use super::{HeldOut, RunFolder, TokenSource};
 use crate::Result;
 use crate::checkpoint::container::{Checkpoint, prune, step_folder};
@@ -54,8 +55,16 @@ pub(super) enum End {
     NonFinite { skipped: u64 },
 }
 
+impl Job for Plan {
+    type Outcome = Outcome;
+
+    fn run<T: Float, D: Backend<T>>(&self, world: &dyn World<D>, device: D) -> Result<Outcome> {
+        run(self, world, device)
+    }
+}
+
 /// Trains on one rank until the last step or an interruption, then saves.
-pub(super) fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
+fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) -> Result<Outcome> {
     let given = plan.checkpoint.is_some() || plan.init.is_some();
     let make = if given { RankTrainer::<T, D>::zeros } else { RankTrainer::new };
     let mut trainer = make(plan.setup.clone(), world, device)?;

@@ -328,10 +328,7 @@ pub struct Piece {
 }
 
 /// What `trainer`'s rank holds; every element of `T` is exact in f64.
-pub fn pieces<T: Float>(trainer: &RankTrainer<T, Cpu>) -> moe_train::Result<Vec<Piece>>
-where
-    Cpu: Backend<T>,
-{
+pub fn pieces<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>) -> moe_train::Result<Vec<Piece>> {
     let cx = trainer.cx();
     let mut pieces = Vec::new();
     for (index, bucket) in cx.params.buckets().iter().enumerate() {
