@@ -144,6 +144,49 @@ extern "C" __global__ void __launch_bounds__(256) gather_sum(T *y, i64 ys, const
     for_tiles<N, 1>(tiles, GatherSum{y, ys, x, xs, index, is, sources, end, outside});
 }
 
+// The same of at most two rows each, by threads with several sums.
+struct GatherSumFew {
+    T *y;
+    i64 ys;
+    const T *x;
+    i64 xs;
+    const i32 *index;
+    i64 is;
+    i32 sources;
+    i64 end;
+    Fault outside;
+    struct In {
+        Words<T, N> a, b;
+        bool any;
+    };
+
+    __device__ __forceinline__ bool take(Words<T, N> &v, i32 from, i64 i, i64 j, int n, bool vectors) const {
+#pragma unroll
+        for (int k = 0; k < N; k++) v.set(k, narrow<T>(Acc(-0.0)));
+        if (from >= end && j == 0) outside.raise(i);
+        bool is_there = from >= 0 && from < end;
+        if (is_there) v = load_up_to<N>(x + from * xs + j, n, vectors);
+        return is_there;
+    }
+    __device__ __forceinline__ In read(i64 i, i64 j, int n, bool vectors) const {
+        i32 a = sources > 0 ? index[i * is] : -1, b = sources > 1 ? index[i * is + 1] : -1;
+        In in = {};
+        in.any = take(in.a, a, i, j, n, vectors) | take(in.b, b, i, j, n, vectors);
+        return in;
+    }
+    __device__ __forceinline__ void write(i64 i, i64 j, int n, bool vectors, const In &in) const {
+        Words<T, N> out = {};
+#pragma unroll
+        for (int k = 0; k < N; k++) out.set(k, narrow<T>(in.any ? widen(in.a.get(k)) + widen(in.b.get(k)) : Acc(0)));
+        store_up_to(y + i * ys + j, out, n, vectors);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(256) gather_sum_few(T *y, i64 ys, const T *x, i64 xs, const i32 *index, i64 is,
+                                                                 i32 sources, i64 end, Fault outside, Tiles tiles) {
+    for_tiles<N, ROWS>(tiles, GatherSumFew{y, ys, x, xs, index, is, sources, end, outside});
+}
+
 // The sum of `count` blocks of columns of `x`, each `step` after the one before.
 struct SumBlocks {
     T *y;

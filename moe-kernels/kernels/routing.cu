@@ -234,30 +234,38 @@ extern "C" __global__ void __launch_bounds__(256)
             if (r.groups > 0) {
                 i32 size = count / r.groups;
                 bool by_keys = is_separate || r.by_logits;
-                for (i32 g = 0; g < r.groups; g++) {
+                // As many groups at once as the warp has lanes for, each with the same number of these.
+                i32 members = 1;
+                while (2 * members * r.groups <= 32) members *= 2;
+                for (i32 first = 0; first < r.groups; first += 32 / members) {
+                    i32 g = first + lane / members;
                     // The best in descending order: each the largest of those behind the one before.
-                    Key most = 0, last = ~Key(0);
-                    i32 at = NONE, last_at = -1;
-                    auto look = [&] {
-                        most = 0;
-                        at = NONE;
-                        for (i32 e = g * size + lane; e < (g + 1) * size; e += 32) {
+                    Key last = ~Key(0);
+                    i32 last_at = -1;
+                    T score = 0;
+                    for (i32 j = 0; j < r.score_top_k; j++) {
+                        Key most = 0;
+                        i32 at = NONE;
+                        for (i32 e = g * size + lane % members; g < r.groups && e < (g + 1) * size; e += members) {
                             Key key = by_keys ? keys[e] : key_of(own[e]);
                             if (key > most && (key < last || (key == last && e > last_at))) {
                                 most = key;
                                 at = e;
                             }
                         }
-                    };
-                    T score = 0;
-                    look();
-                    for (i32 j = 0; j < r.score_top_k; j++) {
-                        last = largest_in_warp(most);
-                        last_at = __reduce_min_sync(ALL, most == last ? at : NONE);
-                        score += value_of(last);
-                        if (at == last_at) look();
+                        for (i32 step = members / 2; step > 0; step /= 2) {
+                            Key other = __shfl_xor_sync(ALL, most, step);
+                            i32 other_at = __shfl_xor_sync(ALL, at, step);
+                            if (other > most || (other == most && other_at < at)) {
+                                most = other;
+                                at = other_at;
+                            }
+                        }
+                        score += value_of(most);
+                        last = most;
+                        last_at = at;
                     }
-                    if (lane == 0) group_keys[g] = key_of(score);
+                    if (g < r.groups && lane % members == 0) group_keys[g] = key_of(score);
                 }
                 __syncwarp();
                 Chooser groups(group_keys, r.groups, lane);

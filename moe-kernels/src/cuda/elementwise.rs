@@ -10,6 +10,9 @@ use crate::{Element, Float, Result, View, ViewMut, check};
 /// Rows of a thread, but where many are summed: `ROWS` of the kernels.
 const DOWN: usize = 4;
 
+/// Rows of a sum that threads with several sums have room for.
+const FEW: usize = 2;
+
 /// Elements of a thread: `N` of the kernels.
 const fn each<T>() -> usize {
     16 / size_of::<T>()
@@ -93,8 +96,9 @@ impl<T: Float> Elementwise<T> for Cuda {
         check::shape(KERNEL, "x", [end, cols], x.shape())?;
         check::shape(KERNEL, "index", [n, sources], index.shape())?;
         check::argument(KERNEL, sources <= i32::MAX as usize, || format!("{sources} rows to a sum"))?;
-        let tiles = Tiles::new([n, cols], each::<T>(), 1).with(y.as_view()).with_other(x);
-        let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), KERNEL)?;
+        let (kernel, down) = if sources <= FEW { ("gather_sum_few", DOWN) } else { (KERNEL, 1) };
+        let tiles = Tiles::new([n, cols], each::<T>(), down).with(y.as_view()).with_other(x);
+        let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), kernel)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).mat(index).value(sources as i32).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
         unsafe { tiles.argument(launch.fault(Fault::Index { what: "index", end })).launch() }
