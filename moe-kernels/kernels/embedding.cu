@@ -115,14 +115,13 @@ template <int M> __device__ __forceinline__ void store_sums(Acc *to, const Vec<A
     for (int e = 0; e < M; e += A) store<A>(to + e, *reinterpret_cast<const Vec<Acc, A> *>(sums.at + e));
 }
 
-// One warp for each token; that in the first slot of its id works for all of them.
+// Ids of few tokens, one warp for each token: that in the first slot of its id works for all of them.
 template <int M>
-__device__ __forceinline__ void embed_few(Acc *dtable, i64 ts, const T *dy, i64 dys, i32 *scratch, const i32 *ids,
-                                          i64 first, i64 rows, i64 n, i64 padding, i64 h) {
-    Found found(scratch, rows, n);
+__device__ __forceinline__ void add_few(Acc *dtable, i64 ts, const T *dy, i64 dys, const Found &found, const i32 *ids,
+                                        i64 first, i64 rows, i64 n, i64 padding, i64 h, i64 block) {
     __shared__ i32 sorted[WARPS][SLOTS];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    i64 i = i64(blockIdx.x) * WARPS + warp;
+    i64 i = block * WARPS + warp;
     if (i >= n || ids[i] == padding) return;
     i64 row = row_of(ids[i], first, rows);
     if (row < 0 || found.slots[row * SLOTS] != i) return;
@@ -182,43 +181,41 @@ extern "C" __global__ void __launch_bounds__(ORDER_THREADS) embed_order(i32 *scr
     }
 }
 
-// A block for each id of many and 32 · M columns; each warp adds its part of the tokens.
+// Ids of many tokens: a block works on 32 · M columns of one of them after the other; each warp adds its part of the tokens.
 template <int M>
-__device__ __forceinline__ void embed_many(Acc *dtable, i64 ts, const T *dy, i64 dys, i32 *scratch, i64 rows, i64 n,
-                                           i64 h) {
+__device__ __forceinline__ void add_many(Acc *dtable, i64 ts, const T *dy, i64 dys, const Found &found, i64 h, i64 block,
+                                         i64 blocks) {
     __shared__ Vec<Acc, M> sums[PARTS][32];
-    Found found(scratch, rows, n);
-    if (blockIdx.x >= found.used[0]) return;
-    i64 row = found.many[blockIdx.x];
+    i64 pieces = (h + 32 * M - 1) / (32 * M);
     int part = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int tokens = found.count[row], each = (tokens + PARTS - 1) / PARTS, begin = min(tokens, part * each);
-    const i32 *members = found.members + found.begin[blockIdx.x] + begin;
-    for (i64 j = (i64(blockIdx.y) * 32 + lane) * M; j - lane * M < h; j += i64(gridDim.y) * 32 * M) {
+    for (i64 p = block; p < found.used[0] * pieces; p += blocks) {
+        i64 id = p / pieces, j = (p % pieces * 32 + lane) * M, row = found.many[id];
+        int tokens = found.count[row], each = (tokens + PARTS - 1) / PARTS, begin = min(tokens, part * each);
         Vec<Acc, M> sum = {};
-        if (j < h) add_rows<M, 8>(sum, dy, dys, j, members, min(each, tokens - begin));
+        if (j < h)
+            add_rows<M, 6>(sum, dy, dys, j, found.members + found.begin[id] + begin, min(each, tokens - begin));
         sums[part][lane] = sum;
         __syncthreads();
         if (part == 0 && j < h) {
             Acc *to = dtable + row * ts + j;
             sum = load_sums<M>(to);
-            for (int p = 0; p < PARTS; p++)
+            for (int q = 0; q < PARTS; q++)
 #pragma unroll
-                for (int e = 0; e < M; e++) sum.at[e] += sums[p][lane].at[e];
+                for (int e = 0; e < M; e++) sum.at[e] += sums[q][lane].at[e];
             store_sums<M>(to, sum);
         }
         __syncthreads();
     }
 }
 
-#define EMBED_BACKWARD(SUFFIX, M)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) embed_few##SUFFIX(                                        \
+// The first `many` blocks work on ids of many tokens, which take longest; the others on those of few.
+#define EMBED_ADD(NAME, M)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) NAME(                                                  \
         Acc *__restrict__ dtable, i64 ts, const T *__restrict__ dy, i64 dys, i32 *scratch,                             \
-        const i32 *__restrict__ ids, i64 first, i64 rows, i64 n, i64 padding, i64 h) {                                 \
-        embed_few<M>(dtable, ts, dy, dys, scratch, ids, first, rows, n, padding, h);                                   \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) embed_many##SUFFIX(                                       \
-        Acc *__restrict__ dtable, i64 ts, const T *__restrict__ dy, i64 dys, i32 *scratch, i64 rows, i64 n, i64 h) {   \
-        embed_many<M>(dtable, ts, dy, dys, scratch, rows, n, h);                                                       \
+        const i32 *__restrict__ ids, i64 first, i64 rows, i64 n, i64 padding, i64 h, i64 many) {                       \
+        Found found(scratch, rows, n);                                                                                 \
+        if (blockIdx.x < many) add_many<M>(dtable, ts, dy, dys, found, h, blockIdx.x, many);                           \
+        else add_few<M>(dtable, ts, dy, dys, found, ids, first, rows, n, padding, h, blockIdx.x - many);               \
     }
-EMBED_BACKWARD(, N)
-EMBED_BACKWARD(_any, 1)
+EMBED_ADD(embed_add, N)
+EMBED_ADD(embed_add_any, 1)

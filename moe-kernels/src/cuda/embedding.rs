@@ -9,10 +9,12 @@ use crate::{Device, Float, Result, View, ViewMut, check};
 
 /// Threads of the kernels that look at ids, one each.
 const THREADS: usize = 256;
-/// Of the kernels: slots of an id, warps of a block of `embed_few` and `embed_many`, threads of `embed_order`.
+/// Of the kernels: slots of an id, warps of a block of `embed_add`, threads of `embed_order`.
 const SLOTS: usize = 16;
 const WARPS: usize = 8;
 const ORDER_THREADS: usize = 1024;
+/// Blocks of `embed_add` that work on ids of many tokens, at most: what a GPU runs at once, and then some.
+const MANY_BLOCKS: usize = 2048;
 
 /// Words of scratch memory that backward takes: `Found` of the kernels.
 fn words(rows: usize, n: usize) -> usize {
@@ -71,24 +73,20 @@ impl<T: Float> Embedding<T> for Cuda {
         // SAFETY: as above; it also writes slots of those ids, and no more of `many` than there can be.
         unsafe { launch.size(first).size(rows).size(n).value(padding).launch()? };
 
-        let ([few, many], elements) = match in_vectors(dtable.as_view()) && in_vectors(dy) {
-            true => (["embed_few", "embed_many"], vector::<T>()),
-            false => (["embed_few_any", "embed_many_any"], 1),
-        };
         // An id of many tokens has more than its slots.
         let most = n / (SLOTS + 1);
         let launch = begin("embed_order", [most, 1, 1], ORDER_THREADS)?.scratch(&scratch).vector(ids);
         // SAFETY: the kernel reads `n` ids, and writes `members`, no more than there are tokens.
         unsafe { launch.size(first).size(rows).size(n).launch()? };
-        let pieces = h.div_ceil(elements * 32).min(65535);
-        let launch =
-            begin(many, [most, pieces, 1], WARPS * 32)?.mat_mut(&mut dtable).mat(dy).scratch(&scratch);
-        // SAFETY: the kernel reads rows of `dy` that are tokens, and writes rows of `dtable` that ids name, each in the blocks
-        // of that id; both have `h` elements.
-        unsafe { launch.size(rows).size(n).size(h).launch()? };
-        let launch = begin(few, [n.div_ceil(WARPS), 1, 1], WARPS * 32)?.mat_mut(&mut dtable).mat(dy);
+        let (name, elements) = match in_vectors(dtable.as_view()) && in_vectors(dy) {
+            true => ("embed_add", vector::<T>()),
+            false => ("embed_add_any", 1),
+        };
+        let many = (most * h.div_ceil(elements * 32)).min(MANY_BLOCKS);
+        let launch = begin(name, [many + n.div_ceil(WARPS), 1, 1], WARPS * 32)?.mat_mut(&mut dtable).mat(dy);
         let launch = launch.scratch(&scratch).vector(ids).size(first).size(rows).size(n);
-        // SAFETY: as above, each row in one warp.
-        unsafe { launch.value(padding).size(h).launch() }
+        // SAFETY: the kernel reads rows of `dy` that are tokens, and writes rows of `dtable` that ids name, each piece of one in
+        // one warp or block; both have `h` elements.
+        unsafe { launch.value(padding).size(h).size(many).launch() }
     }
 }
