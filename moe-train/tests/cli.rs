@@ -979,6 +979,14 @@ fn a_run_is_evaluated_on_tokens_and_on_text() {
     let folded =
         eval(&["--text", "held_out.txt", "--world-size", "12", "--tp", "2", "--cp", "3", "--ep", "4"]);
     assert_eq!(folded.ok().out, text);
+    // A folder of the hub that is made of it knows the context, too; but no held-out tokens, nor does what is made of that.
+    place.run(&["export", "run", "out"]).ok();
+    let arguments = ["eval", "out", "--text", "held_out.txt", "--tokenizer", "byte"];
+    assert_eq!(place.run(&arguments).ok().out, text);
+    place.run(&["import", "out", "in"]).ok();
+    for folder in ["out", "in"] {
+        place.run(&["eval", folder]).refused(2, &["--text is needed", folder]);
+    }
 }
 
 /// From a dense run to experts: the same loss before the first step, then training under another folding.

@@ -132,6 +132,8 @@ fn what_comes_in_goes_out_the_same_under_any_folding() {
             assert_same_folder(&fixture, &at(&format!("{name}-out")));
         }
         let imported = Arc::new(open_weights(&step_folder(&at("single"), 0)).unwrap());
+        // What an import made is found by the folder that it was given, too.
+        assert_eq!(open_weights(&at("single")).unwrap().path(), imported.path());
         for (n, mapping) in foldings(&direct).into_iter().enumerate() {
             let setup = setup(direct.model().clone(), mapping);
             // From the folder and from the checkpoint, in both types.

@@ -32,7 +32,7 @@ impl Default for ExportOptions {
 
 /// Writes `weights` to the new folder `folder`, as transformers' `save_pretrained` does: `config.json`, a tensor per expert and
 /// matrix in safetensors files, an index if there are several; and what else the model came with. A model that came from the
-/// hub goes back in its family, with what training changed. One tensor at a time is in memory.
+/// hub goes back in its family, with what training changed; the context of another is that of its run. One tensor at a time is in memory.
 ///
 /// # Errors
 /// There is such a folder already; no family has this model; a weight cannot be read, is not finite, or is infinite in its
@@ -66,7 +66,12 @@ pub fn export(weights: &Weights, folder: &Path, options: ExportOptions) -> Resul
         FloatType::F64 => plan.write(&unfinished.0, fill::<f64>(weights)),
         _ => plan.write(&unfinished.0, fill::<f32>(weights)),
     }?;
-    let text = format!("{:#}\n", config.to_json(most));
+    let mut config = config.to_json(most);
+    if let (None, Some(run)) = (origin, &weights.meta().run) {
+        // Each family has a default, which is not what this model was trained on.
+        config["max_position_embeddings"] = run.config.train.sequence_length.into();
+    }
+    let text = format!("{config:#}\n");
     write_new(&unfinished.0.join(CONFIG), text.as_bytes())?;
     if let Some(side_files) = weights.side_files() {
         copy_side_files(&side_files, &unfinished.0)?;

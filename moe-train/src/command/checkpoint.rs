@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueEnum};
 use crate::checkpoint::container::{Checkpoint as Opened, Listed, list};
 use crate::checkpoint::upcycle::{Plan, WeightScaling, upcycle};
 use crate::config::RunConfig;
-use crate::run::{RunFolder, open_checkpoint};
+use crate::run::{checkpoints_of, open_checkpoint};
 use crate::{Error, Result};
 
 /// Look into checkpoints, and make one of another.
@@ -56,18 +56,20 @@ pub enum Scaling {
 impl Checkpoint {
     pub fn run(self) -> Result<()> {
         match self {
-            Checkpoint::Ls { path } if is_run(&path) => list_run(&path),
             Checkpoint::Ls { path } => {
+                if let Some(root) = checkpoints_of(&path) {
+                    return list_all(&root);
+                }
                 for tensor in Opened::open(&path)?.tensors() {
                     let [rows, cols] = tensor.dims;
                     println!("{:5} {} [{rows}, {cols}]  {}", tensor.kind, tensor.dtype, tensor.name);
                 }
                 Ok(())
             }
-            Checkpoint::Verify { path } if is_run(&path) => {
-                verify(list(&RunFolder::new(&path).checkpoints())?.into_iter().map(|listed| listed.path))
-            }
-            Checkpoint::Verify { path } => verify([path].into_iter()),
+            Checkpoint::Verify { path } => match checkpoints_of(&path) {
+                Some(root) => verify(list(&root)?.into_iter().map(|listed| listed.path)),
+                None => verify([path].into_iter()),
+            },
             Checkpoint::Upcycle { dense, out, config, set, scaling, router } => {
                 let config = RunConfig::load(&config, &set)?;
                 let scaling = match scaling {
@@ -90,12 +92,8 @@ impl Checkpoint {
     }
 }
 
-fn is_run(path: &Path) -> bool {
-    RunFolder::new(path).checkpoints().is_dir()
-}
-
-fn list_run(path: &Path) -> Result<()> {
-    for Listed { step, path, checkpoint } in list(&RunFolder::new(path).checkpoints())? {
+fn list_all(root: &Path) -> Result<()> {
+    for Listed { step, path, checkpoint } in list(root)? {
         match checkpoint {
             Ok(found) => println!(
                 "step {step:>8}  {:>12} bytes from {} ranks  {}",

@@ -8,7 +8,7 @@ use moe_kernels::DType;
 
 use super::axes::Parallel;
 use super::sample::tokenizer_of;
-use crate::checkpoint::{RunState, Weights, is_hub_folder};
+use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder};
 use crate::config::{ConfigError, ParallelConfig, TrainDType};
 use crate::eval::{EvalError, Options, Perplexity, Text, perplexity};
 use crate::infer::context_length;
@@ -20,10 +20,11 @@ use crate::{Result, run};
 pub struct Eval {
     /// The folder of a checkpoint, of a run (its newest checkpoint), or, with --text, of the Hugging Face hub.
     checkpoint: PathBuf,
-    /// Files of text, each of them one document, or of JSON lines with --field. What is measured is the perplexity.
+    /// Files of text, each of them one document, or of JSON lines (.jsonl, .ndjson, .json, or any with --field). What is
+    /// measured is the perplexity.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["batches", "tokens"])]
     text: Vec<PathBuf>,
-    /// The field of JSON lines whose string is a document.
+    /// The field of JSON lines whose string is a document; text unless given.
     #[arg(long, requires = "text")]
     field: Option<String>,
     /// byte, a tokenizer.json, or a folder that has one; that of the model unless given.
@@ -32,7 +33,7 @@ pub struct Eval {
     /// Tokens that the model sees before a prediction, at most; its context unless given.
     #[arg(long, requires = "text")]
     sequence_length: Option<usize>,
-    /// The type of all computation; that of the run, or else of the weights, f64 or f32, unless given.
+    /// The type of all computation; f64 if weights are, else f32, unless given.
     #[arg(long, value_enum, requires = "text")]
     dtype: Option<TrainDType>,
     /// Held-out batches of `global_batch_size` sequences, at most; those of the run unless given.
@@ -60,7 +61,9 @@ impl Eval {
             return Err(EvalError::NoText { path: self.checkpoint }.into());
         }
         let checkpoint = open_checkpoint(&self.checkpoint)?;
-        let RunState { mut config, .. } = RunState::of(&checkpoint)?;
+        let Some(RunState { mut config, .. }) = Meta::of(&checkpoint)?.run else {
+            return Err(EvalError::NoText { path: checkpoint.path().to_owned() }.into());
+        };
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         config.parallel = self.parallel.config().unwrap_or(config.parallel);
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());
@@ -108,7 +111,7 @@ impl Eval {
         let run = weights.meta().run.as_ref().map(|run| &run.config);
         let of_run = || run.map_or_else(ParallelConfig::default, |config| config.parallel.clone());
         let options = Options { parallel: parallel.config().unwrap_or_else(of_run), sequence_length };
-        let dtype = dtype.or(run.map(|config| config.train.dtype)).unwrap_or(match weights.dtype() {
+        let dtype = dtype.unwrap_or(match weights.dtype() {
             DType::F64 => TrainDType::F64,
             _ => TrainDType::F32,
         });

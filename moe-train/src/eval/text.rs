@@ -37,13 +37,14 @@ impl Document {
 }
 
 impl Text {
-    /// Reads a file of text, which is one document; or, if a `field` is named, of JSON objects, one a line, of each of which
-    /// the string in that field is a document. Tokens are those of transformers' `tokenizer(text)`, special tokens of its
-    /// template included.
+    /// Reads a file of text, which is one document; or, if a `field` is named or the file is one of JSON lines by its name, of
+    /// JSON objects, one a line, of each of which the string in that field, `text` unless named, is a document. Tokens are
+    /// those of transformers' `tokenizer(text)`, special tokens of its template included.
     ///
     /// # Errors
     /// The file cannot be read, a line is no object with such a string, or the tokenizer refuses; the place is named.
     pub fn read(path: &Path, field: Option<&str>, tokenizer: &Tokenizer) -> Result<Self> {
+        let field = field.or_else(|| is_json_lines(path).then_some("text"));
         let documents = match field {
             Some(field) => lines(path, field, tokenizer)?,
             None => {
@@ -73,6 +74,12 @@ impl Text {
         }
         Ok(())
     }
+}
+
+/// Whether a file is one of JSON lines by its name.
+fn is_json_lines(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    matches!(extension.as_deref(), Some("jsonl" | "ndjson" | "json"))
 }
 
 /// The documents of a file of JSON objects.
@@ -106,7 +113,11 @@ fn document(line: &[u8], field: &str, tokenizer: &Tokenizer) -> std::result::Res
         let fields: Vec<&str> = object.keys().map(String::as_str).collect();
         format!("there is no field \"{field}\" (there are: {})", fields.join(", "))
     })?;
-    let text = found.as_str().ok_or_else(|| format!("the field \"{field}\" is no string"))?;
+    let text = match found {
+        Value::String(text) => text.as_str(),
+        Value::Null => "",
+        _ => return Err(format!("the field \"{field}\" is no string")),
+    };
     let tokens = tokenizer.encode(text.as_bytes(), true).map_err(|error| error.to_string())?;
     Ok(Document { tokens, bytes: text.len() })
 }
@@ -116,8 +127,12 @@ mod tests {
     use super::*;
 
     fn read(text: &[u8], field: Option<&str>) -> std::result::Result<Vec<Document>, String> {
+        read_as("text", text, field)
+    }
+
+    fn read_as(name: &str, text: &[u8], field: Option<&str>) -> std::result::Result<Vec<Document>, String> {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("text");
+        let path = folder.path().join(name);
         fs::write(&path, text).unwrap();
         Text::read(&path, field, &Tokenizer::Byte)
             .map(|text| text.documents)
@@ -133,6 +148,13 @@ mod tests {
             "{\"id\": 3, \"text\": \"a\\u00e9\\n\"}\n{\"text\": \"\", \"more\": {}}\r\n{\"text\": \"é\"}";
         assert_eq!(read(lines.as_bytes(), Some("text")).unwrap(), ["aé\n", "", "é"].map(document));
         assert_eq!(read(b"", Some("text")).unwrap(), []);
+        // By its name, too.
+        let lines = b"{\"text\": \"a\"}\n{\"text\": null, \"body\": \"b\"}\n";
+        assert_eq!(read_as("lines.JSONL", lines, None).unwrap(), ["a", ""].map(document));
+        assert!(
+            read_as("lines.json", lines, Some("body")).unwrap_err().contains("lines.json:1: there is no")
+        );
+        assert_eq!(read_as("lines.txt", lines, None).unwrap().len(), 1);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::container::list;
 use crate::checkpoint::copy_side_files;
 use crate::data::Tokenizer;
 use crate::durable::{Context, replace};
@@ -18,6 +19,16 @@ pub(crate) const SIDE_FILES: &str = "hub";
 /// `hub/` the tokenizer and what else belongs to a model that came from the hub.
 #[derive(Debug, Clone)]
 pub struct RunFolder(PathBuf);
+
+/// The folder of checkpoints that `path` is, or has as that of a run: none if it is a checkpoint itself, or anything else.
+/// An import and an upcycling make one without a run.
+pub(crate) fn checkpoints_of(path: &Path) -> Option<PathBuf> {
+    let of_run = RunFolder::new(path).checkpoints();
+    match of_run.is_dir() {
+        true => Some(of_run),
+        false => list(path).is_ok_and(|listed| !listed.is_empty()).then(|| path.to_owned()),
+    }
+}
 
 impl RunFolder {
     /// It need not exist.

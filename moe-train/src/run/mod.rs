@@ -18,7 +18,7 @@ use moe_topology::{Mapping, draw};
 
 pub use data::{HeldOut, TokenSource, held_out_sets, open_held_out};
 pub use folder::RunFolder;
-pub(crate) use folder::{CHECKPOINTS, SIDE_FILES};
+pub(crate) use folder::{CHECKPOINTS, SIDE_FILES, checkpoints_of};
 
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
@@ -241,7 +241,8 @@ fn initial(config: &RunConfig) -> Result<Option<Weights>> {
     Ok(Some(weights))
 }
 
-/// Opens the weights of a checkpoint, those of the newest whole one of a run, or those of a folder of the hub.
+/// Opens the weights of a checkpoint, those of the newest whole one that [`open_checkpoint`] finds, or those of a folder of the
+/// hub.
 ///
 /// # Errors
 /// There is none, it is not that of a model, or the folder of the hub is refused.
@@ -257,26 +258,24 @@ pub(crate) fn model_of(path: &Path) -> Result<ModelConfig> {
     if is_hub_folder(path) {
         return Ok(HubConfig::parse(&read_config(path)?)?.model);
     }
-    let root = RunFolder::new(path).checkpoints();
-    let checkpoint = match root.is_dir() {
-        true => {
+    let checkpoint = match checkpoints_of(path) {
+        Some(root) => {
             let newest = list(&root)?.into_iter().rev().find_map(|listed| listed.checkpoint.ok());
             newest.ok_or(CheckpointError::None { root })?
         }
-        false => Checkpoint::open(path)?,
+        None => Checkpoint::open(path)?,
     };
     Ok(Meta::of(&checkpoint)?.model)
 }
 
-/// Opens a checkpoint, or the newest whole one of a run.
+/// Opens a checkpoint, or the newest whole one of a run, or of a folder that an import or an upcycling made.
 ///
 /// # Errors
 /// There is none.
 pub fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
-    let folder = RunFolder::new(path).checkpoints();
-    match folder.is_dir() {
-        true => Ok(open_newest(&folder, &mut |fault| eprintln!("warning: skipped: {fault}"))?),
-        false => Ok(Checkpoint::open(path)?),
+    match checkpoints_of(path) {
+        Some(root) => Ok(open_newest(&root, &mut |fault| eprintln!("warning: skipped: {fault}"))?),
+        None => Ok(Checkpoint::open(path)?),
     }
 }
 
