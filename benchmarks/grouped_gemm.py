@@ -28,9 +28,10 @@ VARIANTS = {
 }
 
 
-def chosen(op, k):
-    """What moe-kernels builds for sums of `k` products (src/cuda/grouped_hopper.rs)."""
-    return "coop256" if op == DGRAD or (op == FORWARD and k >= 8192) else "ping192"
+def chosen(op, n, k):
+    """What moe-kernels builds for `n` columns of sums of `k` products (src/cuda/grouped_hopper.rs)."""
+    poor_rest = n < 8192 and 1 <= n % 192 <= 64
+    return "coop256" if op == DGRAD or poor_rest or (op == FORWARD and k >= 8192) else "ping192"
 
 
 # hidden, ffn, experts, experts of a token, tokens
@@ -331,7 +332,7 @@ def bench(kernels, rounds, shapes):
                 t = measure(runs, rounds)
                 flops = 2 * rows * n_in * n_out
                 tf = {name: flops / ms / 1e9 for name, ms in t.items()}
-                ours = chosen(op, {FORWARD: n_in, DGRAD: n_out, WGRAD: 0}[op])
+                ours = chosen(op, out.shape[1], a.shape[1])
                 ratio = f"{tf[ours] / tf['torch']:.3f} {ours}" if ours in tf else ""
                 cells = " ".join(f"{tf[n]:12.0f}" if n in tf else f"{'':>12s}" for n in names)
                 print(f"{shape:20s} {layer} {op_name:8s} {n_in:6d}->{n_out:6d}  {tf['torch']:6.0f} {tf['dense']:5.0f} | {cells} |"

@@ -27,16 +27,15 @@ struct Build {
     pingpong: bool,
 }
 
-/// What measured fastest (`benchmarks/grouped_gemm.py`, docs/benchmarks.md): turns hide the way out of results, which sums of a few
-/// thousand products need; the larger tile loads less for each product.
-const FORWARD: Build =
-    Build { product: Product::Forward, columns: 192, stages: 4, buffers: 4, pingpong: true };
-const LONG_FORWARD: Build =
-    Build { product: Product::Forward, columns: 256, stages: 4, buffers: 2, pingpong: false };
-const INPUT_GRADIENT: Build = Build { product: Product::InputGradient, ..LONG_FORWARD };
-const WEIGHT_GRADIENT: Build = Build { product: Product::WeightGradient, ..FORWARD };
-/// Products of a sum from which on it is [`LONG_FORWARD`]'s.
-const LONG: usize = 8192;
+/// Turns hide the way out of results, which sums of a few thousand products need.
+const fn in_turns(product: Product) -> Build {
+    Build { product, columns: 192, stages: 4, buffers: 4, pingpong: true }
+}
+
+/// The larger tile loads less for each product.
+const fn together(product: Product) -> Build {
+    Build { product, columns: 256, stages: 4, buffers: 2, pingpong: false }
+}
 
 /// Rows of a tile, bytes of a row of a stage: `BM` and `BK` of the kernel.
 const TILE_ROWS: usize = 128;
@@ -82,10 +81,11 @@ impl Build {
 
 /// All definitions that the kernel is compiled with.
 pub(super) const WAYS: &[&[(&str, i64)]] = &[
-    &FORWARD.definitions(),
-    &LONG_FORWARD.definitions(),
-    &INPUT_GRADIENT.definitions(),
-    &WEIGHT_GRADIENT.definitions(),
+    &in_turns(Product::Forward).definitions(),
+    &together(Product::Forward).definitions(),
+    &together(Product::InputGradient).definitions(),
+    &in_turns(Product::WeightGradient).definitions(),
+    &together(Product::WeightGradient).definitions(),
 ];
 
 /// Operands of a product: `y = a · b` of each group, as the kernel names them.
@@ -112,12 +112,15 @@ impl Tiles {
             && tiles < MOST_TILES
     }
 
-    fn build(&self) -> &'static Build {
+    /// What measured fastest (`benchmarks/grouped_gemm.py`): in turns, unless the sum is long, or the last of few tiles would have a
+    /// third of its columns at most, or it is the input gradient.
+    fn build(&self) -> Build {
+        let (n, turns) = (self.y.cols(), in_turns(self.product));
+        let poor_rest = n < 8192 && (1..=turns.columns / 3).contains(&(n % turns.columns));
         match self.product {
-            Product::Forward if self.a.cols() < LONG => &FORWARD,
-            Product::Forward => &LONG_FORWARD,
-            Product::InputGradient => &INPUT_GRADIENT,
-            Product::WeightGradient => &WEIGHT_GRADIENT,
+            Product::Forward if self.a.cols() < 8192 && !poor_rest => turns,
+            Product::WeightGradient if !poor_rest => turns,
+            product => together(product),
         }
     }
 
