@@ -1,4 +1,5 @@
-// Attention of bf16 heads of 64 or 128 on Hopper's tensor cores: scores in registers, operands through the copy engine.
+// Attention of bf16 heads of 64 or 128, or of 192 with values of 128, on Hopper's tensor cores: scores in registers, operands through
+// the copy engine.
 //
 // Forward, dq, and dk with dv are a kernel each. A block is a producer warpgroup, one thread of which asks the copy engine for
 // tiles, and two consumer warpgroups of 64 rows each. Every product has its left operand in shared memory or in the registers
@@ -106,6 +107,7 @@ __device__ __forceinline__ void settle(float (&d)[N]) {
 #define D32(i) D8(i), D8(i + 8), D8(i + 16), D8(i + 24)
 #define R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define R64 R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define R96 R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 
 // d (+)= a bᵀ for 16 columns of a [64 rows] and b [N rows], both in shared memory with their columns along the panel.
 __device__ __forceinline__ void product_step(float (&d)[32], u64 a, u64 b, int add) {
@@ -132,6 +134,12 @@ __device__ __forceinline__ void product_step(float (&d)[32], const u32 (&a)[4], 
 __device__ __forceinline__ void product_step(float (&d)[64], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
                  : D32(0), D32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void product_step(float (&d)[96], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" R96 "}, {%96,%97,%98,%99}, %100, 1, 1, 1, 1;\n"
+                 : D32(0), D32(32), D32(64)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -308,6 +316,24 @@ struct Ring {
     }
 };
 
+// The consumers take turns in asking for products, so that one forms its softmax while the other multiplies. It pays where that takes
+// about as long as the products: with heads of 64.
+template <bool ON>
+struct Turns {
+    int own;
+
+    __device__ __forceinline__ Turns(int group) : own(1 + group) {
+        if (group == 0) pass(own);
+    }
+    __device__ __forceinline__ void begin() {
+        if (ON) asm volatile("bar.sync %0, 256;" ::"r"(own) : "memory");
+    }
+    __device__ __forceinline__ void end() { pass(3 - own); }
+    __device__ __forceinline__ void pass(int to) {
+        if (ON) asm volatile("bar.arrive %0, 256;" ::"r"(to) : "memory");
+    }
+};
+
 __device__ __forceinline__ void barriers_ready() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -425,6 +451,7 @@ __device__ __forceinline__ void forward(bf16* o, i64 o_stride, float* lse, i64 l
     float out[V_DIM / 2];
 #pragma unroll
     for (int i = 0; i < V_DIM / 2; i++) out[i] = 0.0f;
+    Turns<V_DIM == 64> turns(group);
     Softmax softmax{{-INF_F32, -INF_F32}, {0.0f, 0.0f}};
     float scale = s.scale * LOG2_E;
     if (steps > 0) {
@@ -447,12 +474,15 @@ __device__ __forceinline__ void forward(bf16* o, i64 o_stride, float* lse, i64 l
         to_operand<KEYS>(p, scores);
         for (int n = 1; n < steps; n++) {
             sh.k_ring.wait(n);
+            turns.begin();
             products_begin();
             multiply_transposed<ROWS, KEYS, DIM>(scores, sh.q, group * 64, sh.k[n % 2]);
             products_commit();
             sh.v_ring.wait(n - 1);
+            products_begin();
             multiply<KEYS, V_DIM>(out, p, sh.v[(n - 1) % 2]);
             products_commit();
+            turns.end();
             products_wait<1>();
             settle(scores);
             sh.k_ring.release(n);
@@ -663,8 +693,9 @@ struct KeyGradientShared {
     int first, last;
 };
 
-// dk = scale · Σ dSᵀ q, dv = Σ Pᵀ d_o over the query heads that read a head of keys and values.
-template <int DIM, int V_DIM>
+// dk = scale · Σ dSᵀ q, dv = Σ Pᵀ d_o over the query heads that read a head of keys and values; both, or one of them where the
+// registers do not hold both.
+template <int DIM, int V_DIM, bool OF_K, bool OF_V>
 __device__ __forceinline__ void key_gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, const TensorMap* d_o,
                                              const TensorMap* q, const TensorMap* k, const TensorMap* v, const Statistics* stats,
                                              const Bounds* bounds, const Sizes& s) {
@@ -730,9 +761,11 @@ __device__ __forceinline__ void key_gradient(bf16* dk, i64 dk_stride, bf16* dv, 
         settle(scores);
         for (int n = 0; n < steps; n++) {
             const Statistics& at = sh.stats[n % 2];
-            products_begin();
-            multiply_transposed<ROWS, STEP, V_DIM>(dp, sh.v, group * 64, sh.d_o[n % 2]);
-            products_commit();
+            if (OF_K) {
+                products_begin();
+                multiply_transposed<ROWS, STEP, V_DIM>(dp, sh.v, group * 64, sh.d_o[n % 2]);
+                products_commit();
+            }
             Bounds seen = bounds[first + n % count];
             int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -753,25 +786,29 @@ __device__ __forceinline__ void key_gradient(bf16* dk, i64 dk_stride, bf16* dv, 
                     }
                 }
             }
-            to_operand<STEP>(p, scores);
-            products_begin();
-            multiply<STEP, V_DIM>(dv_out, p, sh.d_o[n % 2]);
-            products_commit();
-            products_wait<1>();
-            settle(dp);
-#pragma unroll
-            for (int j = 0; j < STEP / 8; j++) {
-                float2 delta = *(const float2*)&at.delta[8 * j + column];
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float& x = scores[4 * j + e];
-                    x = x == 0.0f ? 0.0f : x * (dp[4 * j + e] - (e % 2 ? delta.y : delta.x));
-                }
+            if (OF_V) {
+                to_operand<STEP>(p, scores);
+                products_begin();
+                multiply<STEP, V_DIM>(dv_out, p, sh.d_o[n % 2]);
+                products_commit();
             }
-            to_operand<STEP>(ds, scores);
-            products_begin();
-            multiply<STEP, DIM>(dk_out, ds, sh.q[n % 2]);
-            products_commit();
+            if (OF_K) {
+                products_wait<OF_V ? 1 : 0>();
+                settle(dp);
+#pragma unroll
+                for (int j = 0; j < STEP / 8; j++) {
+                    float2 delta = *(const float2*)&at.delta[8 * j + column];
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        float& x = scores[4 * j + e];
+                        x = x == 0.0f ? 0.0f : x * (dp[4 * j + e] - (e % 2 ? delta.y : delta.x));
+                    }
+                }
+                to_operand<STEP>(ds, scores);
+                products_begin();
+                multiply<STEP, DIM>(dk_out, ds, sh.q[n % 2]);
+                products_commit();
+            }
             int next = min(n + 1, steps - 1);
             sh.ring.wait(next);
             products_begin();
@@ -785,39 +822,45 @@ __device__ __forceinline__ void key_gradient(bf16* dk, i64 dk_stride, bf16* dv, 
         settle(dv_out);
     }
     float one[2] = {1.0f, 1.0f}, factor[2] = {s.scale, s.scale};
-    store<DIM>(dk, dk_stride, s.batch, task.sequence, task.head, row, s.kv_len, dk_out, factor);
-    store<V_DIM>(dv, dv_stride, s.batch, task.sequence, task.head, row, s.kv_len, dv_out, one);
+    if (OF_K) store<DIM>(dk, dk_stride, s.batch, task.sequence, task.head, row, s.kv_len, dk_out, factor);
+    if (OF_V) store<V_DIM>(dv, dv_stride, s.batch, task.sequence, task.head, row, s.kv_len, dv_out, one);
 }
 
 // ---- entry points ----------------------------------------------------------------------------------------------------
 
-#define SIZES                                                                                                         \
-    int batch, int q_len, int kv_len, int heads, int kv_heads, i64 first_query, i64 window, float scale
+// Sizes of heads: of queries and keys, of values and outputs.
+constexpr int DIM = HEAD_DIM, V_DIM = V_HEAD_DIM;
+
+#define SIZES int batch, int q_len, int kv_len, int heads, int kv_heads, i64 first_query, i64 window, float scale
 #define SIZES_OF Sizes{batch, q_len, kv_len, heads, kv_heads, first_query, window, scale}
+#define MAP const __grid_constant__ TensorMap
 
-#define HEAD(DIM, V_DIM)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) flash_forward_##DIM##_##V_DIM(                                  \
-        bf16* o, i64 o_stride, float* lse, i64 lse_stride, const __grid_constant__ TensorMap q,                  \
-        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const int* first_keys, SIZES) {            \
-        forward<DIM, V_DIM>(o, o_stride, lse, lse_stride, &q, &k, &v, first_keys, SIZES_OF);                                 \
-    }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(256) flash_statistics_##DIM##_##V_DIM(                                      \
-        Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_stride, const bf16* o, i64 o_stride,         \
-        const float* lse, i64 lse_stride, const int* first_keys, SIZES) {                                              \
-        statistics<V_DIM>(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);               \
-    }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) flash_backward_q_##DIM##_##V_DIM(                               \
-        bf16* dq, i64 dq_stride, const __grid_constant__ TensorMap d_o, const __grid_constant__ TensorMap q,           \
-        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const Statistics* stats,                   \
-        const int* first_keys, SIZES) {                                                                                      \
-        query_gradient<DIM, V_DIM>(dq, dq_stride, &d_o, &q, &k, &v, stats, first_keys, SIZES_OF);                            \
-    }                                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) flash_backward_kv_##DIM##_##V_DIM(                              \
-        bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, const __grid_constant__ TensorMap d_o,                 \
-        const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,       \
-        const Statistics* stats, const Bounds* bounds, SIZES) {                                                              \
-        key_gradient<DIM, V_DIM>(dk, dk_stride, dv, dv_stride, &d_o, &q, &k, &v, stats, bounds, SIZES_OF);                   \
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+flash_forward(bf16* o, i64 o_stride, float* lse, i64 lse_stride, MAP q, MAP k, MAP v, const int* first_keys, SIZES) {
+    forward<DIM, V_DIM>(o, o_stride, lse, lse_stride, &q, &k, &v, first_keys, SIZES_OF);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+flash_statistics(Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_stride, const bf16* o, i64 o_stride, const float* lse,
+                 i64 lse_stride, const int* first_keys, SIZES) {
+    statistics<V_DIM>(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+flash_backward_q(bf16* dq, i64 dq_stride, MAP d_o, MAP q, MAP k, MAP v, const Statistics* stats, const int* first_keys, SIZES) {
+    query_gradient<DIM, V_DIM>(dq, dq_stride, &d_o, &q, &k, &v, stats, first_keys, SIZES_OF);
+}
+
+// Gradients of keys (OF_K) and values (OF_V).
+#define KEYS_AND_VALUES(NAME, OF_K, OF_V)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                                \
+    NAME(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, MAP d_o, MAP q, MAP k, MAP v, const Statistics* stats,           \
+         const Bounds* bounds, SIZES) {                                                                                     \
+        key_gradient<DIM, V_DIM, OF_K, OF_V>(dk, dk_stride, dv, dv_stride, &d_o, &q, &k, &v, stats, bounds, SIZES_OF);      \
     }
-
-HEAD(64, 64)
-HEAD(128, 128)
+#if HEAD_DIM + V_HEAD_DIM <= 256
+KEYS_AND_VALUES(flash_backward_kv, true, true)
+#else
+KEYS_AND_VALUES(flash_backward_k, true, false)
+KEYS_AND_VALUES(flash_backward_v, false, true)
+#endif

@@ -114,6 +114,7 @@ pub fn attention<T: Float, D: Attention<T>>(device: &D, tolerance: f64) {
         (1, 200, 0, 65, 6, 2, 8, 12, false),
         (1, 140, 0, 140, 2, 1, 64, 64, false),
         (1, 70, 130, 200, 2, 1, 128, 128, false),
+        (1, 140, 0, 140, 1, 1, 192, 128, false),
     ];
     for (batch, q_len, first_query, kv_len, heads, kv_heads, head_dim, v_head_dim, affordable) in cases {
         let windows = [2, 3, 64, 100].map(|window| AttentionMask::SlidingWindow { window });

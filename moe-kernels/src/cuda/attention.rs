@@ -1,8 +1,8 @@
 //! Attention: in tiles of any kind, or on Hopper's tensor cores.
 //!
-//! `attention_flash.cu` runs for `bf16` on compute capability 9.0 with heads of 64 or 128, keys and values alike, a
-//! positive scale, and all matrices but the log-sum-exp at multiples of 16 bytes, their rows too. Everything else runs `attention.cu`, whose
-//! sums are plain arithmetic of the accumulation type. Both give the same bits twice.
+//! `attention_flash.cu` runs for `bf16` on compute capability 9.0 with heads of 64 or 128, keys and values alike, or of 192 with values of
+//! 128 (latent attention), a positive scale, and all matrices but the log-sum-exp at multiples of 16 bytes, their rows too. Everything else
+//! runs `attention.cu`, whose sums are plain arithmetic of the accumulation type. Both give the same bits twice.
 
 use super::Cuda;
 use super::attention_flash::{Backward, Flash};

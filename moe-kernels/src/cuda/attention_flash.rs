@@ -19,30 +19,8 @@ const STATISTICS: usize = 4 * 4 * STEP;
 const BOUNDS: usize = 16;
 const BARRIER: usize = 8;
 
-/// Sizes of heads that there are kernels for, and their names.
-#[derive(Debug)]
-struct Kernels {
-    dim: usize,
-    v_dim: usize,
-    forward: &'static str,
-    statistics: &'static str,
-    backward_q: &'static str,
-    backward_kv: &'static str,
-}
-
-macro_rules! kernels {
-    ($($dim:literal $v_dim:literal),*) => {
-        &[$(Kernels {
-            dim: $dim,
-            v_dim: $v_dim,
-            forward: concat!("flash_forward_", $dim, "_", $v_dim),
-            statistics: concat!("flash_statistics_", $dim, "_", $v_dim),
-            backward_q: concat!("flash_backward_q_", $dim, "_", $v_dim),
-            backward_kv: concat!("flash_backward_kv_", $dim, "_", $v_dim),
-        }),*]
-    };
-}
-static KERNELS: &[Kernels] = kernels!(64 64, 128 128);
+/// Sizes of heads, of queries and keys and of values, that there are kernels for.
+const HEADS: [(usize, usize); 3] = [(64, 64), (128, 128), (192, 128)];
 
 /// The gradients of a backward.
 pub(super) struct Backward<'a, T> {
@@ -54,7 +32,8 @@ pub(super) struct Backward<'a, T> {
 /// A call that these kernels take.
 pub(super) struct Flash<'a> {
     device: &'a Cuda,
-    kernels: &'static Kernels,
+    dim: usize,
+    v_dim: usize,
     scale: f32,
 }
 
@@ -65,14 +44,14 @@ impl<'a> Flash<'a> {
         s: &AttentionShape,
         matrices: &[View<'_, T, Cuda>],
     ) -> Option<Self> {
-        let kernels = KERNELS.iter().find(|k| (k.dim, k.v_dim) == (s.head_dim, s.v_head_dim))?;
-        let scale = s.scale as f32;
+        let (dim, v_dim, scale) = (s.head_dim, s.v_head_dim, s.scale as f32);
         let fits = T::DTYPE == DType::Bf16
+            && HEADS.contains(&(dim, v_dim))
             && device.compute_capability() == (9, 0)
             && (f32::MIN_POSITIVE..1e30).contains(&scale)
             && s.heads > 0
             && matrices.iter().all(|&m| Tiled::from(m).is_addressable());
-        fits.then_some(Flash { device, kernels, scale })
+        fits.then_some(Flash { device, dim, v_dim, scale })
     }
 
     #[allow(clippy::too_many_arguments)] // the operands of the formula
@@ -86,9 +65,9 @@ impl<'a> Flash<'a> {
         first_keys: Option<View<'_, i32, Cuda>>,
         s: &Sizes,
     ) -> Result<()> {
-        let Kernels { dim, v_dim, .. } = *self.kernels;
+        let Flash { dim, v_dim, .. } = *self;
         let shared = 2 * (ROWS * dim + 2 * KEYS * (dim + v_dim)) + 9 * BARRIER;
-        let launch = self.launch(self.kernels.forward, s.q_len, s.heads, s, shared)?;
+        let launch = self.launch("flash_forward", s.q_len, s.heads, s, shared)?;
         let launch = launch.mat_mut(o).mat_mut(lse).value(heads(q, s, s.heads)?);
         let launch = launch.value(heads(k, s, s.kv_heads)?).value(heads(v, s, s.kv_heads)?);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
@@ -108,7 +87,7 @@ impl<'a> Flash<'a> {
         first_keys: Option<View<'_, i32, Cuda>>,
         s: &Sizes,
     ) -> Result<()> {
-        let Kernels { dim, v_dim, statistics: name, backward_q, backward_kv, .. } = *self.kernels;
+        let Flash { dim, v_dim, .. } = *self;
         let blocks = (s.q_len as usize).div_ceil(STEP) * s.batch as usize;
         let statistics = self.device.alloc(blocks * s.heads as usize * STATISTICS)?;
         let bounds = self.device.alloc(blocks * BOUNDS)?;
@@ -120,23 +99,32 @@ impl<'a> Flash<'a> {
         ];
         let with_maps = |launch: Launch<'a>| maps.iter().fold(launch, |launch, &map| launch.value(map));
 
-        let launch = self.device.kernel(&ATTENTION_FLASH.of(DType::Bf16), name)?;
+        let launch = self.kernel("flash_statistics")?;
         let launch = launch.grid([blocks * s.heads as usize, 1, 1]).block([4 * STEP, 1, 1]);
         let launch = launch.scratch(&statistics).scratch(&bounds).mat(d_o).mat(o).mat(lse);
         // SAFETY: there is room for every block of queries of every head, and for the bounds of every block.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
         let shared = 2 * (ROWS + 3 * STEP) * (dim + v_dim) + 7 * BARRIER;
-        let launch = self.launch(backward_q, s.q_len, s.heads, s, shared)?.mat_mut(&mut gradients.dq);
+        let launch = self.launch("flash_backward_q", s.q_len, s.heads, s, shared)?.mat_mut(&mut gradients.dq);
         let launch = with_maps(launch).scratch(&statistics).vector_or_null(first_keys);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
         unsafe { self.sizes(launch, s).launch()? };
 
         let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim) + 2 * STATISTICS + 6 * BARRIER;
-        let launch = self.launch(backward_kv, s.kv_len, s.kv_heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv));
-        // SAFETY: as above.
-        unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch() }
+        // Both at once where the registers hold both.
+        let kernels: &[_] = if dim + v_dim <= 256 {
+            &["flash_backward_kv"]
+        } else {
+            &["flash_backward_k", "flash_backward_v"]
+        };
+        for kernel in kernels {
+            let launch = self.launch(kernel, s.kv_len, s.kv_heads, s, shared)?;
+            let launch = with_maps(launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv));
+            // SAFETY: as above.
+            unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
+        }
+        Ok(())
     }
 
     /// A block for every `ROWS` rows of every head of every sequence.
@@ -149,8 +137,13 @@ impl<'a> Flash<'a> {
         shared: usize,
     ) -> Result<Launch<'a>> {
         let blocks = (len as usize).div_ceil(ROWS) * heads as usize * s.batch as usize;
-        let launch = self.device.kernel(&ATTENTION_FLASH.of(DType::Bf16), name)?;
+        let launch = self.kernel(name)?;
         Ok(launch.grid([blocks, 1, 1]).block([THREADS, 1, 1]).shared(shared))
+    }
+
+    fn kernel(&self, name: &'static str) -> Result<Launch<'a>> {
+        let variant = ATTENTION_FLASH.of(DType::Bf16).with("HEAD_DIM", self.dim as i64);
+        self.device.kernel(&variant.with("V_HEAD_DIM", self.v_dim as i64), name)
     }
 
     /// What all kernels end with: `SIZES`.

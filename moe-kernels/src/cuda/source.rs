@@ -41,7 +41,11 @@ macro_rules! sources {
 sources! {
     ACTIVATION = "activation", FLOATS, &[];
     ATTENTION = "attention", FLOATS, &[];
-    ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[];
+    ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[
+        &[("HEAD_DIM", 64), ("V_HEAD_DIM", 64)],
+        &[("HEAD_DIM", 128), ("V_HEAD_DIM", 128)],
+        &[("HEAD_DIM", 192), ("V_HEAD_DIM", 128)],
+    ];
     EMBEDDING = "embedding", FLOATS, &[];
     GEMM = "gemm", FLOATS, &[];
     GROUPED = "grouped", FLOATS, &[];
