@@ -13,6 +13,7 @@ mod trace;
 mod train;
 
 use clap::{Parser, Subcommand};
+use moe_kernels::Error::NotANumber;
 use moe_model::Error::RouterNotANumber;
 use moe_pipeline::ExecuteError;
 
@@ -106,7 +107,10 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::HubConfig(_)
         | Error::HubConfigFile { .. } => 4,
         Error::NonFinite { .. }
-        | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. }) => 6,
+        | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. })
+        // What a GPU found in a router's logits, returned by a later call.
+        | Error::Device(NotANumber { .. })
+        | Error::Comm(moe_comm::Error::Device(NotANumber { .. })) => 6,
         Error::Interrupted { .. } => 130,
         // What the first rank to fail met is what went wrong.
         Error::World(world) => {
