@@ -13,7 +13,8 @@ struct Chosen<D: Device> {
     experts: Tensor<i32, D>,
     /// `n · K`: the choices that the losses count.
     counted: Vec<i32>,
-    expert_counts: Vec<i64>,
+    /// What experts were chosen, where that is not what the losses count.
+    expert_counts: Option<Vec<i64>>,
     /// `sequences · E`.
     prob_sums: Vec<f64>,
     z_loss_sum: f64,
@@ -83,8 +84,12 @@ impl Router {
             (Logits::Acc(logits), weights, chosen)
         };
         let Chosen { experts, counted, expert_counts, prob_sums, z_loss_sum, margins } = chosen;
-        let plain_counts = self.count(&counted);
         let rows = self.count_by_sequence(&counted, sequences);
+        let mut plain_counts = vec![0; num_experts];
+        for sequence in rows.chunks_exact(num_experts + 1) {
+            plain_counts.iter_mut().zip(sequence).for_each(|(sum, count)| *sum += count);
+        }
+        let expert_counts = expert_counts.unwrap_or_else(|| plain_counts.clone());
         let expected = rows.len();
         let rows = sum_over_unit(&rows)?;
         if rows.len() != expected {
@@ -146,13 +151,16 @@ impl Router {
         let input = RouteInput { logits: logits.view(), bias, given: given.map(Tensor::view), valid };
         device.route(out, input, &scoring)?;
 
-        let chosen = experts.to_vec(device)?;
-        let expert_counts = self.count(&chosen);
-        let counted = unbiased.map_or(Ok(chosen), |unbiased| unbiased.to_vec(device))?;
         // One row of sums per sequence: the rows of a sequence-major matrix side by side.
         let probs = probs.reshape(tokens / sequences, sequences * num_experts)?;
-        let prob_sums = column_sums(device, &probs)?;
-        let z_loss_sum = sum_of_squares(device, &lse)?;
+        let (prob_sums, z_loss_sum) = (column_sums(device, &probs)?, sum_of_squares(device, &lse)?);
+        // All is under way: only the first of these waits for the device.
+        let chosen = experts.to_vec(device)?;
+        let (prob_sums, z_loss_sum) = (prob_sums.to_f64(device)?, z_loss_sum.to_vec(device)?[0]);
+        let (counted, expert_counts) = match unbiased {
+            Some(unbiased) => (unbiased.to_vec(device)?, Some(self.count(&chosen))),
+            None => (chosen, None),
+        };
         let mut margins = margins.map(|margins| margins.to_f64(device)).transpose()?;
         if let (Some(margins), Some(of_spread)) = (&mut margins, spread_margins.flatten()) {
             margins.iter_mut().zip(of_spread).for_each(|(margin, of_spread)| *margin = margin.min(of_spread));
@@ -204,14 +212,14 @@ impl Router {
     }
 }
 
-fn column_sums<R: Float<Acc = R>, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<Vec<f64>, Error> {
+fn column_sums<R: Float<Acc = R>, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<Tensor<R, D>, Error> {
     let mut sums = Tensor::<R, D>::uninit(device, 1, x.shape()[1])?;
     device.column_sums(sums.view_mut()?, x.view())?;
-    Ok(sums.to_f64(device)?)
+    Ok(sums)
 }
 
-fn sum_of_squares<R: Float, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<f64, Error> {
+fn sum_of_squares<R: Float, D: Reduce<R>>(device: &D, x: &Tensor<R, D>) -> Result<Tensor<f64, D>, Error> {
     let mut sum = Tensor::<f64, D>::zeros(device, 1, 1)?;
     device.dot(sum.view_mut()?, x.view(), x.view())?;
-    Ok(sum.to_vec(device)?[0])
+    Ok(sum)
 }
