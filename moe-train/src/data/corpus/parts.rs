@@ -99,7 +99,7 @@ impl Parts {
     }
 }
 
-/// Removes what an interrupted join to `out` left beside it.
+/// Removes what an interrupted join to `out`, or the removal of its parts, left beside it.
 pub(super) fn remove_leftovers(out: &Path) -> Result<(), DataError> {
     let (Some(name), Some(folder)) = (out.file_name().and_then(|name| name.to_str()), out.parent()) else {
         return Ok(());
@@ -111,10 +111,13 @@ pub(super) fn remove_leftovers(out: &Path) -> Result<(), DataError> {
         let Some((of, digits)) = found.to_str().and_then(|found| found.rsplit_once(TEMPORARY)) else {
             continue;
         };
-        let ours =
-            of.strip_prefix(name).is_some_and(|rest| ["", ".bin", ".idx", ".blake3.json"].contains(&rest));
+        let ours = of
+            .strip_prefix(name)
+            .is_some_and(|rest| ["", ".bin", ".idx", ".blake3.json", FOLDER].contains(&rest));
         if ours && digits.len() == 12 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            fs::remove_file(entry.path()).context("remove", &entry.path())?;
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.context("remove", &path)?;
         }
     }
     Ok(())
