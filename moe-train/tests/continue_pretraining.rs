@@ -235,7 +235,7 @@ fn a_model_that_is_given_beside_weights_must_be_theirs() {
         &["[model] is not complete, and train.init_checkpoint = \"nothing\" cannot fill it up"],
     );
     assert!(!place.path("other").exists());
-    place.refused(4, &["eval", "imported/step-0"], &["is of no training run"]);
+    place.refused(2, &["eval", "imported/step-0"], &["--text is needed: imported/step-0 belongs to no run"]);
     place.refused(4, &["import", "text-0.txt", "x"], &["cannot read text-0.txt/config.json"]);
     place.refused(2, &["export", "run", "x", "--max-shard-size", "5TB"], &["a number of bytes above 0"]);
 }

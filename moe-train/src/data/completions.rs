@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::json::json_fault;
 use super::prepare::choose;
 use super::{DataError, Encoder, Prepared, TokenFileWriter};
 use crate::durable::Context;
@@ -82,14 +83,6 @@ pub fn prepare_completions(
     train.finish()?;
     held.finish()?;
     Ok(prepared)
-}
-
-/// What is wrong with a line.
-pub(super) fn json_fault(error: &serde_json::Error) -> String {
-    // It counts lines from the start of this one.
-    let text = error.to_string();
-    let what = text.split(" at line ").next().unwrap_or(&text);
-    format!("{what} (column {})", error.column())
 }
 
 /// A prompt and its completion.

@@ -4,11 +4,9 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use super::EvalError;
 use crate::Result;
-use crate::data::{DataError, Tokenizer};
+use crate::data::{DataError, InputFormat, Tokenizer, string_field};
 use crate::durable::Context;
 
 /// The documents of a file.
@@ -44,7 +42,8 @@ impl Text {
     /// # Errors
     /// The file cannot be read, a line is no object with such a string, or the tokenizer refuses; the place is named.
     pub fn read(path: &Path, field: Option<&str>, tokenizer: &Tokenizer) -> Result<Self> {
-        let field = field.or_else(|| is_json_lines(path).then_some("text"));
+        let field =
+            field.or_else(|| matches!(InputFormat::of(path), Ok(InputFormat::Jsonl)).then_some("text"));
         let documents = match field {
             Some(field) => lines(path, field, tokenizer)?,
             None => {
@@ -76,12 +75,6 @@ impl Text {
     }
 }
 
-/// Whether a file is one of JSON lines by its name.
-fn is_json_lines(path: &Path) -> bool {
-    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-    matches!(extension.as_deref(), Some("jsonl" | "ndjson" | "json"))
-}
-
 /// The documents of a file of JSON objects.
 fn lines(path: &Path, field: &str, tokenizer: &Tokenizer) -> Result<Vec<Document>> {
     let mut file = BufReader::new(File::open(path).context("open", path).map_err(DataError::from)?);
@@ -97,27 +90,7 @@ fn lines(path: &Path, field: &str, tokenizer: &Tokenizer) -> Result<Vec<Document
 
 /// The document of a line.
 fn document(line: &[u8], field: &str, tokenizer: &Tokenizer) -> std::result::Result<Document, String> {
-    let line = std::str::from_utf8(line)
-        .map_err(|error| format!("no UTF-8 at byte {} of the line", error.valid_up_to()))?;
-    if line.trim_ascii().is_empty() {
-        return Err("an empty line".to_owned());
-    }
-    let value: Value = serde_json::from_str(line).map_err(|error| {
-        // It counts lines from the start of this one.
-        let text = error.to_string();
-        let what = text.split(" at line ").next().unwrap_or(&text);
-        format!("{what} (column {})", error.column())
-    })?;
-    let object = value.as_object().ok_or("this is no JSON object")?;
-    let found = object.get(field).ok_or_else(|| {
-        let fields: Vec<&str> = object.keys().map(String::as_str).collect();
-        format!("there is no field \"{field}\" (there are: {})", fields.join(", "))
-    })?;
-    let text = match found {
-        Value::String(text) => text.as_str(),
-        Value::Null => "",
-        _ => return Err(format!("the field \"{field}\" is no string")),
-    };
+    let text = string_field(line, field)?.unwrap_or_default();
     let tokens = tokenizer.encode(text.as_bytes(), true).map_err(|error| error.to_string())?;
     Ok(Document { tokens, bytes: text.len() })
 }
@@ -152,7 +125,9 @@ mod tests {
         let lines = b"{\"text\": \"a\"}\n{\"text\": null, \"body\": \"b\"}\n";
         assert_eq!(read_as("lines.JSONL", lines, None).unwrap(), ["a", ""].map(document));
         assert!(
-            read_as("lines.json", lines, Some("body")).unwrap_err().contains("lines.json:1: there is no")
+            read_as("lines.json", lines, Some("body"))
+                .unwrap_err()
+                .contains("lines.json:1: missing field `body`")
         );
         assert_eq!(read_as("lines.txt", lines, None).unwrap().len(), 1);
     }
@@ -162,9 +137,9 @@ mod tests {
         for (bad, what) in [
             (&b"\n"[..], "an empty line"),
             (b"{\"text\": \"a\xFFb\"}", "no UTF-8 at byte 11 of the line"),
-            (b"{\"text\": 3}", "the field \"text\" is no string"),
-            (b"{\"id\": 1, \"body\": \"\"}", "there is no field \"text\" (there are: body, id)"),
-            (b"[\"text\"]", "this is no JSON object"),
+            (b"{\"text\": 3}", "invalid type: integer `3`, expected a string (column 10)"),
+            (b"{\"id\": 1, \"body\": \"\"}", "missing field `text` (column 21)"),
+            (b"[\"text\"]", "invalid type: sequence, expected a JSON object (column 0)"),
             (b"{\"text\": \"a\"", "EOF while parsing an object (column 12)"),
         ] {
             let error = read(&[b"{\"text\": \"x\"}\n", bad].concat(), Some("text")).unwrap_err();

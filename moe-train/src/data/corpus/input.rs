@@ -24,7 +24,7 @@ pub enum InputFormat {
 
 impl InputFormat {
     /// What the name of a file says.
-    fn of(path: &Path) -> Result<Self, DataError> {
+    pub(crate) fn of(path: &Path) -> Result<Self, DataError> {
         let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
         match extension.as_deref() {
             Some("txt" | "text" | "md") => Ok(InputFormat::Text),

@@ -1,15 +1,10 @@
 //! Documents of JSON lines.
 
-use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-use serde::Deserializer;
-use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
-
-use super::super::completions::json_fault;
-use super::super::{DataError, TokenizeError};
+use super::super::{DataError, TokenizeError, string_field};
 use super::input::Input;
 use super::plan::Segment;
 use super::source::Source;
@@ -74,7 +69,7 @@ impl Source for JsonLines<'_> {
         if bytes > MOST_BYTES {
             return Err(self.fault(format!("a line of more than {MOST_BYTES} bytes: are these JSON lines?")));
         }
-        match field_of(&self.line, self.field) {
+        match string_field(&self.line, self.field) {
             Ok(found) => text.extend_from_slice(found.unwrap_or_default().as_bytes()),
             Err(what) => return Err(self.fault(what)),
         }
@@ -98,77 +93,6 @@ fn line_number(path: &Path, start: u64) -> Result<u64, DataError> {
         }
         line += block.iter().filter(|&&byte| byte == b'\n').count() as u64;
         before.consume(bytes);
-    }
-}
-
-/// The string that a field of an object has; none if it is `null`.
-fn field_of(line: &[u8], field: &str) -> Result<Option<String>, String> {
-    let line = std::str::from_utf8(line)
-        .map_err(|error| format!("no UTF-8 at byte {} of the line", error.valid_up_to()))?;
-    let line = line.trim_ascii_end();
-    if line.is_empty() {
-        return Err("an empty line".to_owned());
-    }
-    let mut json = serde_json::Deserializer::from_str(line);
-    let found = Field(field).deserialize(&mut json).and_then(|found| json.end().map(|()| found));
-    found.map_err(|error| json_fault(&error))
-}
-
-/// Reads an object, of which only one field counts.
-struct Field<'a>(&'a str);
-
-impl<'de> DeserializeSeed<'de> for Field<'_> {
-    type Value = Option<String>;
-
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
-        json.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Field<'_> {
-    type Value = Option<String>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON object")
-    }
-
-    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
-        let mut found = None;
-        while let Some(is_field) = map.next_key_seed(Key(self.0))? {
-            match is_field {
-                false => {
-                    map.next_value::<IgnoredAny>()?;
-                }
-                true if found.is_some() => {
-                    return Err(M::Error::custom(format_args!("two fields `{}`", self.0)));
-                }
-                true => found = Some(map.next_value()?),
-            }
-        }
-        found.ok_or_else(|| M::Error::custom(format_args!("missing field `{}`", self.0)))
-    }
-}
-
-/// Whether a key is the one.
-struct Key<'a>(&'a str);
-
-impl<'de> DeserializeSeed<'de> for Key<'_> {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<bool, D::Error> {
-        json.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for Key<'_> {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E>(self, key: &str) -> Result<bool, E> {
-        Ok(key == self.0)
     }
 }
 
