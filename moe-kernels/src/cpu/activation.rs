@@ -134,11 +134,7 @@ impl<T: CpuFloat> Activation<T> for Cpu {
         function: GateFunction,
     ) -> Result<()> {
         const KERNEL: &str = "glu";
-        let [n, width] = y.shape();
-        check::shape(KERNEL, "gate_up", [n, 2 * width], gate_up.shape())?;
-        if let Some(p) = p {
-            check::shape(KERNEL, "p", [1, n], p.shape())?;
-        }
+        let [n, width] = check::glu(KERNEL, y.shape(), gate_up, p)?;
         let (gate_up, p) = (Mat::from(gate_up), p.map(|p| Mat::from(p).vector()));
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(width))
@@ -157,15 +153,7 @@ impl<T: CpuFloat> Activation<T> for Cpu {
         function: GateFunction,
     ) -> Result<()> {
         const KERNEL: &str = "glu_backward";
-        let [n, width] = dy.shape();
-        check::shape(KERNEL, "gate_up", [n, 2 * width], gate_up.shape())?;
-        check::shape(KERNEL, "dgate_up", [n, 2 * width], dgate_up.shape())?;
-        if let Some(p) = p {
-            check::shape(KERNEL, "p", [1, n], p.shape())?;
-        }
-        if let Some(dp) = &dp {
-            check::shape(KERNEL, "dp", [1, n], dp.shape())?;
-        }
+        let [n, width] = check::glu_backward(KERNEL, &dgate_up, dp.as_ref(), dy, gate_up, p)?;
         let (dy, gate_up, p) = (Mat::from(dy), Mat::from(gate_up), p.map(|p| Mat::from(p).vector()));
         let mut dgate_up = MatMut::from(&mut dgate_up);
         let mut dp = dp.as_mut().map(|dp| MatMut::from(dp).vector());
@@ -187,9 +175,7 @@ impl<T: CpuFloat> Activation<T> for Cpu {
         gate: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "sigmoid_gate";
-        let [n, width] = y.shape();
-        check::shape(KERNEL, "x", [n, width], x.shape())?;
-        check::shape(KERNEL, "gate", [n, 1], gate.shape())?;
+        let [n, width] = check::sigmoid_gate(KERNEL, y.shape(), x, gate)?;
         let (x, gate) = (Mat::from(x), Mat::from(gate));
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(width))
@@ -207,11 +193,9 @@ impl<T: CpuFloat> Activation<T> for Cpu {
         gate: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "sigmoid_gate_backward";
-        let [n, width] = dx.shape();
-        check::shape(KERNEL, "dgate", [n, 1], dgate.shape())?;
+        let [n, width] = check::sigmoid_gate(KERNEL, dx.shape(), x, gate)?;
         check::shape(KERNEL, "dy", [n, width], dy.shape())?;
-        check::shape(KERNEL, "x", [n, width], x.shape())?;
-        check::shape(KERNEL, "gate", [n, 1], gate.shape())?;
+        check::shape(KERNEL, "dgate", [n, 1], dgate.shape())?;
         let (dy, x, gate) = (Mat::from(dy), Mat::from(x), Mat::from(gate));
         let (mut dx, mut dgate) = (MatMut::from(&mut dx), MatMut::from(&mut dgate));
         let tasks = blocks(n, rows_per_piece(width))

@@ -18,16 +18,9 @@ pub(super) fn drop_excess<T: CpuFloat>(
     limit: DropLimit,
 ) -> Result<()> {
     const KERNEL: &str = "drop_excess";
-    let DropLimit { num_experts, unit_slots, .. } = limit;
-    let [n, k] = experts.shape();
-    check::shape(KERNEL, "kept", [n, k], kept.shape())?;
-    check::shape(KERNEL, "slots", [1, n], slots.shape())?;
-    if let Some(weights) = &weights {
-        check::shape(KERNEL, "weights", [n, k], weights.shape())?;
-    }
-    check::argument(KERNEL, unit_slots > 0, || "units without slots".to_owned())?;
+    check::drop_excess(KERNEL, &kept, experts, weights, slots, limit)?;
     let (experts, slots) = (Mat::from(experts), Mat::from(slots).vector());
-    check::indices(KERNEL, "expert", experts.iter().flatten(), num_experts)?;
+    check::indices(KERNEL, "expert", experts.iter().flatten(), limit.num_experts)?;
     check::argument(KERNEL, slots.iter().all(|&slot| slot >= 0), || "a slot is negative".to_owned())?;
     let weights = weights.map(Mat::from);
     if let Some(weights) = weights
@@ -79,23 +72,16 @@ pub(super) fn sort_by_expert(
     rows_per_expert: Option<usize>,
 ) -> Result<()> {
     const KERNEL: &str = "sort_by_expert";
+    let count = check::sort_by_expert(KERNEL, &out, experts, rows_per_expert)?;
     let SortOutput { mut order, mut tokens, mut position, mut offsets } = out;
-    let [n, k] = experts.shape();
-    let entries = offsets.shape()[1];
-    check::shape(KERNEL, "offsets", [1, entries.max(1)], offsets.shape())?;
-    let rows = rows_per_expert.map_or(n * k, |rows| rows * (entries - 1));
-    check::shape(KERNEL, "order", [1, rows], order.shape())?;
-    check::shape(KERNEL, "tokens", [1, rows], tokens.shape())?;
-    check::shape(KERNEL, "position", [n, k], position.shape())?;
-    check::argument(KERNEL, n * k <= i32::MAX as usize, || format!("{n} · {k} choices overflow an i32"))?;
-    check::argument(KERNEL, rows <= i32::MAX as usize, || format!("{rows} rows overflow an i32"))?;
+    let [_, k] = experts.shape();
     let experts = Mat::from(experts);
-    check::indices(KERNEL, "expert", experts.iter().flatten(), entries - 1)?;
+    check::indices(KERNEL, "expert", experts.iter().flatten(), count)?;
     let (order, tokens) = (MatMut::from(&mut order).vector(), MatMut::from(&mut tokens).vector());
     let (mut position, offsets) = (MatMut::from(&mut position), MatMut::from(&mut offsets).vector());
 
     // Counts, then first rows.
-    let mut next = vec![0; entries];
+    let mut next = vec![0; count + 1];
     for &e in experts.iter().flatten().filter(|&&e| e >= 0) {
         next[e as usize + 1] += 1;
     }
@@ -106,7 +92,7 @@ pub(super) fn sort_by_expert(
         })?;
         next[1..].fill(rows as i32);
     }
-    for e in 1..entries {
+    for e in 1..=count {
         next[e] += next[e - 1];
     }
     offsets.copy_from_slice(&next);

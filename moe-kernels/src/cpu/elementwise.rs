@@ -140,10 +140,9 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
         index: View<'_, i32, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "gather_sum";
+        check::gather_sum(KERNEL, &y, x, index)?;
         let [n, cols] = y.shape();
         let (x, index) = (Mat::from(x), Mat::from(index));
-        check::shape(KERNEL, "x", [x.rows(), cols], [x.rows(), x.cols()])?;
-        check::shape(KERNEL, "index", [n, index.cols()], [index.rows(), index.cols()])?;
         check::indices(KERNEL, "index", index.iter().flatten(), x.rows())?;
         let mut y = MatMut::from(&mut y);
         let tasks =
@@ -158,10 +157,8 @@ impl<T: CpuFloat> Elementwise<T> for Cpu {
         x_at: ColumnBlocks,
         count: usize,
     ) -> Result<()> {
-        const KERNEL: &str = "sum_column_blocks";
-        let ([n, width], [_, x_cols]) = (y.shape(), x.shape());
-        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
-        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        check::sum_column_blocks("sum_column_blocks", &y, x, x_at, count)?;
+        let [n, width] = y.shape();
         let x = Mat::from(x);
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(count * width))

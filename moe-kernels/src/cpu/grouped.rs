@@ -20,8 +20,7 @@ pub(super) fn groups(
     offsets: View<'_, i32, Cpu>,
     rows: usize,
 ) -> Result<Vec<Range<usize>>> {
-    let entries = offsets.shape()[1];
-    check::shape(kernel, "offsets", [1, entries.max(1)], offsets.shape())?;
+    check::groups(kernel, offsets)?;
     let offsets = Mat::from(offsets).vector();
     let sound =
         offsets[0] == 0 && offsets.is_sorted() && offsets.last().is_some_and(|&end| end as usize <= rows);
@@ -41,15 +40,8 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "grouped_gemm";
-        let [n, to] = y.shape();
-        let from = x.shape()[1];
-        let (out, input) = match tw {
-            Op::T => (to, from),
-            Op::N => (from, to),
-        };
-        check::shape(KERNEL, "x", [n, from], x.shape())?;
-        let groups = groups(KERNEL, offsets, n)?;
-        check::shape(KERNEL, "w", [groups.len() * out, input], w.shape())?;
+        let (_, [out, _]) = check::grouped_gemm(KERNEL, &y, x, w, tw, offsets)?;
+        let groups = groups(KERNEL, offsets, x.shape()[0])?;
         let (x, w) = (Mat::from(x), Mat::from(w));
         let mut y = MatMut::from(&mut y);
         let mut tasks = Vec::new();
@@ -74,11 +66,8 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "grouped_gemm_acc";
-        let [n, out] = dy.shape();
-        let input = x.shape()[1];
-        check::shape(KERNEL, "x", [n, input], x.shape())?;
-        let groups = groups(KERNEL, offsets, n)?;
-        check::shape(KERNEL, "g", [groups.len() * out, input], g.shape())?;
+        let (_, [out, _]) = check::grouped_gemm_acc(KERNEL, &g, dy, x, offsets)?;
+        let groups = groups(KERNEL, offsets, x.shape()[0])?;
         let (dy, x) = (Mat::from(dy), Mat::from(x));
         let mut g = MatMut::from(&mut g);
         let mut tasks = Vec::new();

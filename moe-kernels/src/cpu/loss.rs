@@ -55,10 +55,7 @@ impl<T: CpuFloat> Loss<T> for Cpu {
         first: usize,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy";
-        let [n, cols] = logits.shape();
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        check::shape(KERNEL, "target", [1, n], target.shape())?;
-        check::shape(KERNEL, "labels", [1, n], labels.shape())?;
+        let [n, cols] = check::cross_entropy(KERNEL, &lse, &target, logits, labels)?;
         let (logits, labels) = (Mat::from(logits), Mat::from(labels).vector());
         let (mut lse, mut target) = (MatMut::from(&mut lse).vector(), MatMut::from(&mut target).vector());
         let tasks = blocks(n, rows_per_piece(cols))
@@ -96,11 +93,7 @@ impl<T: CpuFloat> Loss<T> for Cpu {
         scale: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy_backward";
-        let [n, cols] = logits.shape();
-        check::shape(KERNEL, "dlogits", [n, cols], dlogits.shape())?;
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        check::shape(KERNEL, "labels", [1, n], labels.shape())?;
-        check::shape(KERNEL, "scale", [1, n], scale.shape())?;
+        let [n, cols] = check::cross_entropy_backward(KERNEL, &dlogits, logits, lse, labels, scale)?;
         let (logits, lse) = (Mat::from(logits), Mat::from(lse).vector());
         let (labels, scale) = (Mat::from(labels).vector(), Mat::from(scale).vector());
         let mut dlogits = MatMut::from(&mut dlogits);

@@ -114,10 +114,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         eps: f64,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "y", [n, h], y.shape())?;
-        check::shape(KERNEL, "rstd", [1, n], rstd.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
+        let [n, h] = check::rms_norm(KERNEL, &y, &rstd, x, w, None)?;
         let (x, w) = (Mat::from(x), Mat::from(w).vector());
         let (mut y, mut rstd) = (MatMut::from(&mut y), MatMut::from(&mut rstd).vector());
         let tasks = blocks(n, rows_per_piece(h))
@@ -136,12 +133,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         rstd: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_backward";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "dx", [n, h], dx.shape())?;
-        check::shape(KERNEL, "dw", [1, h], dw.shape())?;
-        check::shape(KERNEL, "dy", [n, h], dy.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
-        check::shape(KERNEL, "rstd", [1, n], rstd.shape())?;
+        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, None)?;
         let (dy, x, w, rstd) = (Mat::from(dy), Mat::from(x), Mat::from(w).vector(), Mat::from(rstd).vector());
         self.backward_by_pieces(MatMut::from(&mut dx), MatMut::from(&mut dw), |dx, dw, rows| {
             backward(dx, dw, dy.row_range(rows.clone()), x.row_range(rows.clone()), w, &rstd[rows]);
@@ -168,11 +160,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         eps: f64,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_part";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "y", [n, h], y.shape())?;
-        check::shape(KERNEL, "rstd", [1, n], rstd.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
-        check::shape(KERNEL, "sums", [1, n], sums.shape())?;
+        let [n, h] = check::rms_norm(KERNEL, &y, &rstd, x, w, Some(sums))?;
         let (x, w, sums) = (Mat::from(x), Mat::from(w).vector(), Mat::from(sums).vector());
         let (mut y, mut rstd) = (MatMut::from(&mut y), MatMut::from(&mut rstd).vector());
         let (width, eps) = (T::from_f64(width as f64), T::from_f64(eps));
@@ -190,10 +178,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         w: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_backward_sums";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "sums", [1, n], sums.shape())?;
-        check::shape(KERNEL, "dy", [n, h], dy.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
+        let [n, h] = check::rms_norm_backward_sums(KERNEL, &sums, dy, x, w)?;
         let (dy, x, w) = (Mat::from(dy), Mat::from(x), Mat::from(w).vector());
         let mut sums = MatMut::from(&mut sums).vector();
         let tasks = blocks(n, rows_per_piece(h))
@@ -214,13 +199,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         width: usize,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_part_backward";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "dx", [n, h], dx.shape())?;
-        check::shape(KERNEL, "dw", [1, h], dw.shape())?;
-        check::shape(KERNEL, "dy", [n, h], dy.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
-        check::shape(KERNEL, "rstd", [1, n], rstd.shape())?;
-        check::shape(KERNEL, "sums", [1, n], sums.shape())?;
+        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, Some(sums))?;
         let (dy, x, w) = (Mat::from(dy), Mat::from(x), Mat::from(w).vector());
         let (rstd, sums) = (Mat::from(rstd).vector(), Mat::from(sums).vector());
         let width = T::from_f64(width as f64);

@@ -105,13 +105,6 @@ impl<'a, T: CpuFloat> Kept<'a, T> {
     }
 }
 
-fn shape<T: CpuFloat>(moment: &MomentMut<'_, T, Cpu>) -> [usize; 2] {
-    match moment {
-        MomentMut::Acc(view) => view.shape(),
-        MomentMut::Bf16(view) => view.shape(),
-    }
-}
-
 impl<T: CpuFloat> Optim<T> for Cpu {
     fn adamw(
         &self,
@@ -122,16 +115,7 @@ impl<T: CpuFloat> Optim<T> for Cpu {
         grad: View<'_, T, Self>,
         hyper: &AdamW,
     ) -> Result<()> {
-        const KERNEL: &str = "adamw";
-        let [_, n] = grad.shape();
-        check::shape(KERNEL, "grad", [1, n], grad.shape())?;
-        if let Some(weight) = &weight {
-            check::shape(KERNEL, "weight", [1, n], weight.shape())?;
-        }
-        check::shape(KERNEL, "master", [1, n], master.shape())?;
-        check::shape(KERNEL, "m", [1, n], shape(&m))?;
-        check::shape(KERNEL, "v", [1, n], shape(&v))?;
-        check::argument(KERNEL, hyper.step > 0, || "updates are numbered from 1".to_owned())?;
+        let n = check::adamw("adamw", weight.as_ref(), &master, &m, &v, grad, hyper)?;
         let factors = Factors::new(hyper);
         let grad = Mat::from(grad).vector();
         let mut weight = weight.as_mut().map(|weight| MatMut::from(weight).vector());

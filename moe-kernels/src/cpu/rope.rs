@@ -66,11 +66,8 @@ impl<T: CpuFloat> Rope<T> for Cpu {
     ) -> Result<()> {
         const KERNEL: &str = "rope";
         let [n, width] = x.shape();
-        let [table, angles] = cos.shape();
-        check::rotary_head(KERNEL, head, width, angles)?;
-        check::shape(KERNEL, "y", [n, width], y.shape())?;
-        check::shape(KERNEL, "sin", [table, angles], sin.shape())?;
-        check::shape(KERNEL, "positions", [1, n], positions.shape())?;
+        let [table, _] = cos.shape();
+        check::rope(KERNEL, &y, x, cos, sin, positions, head)?;
         let positions = Mat::from(positions).vector();
         check::argument(KERNEL, positions.iter().all(|&p| p >= 0), || "a position is negative".to_owned())?;
         check::indices(KERNEL, "position", positions, table)?;

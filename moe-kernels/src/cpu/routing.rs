@@ -415,29 +415,14 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         scoring: &Scoring,
     ) -> Result<()> {
         const KERNEL: &str = "route";
+        check::route(KERNEL, &out, &input, scoring)?;
         let RouteInput { logits, bias, given, valid } = input;
         let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse, mut margins } = out;
         let [n, count] = logits.shape();
-        let [_, k] = weights.shape();
-        check::shape(KERNEL, "weights", [n, k], weights.shape())?;
-        check::shape(KERNEL, "experts", [n, k], experts.shape())?;
-        if let Some(unbiased) = &unbiased {
-            check::shape(KERNEL, "unbiased", [n, k], unbiased.shape())?;
-        }
-        check::shape(KERNEL, "probs", [n, count], probs.shape())?;
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        if let Some(margins) = &margins {
-            check::shape(KERNEL, "margins", [1, n], margins.shape())?;
-        }
-        check::scoring(KERNEL, scoring, count, k, bias.map(|bias| bias.shape()))?;
         let function = Function::from(scoring.function);
-        if let Some(valid) = &valid {
-            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
-        }
         let valid = valid.map(|valid| Mat::from(valid).vector());
         let given = given.map(Mat::from);
         if let Some(given) = &given {
-            check::shape(KERNEL, "given", [n, k], [given.rows(), given.cols()])?;
             // What is given to padding is not used.
             let used = given.iter().enumerate().filter(|(i, _)| valid.is_none_or(|valid| valid[*i] != 0));
             check_choice(KERNEL, used.map(|(_, experts)| experts), count)?;
@@ -484,12 +469,7 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         valid: Option<View<'_, i32, Self>>,
     ) -> Result<()> {
         const KERNEL: &str = "softmax_sums";
-        let [n, count] = logits.shape();
-        check::shape(KERNEL, "sums", [1, count], sums.shape())?;
-        check::shape(KERNEL, "bias", [1, count], bias.shape())?;
-        if let Some(valid) = &valid {
-            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
-        }
+        let [n, count] = check::softmax_sums(KERNEL, &sums, logits, bias, valid)?;
         let valid = valid.map(|valid| Mat::from(valid).vector());
         let (logits, bias) = (Mat::from(logits), Mat::from(bias).vector());
         let pieces: Vec<_> = blocks(n, rows_per_piece(8 * count)).collect();
@@ -520,10 +500,8 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         key: u64,
         epsilon: f64,
     ) -> Result<()> {
-        const KERNEL: &str = "jitter";
+        check::jitter("jitter", &x, tokens, epsilon)?;
         let [n, width] = x.shape();
-        check::shape(KERNEL, "tokens", [1, n], tokens.shape())?;
-        check::argument(KERNEL, epsilon.is_finite(), || format!("epsilon is {epsilon}"))?;
         let tokens = Mat::from(tokens).vector();
         let mut x = MatMut::from(&mut x);
         let tasks =
@@ -551,13 +529,8 @@ impl<T: CpuFloat> Routing<T> for Cpu {
         z: f64,
     ) -> Result<()> {
         const KERNEL: &str = "route_backward";
+        check::route_backward(KERNEL, &dlogits, dweights, experts, logits, aux)?;
         let [n, count] = dlogits.shape();
-        let [_, k] = experts.shape();
-        check::shape(KERNEL, "dweights", [n, k], dweights.shape())?;
-        check::shape(KERNEL, "experts", [n, k], experts.shape())?;
-        check::shape(KERNEL, "logits", [n, count], logits.shape())?;
-        let [sequences, _] = aux.shape();
-        check::shape(KERNEL, "aux", [sequences.max(1), count], aux.shape())?;
         let (dweights, experts) = (Mat::from(dweights), Mat::from(experts));
         let (logits, aux) = (Mat::from(logits), Mat::from(aux));
         let padding = |row: &&[i32]| row.iter().all(|&e| e < 0);

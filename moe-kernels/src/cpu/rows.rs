@@ -29,10 +29,9 @@ impl<E: Element> Rows<E> for Cpu {
         index: View<'_, i32, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "gather_rows";
+        check::gather_rows(KERNEL, &y, x, index)?;
         let [n, cols] = y.shape();
         let x = Mat::from(x);
-        check::shape(KERNEL, "x", [x.rows(), cols], [x.rows(), x.cols()])?;
-        check::shape(KERNEL, "index", [1, n], index.shape())?;
         let index = Mat::from(index).vector();
         check::indices(KERNEL, "index", index, x.rows())?;
         let mut y = MatMut::from(&mut y);
@@ -57,14 +56,8 @@ impl<E: Element> Rows<E> for Cpu {
         count: usize,
         width: usize,
     ) -> Result<()> {
-        const KERNEL: &str = "copy_column_blocks";
-        let ([n, y_cols], [_, x_cols]) = (y.shape(), x.shape());
-        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
-        check::argument(KERNEL, count <= 1 || y_at.step >= width, || {
-            format!("blocks of {width} columns overlap in y, {y_at:?}")
-        })?;
-        check::column_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
-        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        check::copy_column_blocks("copy_column_blocks", &y, y_at, x, x_at, count, width)?;
+        let n = y.shape()[0];
         let x = Mat::from(x);
         let mut y = MatMut::from(&mut y);
         let tasks = blocks(n, rows_per_piece(count * width))

@@ -30,11 +30,7 @@ impl<T: Float> Activation<T> for Cuda {
         function: GateFunction,
     ) -> Result<()> {
         const KERNEL: &str = "glu";
-        let [n, width] = y.shape();
-        check::shape(KERNEL, "gate_up", [n, 2 * width], gate_up.shape())?;
-        if let Some(p) = p {
-            check::shape(KERNEL, "p", [1, n], p.shape())?;
-        }
+        let [n, width] = check::glu(KERNEL, y.shape(), gate_up, p)?;
         let names = match function {
             GateFunction::Silu => ["silu", "silu_any"],
             GateFunction::GeluTanh => ["gelu_tanh", "gelu_tanh_any"],
@@ -55,15 +51,7 @@ impl<T: Float> Activation<T> for Cuda {
         function: GateFunction,
     ) -> Result<()> {
         const KERNEL: &str = "glu_backward";
-        let [n, width] = dy.shape();
-        check::shape(KERNEL, "gate_up", [n, 2 * width], gate_up.shape())?;
-        check::shape(KERNEL, "dgate_up", [n, 2 * width], dgate_up.shape())?;
-        if let Some(p) = p {
-            check::shape(KERNEL, "p", [1, n], p.shape())?;
-        }
-        if let Some(dp) = &dp {
-            check::shape(KERNEL, "dp", [1, n], dp.shape())?;
-        }
+        let [n, width] = check::glu_backward(KERNEL, &dgate_up, dp.as_ref(), dy, gate_up, p)?;
         let names = match function {
             GateFunction::Silu => ["silu_backward", "silu_backward_any"],
             GateFunction::GeluTanh => ["gelu_tanh_backward", "gelu_tanh_backward_any"],
@@ -83,9 +71,7 @@ impl<T: Float> Activation<T> for Cuda {
         gate: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "sigmoid_gate";
-        let [n, width] = y.shape();
-        check::shape(KERNEL, "x", [n, width], x.shape())?;
-        check::shape(KERNEL, "gate", [n, 1], gate.shape())?;
+        let [n, width] = check::sigmoid_gate(KERNEL, y.shape(), x, gate)?;
         let fits = in_vectors(y.as_view()) && in_vectors(x);
         let launch = of_rows::<T>(self, ["sigmoid_gate", "sigmoid_gate_any"], fits, [n, width])?;
         // SAFETY: the kernel touches `n` rows of `width` elements, and one element of each row of `gate`.
@@ -101,11 +87,9 @@ impl<T: Float> Activation<T> for Cuda {
         gate: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "sigmoid_gate_backward";
-        let [n, width] = dx.shape();
-        check::shape(KERNEL, "dgate", [n, 1], dgate.shape())?;
+        let [n, width] = check::sigmoid_gate(KERNEL, dx.shape(), x, gate)?;
         check::shape(KERNEL, "dy", [n, width], dy.shape())?;
-        check::shape(KERNEL, "x", [n, width], x.shape())?;
-        check::shape(KERNEL, "gate", [n, 1], gate.shape())?;
+        check::shape(KERNEL, "dgate", [n, 1], dgate.shape())?;
         let fits = in_vectors(dx.as_view()) && in_vectors(dy) && in_vectors(x);
         let names = ["sigmoid_gate_backward", "sigmoid_gate_backward_any"];
         let launch = of_rows::<T>(self, names, fits, [n, width])?.mat_mut(&mut dx).mat_mut(&mut dgate);

@@ -100,11 +100,7 @@ impl<T: Float> Attention<T> for Cuda {
         v_head_dim: usize,
     ) -> Result<()> {
         const KERNEL: &str = "attention_merge";
-        let [n, heads] = lse.shape();
-        check::argument(KERNEL, v_head_dim > 0, || "v_head_dim is 0".to_owned())?;
-        check::shape(KERNEL, "o", [n, heads * v_head_dim], o.shape())?;
-        check::shape(KERNEL, "o_part", [n, heads * v_head_dim], o_part.shape())?;
-        check::shape(KERNEL, "lse_part", [n, heads], lse_part.shape())?;
+        let [n, heads] = check::attention_merge(KERNEL, &o, &lse, o_part, lse_part, v_head_dim)?;
         let (heads, v_head_dim) = (int(KERNEL, "heads", heads)?, int(KERNEL, "v_head_dim", v_head_dim)?);
         let launch = self.kernel(&ATTENTION.of(T::DTYPE), KERNEL)?;
         let launch = launch.grid([(n * heads as usize).div_ceil(THREADS / 32), 1, 1]).block([THREADS, 1, 1]);

@@ -78,16 +78,8 @@ impl Cuda {
         rows_per_expert: Option<usize>,
     ) -> Result<()> {
         const KERNEL: &str = "sort_by_expert";
+        check::sort_by_expert(KERNEL, &out, experts, rows_per_expert)?;
         let SortOutput { order, tokens, position, offsets } = out;
-        let [n, k] = experts.shape();
-        let entries = offsets.shape()[1];
-        check::shape(KERNEL, "offsets", [1, entries.max(1)], offsets.shape())?;
-        let rows = rows_per_expert.map_or(n * k, |rows| rows * (entries - 1));
-        check::shape(KERNEL, "order", [1, rows], order.shape())?;
-        check::shape(KERNEL, "tokens", [1, rows], tokens.shape())?;
-        check::shape(KERNEL, "position", [n, k], position.shape())?;
-        check::argument(KERNEL, n * k <= i32::MAX as usize, || format!("{n} · {k} choices overflow an i32"))?;
-        check::argument(KERNEL, rows <= i32::MAX as usize, || format!("{rows} rows overflow an i32"))?;
         self.sort(KERNEL, Sorted { order, tokens: Some(tokens), position, offsets }, experts, rows_per_expert)
     }
 
@@ -104,12 +96,7 @@ impl Cuda {
         const KERNEL: &str = "drop_excess";
         let DropLimit { num_experts, unit_slots, capacity } = limit;
         let [n, k] = experts.shape();
-        check::shape(KERNEL, "kept", [n, k], kept.shape())?;
-        check::shape(KERNEL, "slots", [1, n], slots.shape())?;
-        if let Some(weights) = &weights {
-            check::shape(KERNEL, "weights", [n, k], weights.shape())?;
-        }
-        check::argument(KERNEL, unit_slots > 0, || "units without slots".to_owned())?;
+        check::drop_excess(KERNEL, &kept, experts, weights, slots, limit)?;
         check::argument(KERNEL, n * k <= i32::MAX as usize, || format!("{n} · {k} choices overflow an i32"))?;
         if n * k == 0 {
             return Ok(());

@@ -93,8 +93,7 @@ impl<T: Float> Elementwise<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "gather_sum";
         let ([n, cols], [end, _], [_, sources]) = (y.shape(), x.shape(), index.shape());
-        check::shape(KERNEL, "x", [end, cols], x.shape())?;
-        check::shape(KERNEL, "index", [n, sources], index.shape())?;
+        check::gather_sum(KERNEL, &y, x, index)?;
         check::argument(KERNEL, sources <= i32::MAX as usize, || format!("{sources} rows to a sum"))?;
         let (kernel, down) = if sources <= FEW { ("gather_sum_few", DOWN) } else { (KERNEL, 1) };
         let tiles = Tiles::new([n, cols], each::<T>(), down).with(y.as_view()).with_other(x);
@@ -113,8 +112,7 @@ impl<T: Float> Elementwise<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "sum_column_blocks";
         let ([n, width], [_, x_cols]) = (y.shape(), x.shape());
-        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
-        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
+        check::sum_column_blocks(KERNEL, &y, x, x_at, count)?;
         let x = if count == 0 { x } else { x.columns(x_at.first..x_cols)? };
         let tiles =
             Tiles::new([n, width], each::<T>(), 1).with(y.as_view()).with_other(x).only_within(&[x_at.step]);

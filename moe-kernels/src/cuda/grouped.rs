@@ -15,13 +15,6 @@ const THREADS: usize = 256;
 pub(super) const UNSOUND: Fault =
     Fault::Argument { what: "offsets do not ascend from 0 to at most the rows" };
 
-/// How many groups `offsets` are of.
-fn groups(kernel: &'static str, offsets: View<'_, i32, Cuda>) -> Result<usize> {
-    let entries = offsets.shape()[1].max(1);
-    check::shape(kernel, "offsets", [1, entries], offsets.shape())?;
-    Ok(entries - 1)
-}
-
 impl<T: Float> GroupedGemm<T> for Cuda {
     fn grouped_gemm(
         &self,
@@ -31,16 +24,8 @@ impl<T: Float> GroupedGemm<T> for Cuda {
         tw: Op,
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
-        const KERNEL: &str = "grouped_gemm";
-        let [n, to] = y.shape();
-        let from = x.shape()[1];
-        let (out, input) = match tw {
-            Op::T => (to, from),
-            Op::N => (from, to),
-        };
-        check::shape(KERNEL, "x", [n, from], x.shape())?;
-        let groups = groups(KERNEL, offsets)?;
-        check::shape(KERNEL, "w", [groups * out, input], w.shape())?;
+        let ([n, to], [_, from]) = (y.shape(), x.shape());
+        let (groups, _) = check::grouped_gemm("grouped_gemm", &y, x, w, tw, offsets)?;
         let (product, name) = match tw {
             Op::T => (Product::Forward, "grouped_gemm_t"),
             Op::N => (Product::InputGradient, "grouped_gemm_n"),
@@ -67,11 +52,8 @@ impl<T: Float> GroupedGemm<T> for Cuda {
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "grouped_gemm_acc";
-        let [n, out] = dy.shape();
-        let input = x.shape()[1];
-        check::shape(KERNEL, "x", [n, input], x.shape())?;
-        let groups = groups(KERNEL, offsets)?;
-        check::shape(KERNEL, "g", [groups * out, input], g.shape())?;
+        let [n, _] = dy.shape();
+        let (groups, [out, input]) = check::grouped_gemm_acc(KERNEL, &g, dy, x, offsets)?;
         let tiles =
             Tiles { product: Product::WeightGradient, y: (&g).into(), a: dy.into(), b: x.into(), groups };
         if tiles.fit(self) {

@@ -1,7 +1,7 @@
 //! A vector for each of consecutive row groups.
 
 use super::Cuda;
-use super::fault::Fault;
+use super::grouped::UNSOUND;
 use super::launch::blocks;
 use super::source::GROUPED_BIAS;
 use super::tiles::{Tiles, vectors};
@@ -23,15 +23,6 @@ const fn each<T>() -> usize {
     16 / size_of::<T>()
 }
 
-const UNSOUND: Fault = Fault::Argument { what: "offsets do not ascend from 0 to at most the number of rows" };
-
-/// The number of groups.
-fn groups(kernel: &'static str, offsets: View<'_, i32, Cuda>) -> Result<usize> {
-    let [_, entries] = offsets.shape();
-    check::shape(kernel, "offsets", [1, entries.max(1)], offsets.shape())?;
-    Ok(entries - 1)
-}
-
 fn check_scale<A: Float>(kernel: &'static str, scale: Option<View<'_, A, Cuda>>, rows: usize) -> Result<()> {
     scale.map_or(Ok(()), |scale| check::shape(kernel, "scale", [1, rows], scale.shape()))
 }
@@ -46,7 +37,7 @@ impl<T: Float> GroupedBias<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "grouped_add_bias";
         let [n, cols] = y.shape();
-        let groups = groups(KERNEL, offsets)?;
+        let groups = check::groups(KERNEL, offsets)?;
         check::shape(KERNEL, "bias", [groups, cols], bias.shape())?;
         check_scale(KERNEL, scale, n)?;
         let tiles = Tiles::new([n, cols], each::<T>(), DOWN).with_other(y.as_view()).with_other(bias);
@@ -67,7 +58,7 @@ impl<T: Float> GroupedBias<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "grouped_bias_acc";
         let [n, cols] = dy.shape();
-        let groups = groups(KERNEL, offsets)?;
+        let groups = check::groups(KERNEL, offsets)?;
         check::shape(KERNEL, "g", [groups, cols], g.shape())?;
         check_scale(KERNEL, scale, n)?;
         if groups * cols == 0 {
@@ -100,7 +91,7 @@ impl<T: Float> GroupedBias<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "grouped_bias_scale_acc";
         let [n, cols] = dy.shape();
-        let groups = groups(KERNEL, offsets)?;
+        let groups = check::groups(KERNEL, offsets)?;
         check::shape(KERNEL, "d_scale", [1, n], d_scale.shape())?;
         check::shape(KERNEL, "bias", [groups, cols], bias.shape())?;
         let launch = self.kernel(&GROUPED_BIAS.of(T::DTYPE), KERNEL)?;

@@ -25,10 +25,7 @@ impl<T: Float> Loss<T> for Cuda {
         first: usize,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy";
-        let [n, cols] = logits.shape();
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        check::shape(KERNEL, "target", [1, n], target.shape())?;
-        check::shape(KERNEL, "labels", [1, n], labels.shape())?;
+        let [n, cols] = check::cross_entropy(KERNEL, &lse, &target, logits, labels)?;
         let (name, elements) = match in_vectors(logits) {
             true => ("cross_entropy", vector::<T>()),
             false => ("cross_entropy_any", 1),
@@ -60,11 +57,7 @@ impl<T: Float> Loss<T> for Cuda {
         scale: View<'_, T::Acc, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy_backward";
-        let [n, cols] = logits.shape();
-        check::shape(KERNEL, "dlogits", [n, cols], dlogits.shape())?;
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        check::shape(KERNEL, "labels", [1, n], labels.shape())?;
-        check::shape(KERNEL, "scale", [1, n], scale.shape())?;
+        let [n, cols] = check::cross_entropy_backward(KERNEL, &dlogits, logits, lse, labels, scale)?;
         let (name, elements) = match in_vectors(logits) && in_vectors(dlogits.as_view()) {
             true => ("cross_entropy_backward", vector::<T>()),
             false => ("cross_entropy_backward_any", 1),

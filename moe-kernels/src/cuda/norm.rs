@@ -39,13 +39,7 @@ struct Forward<'a, T: Float> {
 
 impl<T: Float> Forward<'_, T> {
     fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
-        let [n, h] = self.x.shape();
-        check::shape(kernel, "y", [n, h], self.y.shape())?;
-        check::shape(kernel, "rstd", [1, n], self.rstd.shape())?;
-        check::shape(kernel, "w", [1, h], self.w.shape())?;
-        if let Some(sums) = self.sums {
-            check::shape(kernel, "sums", [1, n], sums.shape())?;
-        }
+        let [n, h] = check::rms_norm(kernel, &self.y, &self.rstd, self.x, self.w, self.sums)?;
         let vectors = h / vector::<T>();
         let fits = in_vectors(self.x) && in_vectors(self.w) && in_vectors(self.y.as_view());
         let one_row =
@@ -83,15 +77,8 @@ struct Backward<'a, T: Float> {
 
 impl<T: Float> Backward<'_, T> {
     fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
-        let [n, h] = self.x.shape();
-        check::shape(kernel, "dx", [n, h], self.dx.shape())?;
-        check::shape(kernel, "dw", [1, h], self.dw.shape())?;
-        check::shape(kernel, "dy", [n, h], self.dy.shape())?;
-        check::shape(kernel, "w", [1, h], self.w.shape())?;
-        check::shape(kernel, "rstd", [1, n], self.rstd.shape())?;
-        if let Some(sums) = self.sums {
-            check::shape(kernel, "sums", [1, n], sums.shape())?;
-        }
+        let Backward { dx, dw, dy, x, w, rstd, sums, .. } = &self;
+        let [n, h] = check::rms_norm_backward(kernel, dx, dw, *dy, *x, *w, *rstd, *sums)?;
         if n == 0 || h == 0 {
             return Ok(());
         }
@@ -224,10 +211,7 @@ impl<T: Float> Norm<T> for Cuda {
         w: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_backward_sums";
-        let [n, h] = x.shape();
-        check::shape(KERNEL, "sums", [1, n], sums.shape())?;
-        check::shape(KERNEL, "dy", [n, h], dy.shape())?;
-        check::shape(KERNEL, "w", [1, h], w.shape())?;
+        check::rms_norm_backward_sums(KERNEL, &sums, dy, x, w)?;
         row_sums(self, sums, Some((dy, w)), x)
     }
 

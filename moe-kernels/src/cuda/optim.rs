@@ -28,13 +28,6 @@ fn factors<A: Float>(h: &AdamW) -> [A; 9] {
     .map(A::from_f64)
 }
 
-fn shape<A: Float>(moment: &MomentMut<'_, A, Cuda>) -> [usize; 2] {
-    match moment {
-        MomentMut::Acc(view) => view.shape(),
-        MomentMut::Bf16(view) => view.shape(),
-    }
-}
-
 impl Cuda {
     /// The update by the kernel for moments of these types.
     #[allow(clippy::too_many_arguments)] // the operands of the update
@@ -74,16 +67,7 @@ impl<T: Float> Optim<T> for Cuda {
         grad: View<'_, T::Acc, Self>,
         hyper: &AdamW,
     ) -> Result<()> {
-        const KERNEL: &str = "adamw";
-        let [_, n] = grad.shape();
-        check::shape(KERNEL, "grad", [1, n], grad.shape())?;
-        if let Some(weight) = &weight {
-            check::shape(KERNEL, "weight", [1, n], weight.shape())?;
-        }
-        check::shape(KERNEL, "master", [1, n], master.shape())?;
-        check::shape(KERNEL, "m", [1, n], shape(&m))?;
-        check::shape(KERNEL, "v", [1, n], shape(&v))?;
-        check::argument(KERNEL, hyper.step > 0, || "updates are numbered from 1".to_owned())?;
+        check::adamw("adamw", weight.as_ref(), &master, &m, &v, grad, hyper)?;
         use MomentMut::{Acc, Bf16};
         match (m, v) {
             (Acc(m), Acc(v)) => {

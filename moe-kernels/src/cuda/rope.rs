@@ -25,11 +25,8 @@ impl<T: Float> Rope<T> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "rope";
         let [n, width] = x.shape();
-        check::shape(KERNEL, "y", [n, width], y.shape())?;
         let [table, angles] = cos.shape();
-        check::rotary_head(KERNEL, head, width, angles)?;
-        check::shape(KERNEL, "sin", [table, angles], sin.shape())?;
-        check::shape(KERNEL, "positions", [1, n], positions.shape())?;
+        check::rope(KERNEL, &y, x, cos, sin, positions, head)?;
         let RotaryHead { head_dim, first, pairs } = head;
         let size = vector::<T>();
         let whole = |elements: usize| elements.is_multiple_of(size);

@@ -54,27 +54,11 @@ impl<A: Float<Acc = A>> Routing<A> for Cuda {
         scoring: &Scoring,
     ) -> Result<()> {
         const KERNEL: &str = "route";
+        check::route(KERNEL, &out, &input, scoring)?;
         let RouteInput { logits, bias, given, valid } = input;
         let RouteOutput { mut weights, mut experts, mut unbiased, mut probs, mut lse, mut margins } = out;
         let [n, count] = logits.shape();
         let [_, k] = weights.shape();
-        check::shape(KERNEL, "weights", [n, k], weights.shape())?;
-        check::shape(KERNEL, "experts", [n, k], experts.shape())?;
-        if let Some(unbiased) = &unbiased {
-            check::shape(KERNEL, "unbiased", [n, k], unbiased.shape())?;
-        }
-        check::shape(KERNEL, "probs", [n, count], probs.shape())?;
-        check::shape(KERNEL, "lse", [1, n], lse.shape())?;
-        if let Some(margins) = &margins {
-            check::shape(KERNEL, "margins", [1, n], margins.shape())?;
-        }
-        check::scoring(KERNEL, scoring, count, k, bias.map(|bias| bias.shape()))?;
-        if let Some(valid) = &valid {
-            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
-        }
-        if let Some(given) = &given {
-            check::shape(KERNEL, "given", [n, k], given.shape())?;
-        }
         let size = size_of::<A>();
         let groups = scoring.groups.map_or(0, |groups| groups.count);
         let bytes = (2 * count + groups) * size + (k * size_of::<i32>()).next_multiple_of(size);
@@ -99,12 +83,7 @@ impl<A: Float<Acc = A>> Routing<A> for Cuda {
         valid: Option<View<'_, i32, Self>>,
     ) -> Result<()> {
         const KERNEL: &str = "softmax_sums";
-        let [n, count] = logits.shape();
-        check::shape(KERNEL, "sums", [1, count], sums.shape())?;
-        check::shape(KERNEL, "bias", [1, count], bias.shape())?;
-        if let Some(valid) = &valid {
-            check::shape(KERNEL, "valid", [1, n], valid.shape())?;
-        }
+        let [n, count] = check::softmax_sums(KERNEL, &sums, logits, bias, valid)?;
         let bytes = count * (size_of::<f64>() + size_of::<A>());
         let warps = warps(KERNEL, count, bytes)?;
         let each = n.div_ceil(SUM_BLOCKS).max(SUM_TOKENS);
@@ -128,9 +107,7 @@ impl<A: Float<Acc = A>> Routing<A> for Cuda {
         epsilon: f64,
     ) -> Result<()> {
         const KERNEL: &str = "jitter";
-        let [n, _] = x.shape();
-        check::shape(KERNEL, "tokens", [1, n], tokens.shape())?;
-        check::argument(KERNEL, epsilon.is_finite(), || format!("epsilon is {epsilon}"))?;
+        check::jitter(KERNEL, &x, tokens, epsilon)?;
         // Pairs of columns, of two rows.
         let tiles = Tiles::new(x.shape(), 2, 2).with_other(x.as_view());
         let launch = tiles.mat_mut(self.kernel(&ROUTING.of(A::DTYPE), KERNEL)?, &mut x);
@@ -150,12 +127,8 @@ impl<A: Float<Acc = A>> Routing<A> for Cuda {
         z: f64,
     ) -> Result<()> {
         const KERNEL: &str = "route_backward";
-        let ([n, count], [_, k]) = (dlogits.shape(), experts.shape());
-        check::shape(KERNEL, "dweights", [n, k], dweights.shape())?;
-        check::shape(KERNEL, "experts", [n, k], experts.shape())?;
-        check::shape(KERNEL, "logits", [n, count], logits.shape())?;
-        let [sequences, _] = aux.shape();
-        check::shape(KERNEL, "aux", [sequences.max(1), count], aux.shape())?;
+        check::route_backward(KERNEL, &dlogits, dweights, experts, logits, aux)?;
+        let ([n, count], [_, k], [sequences, _]) = (dlogits.shape(), experts.shape(), aux.shape());
         let size = size_of::<A>();
         let arrays = if scoring.function.is_separate() { 3 } else { 1 };
         let bytes = (arrays * count + k) * size + (k * size_of::<i32>()).next_multiple_of(size);

@@ -34,8 +34,7 @@ impl<E: Element> Rows<E> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "gather_rows";
         let ([n, cols], [end, _]) = (y.shape(), x.shape());
-        check::shape(KERNEL, "x", [end, cols], x.shape())?;
-        check::shape(KERNEL, "index", [1, n], index.shape())?;
+        check::gather_rows(KERNEL, &y, x, index)?;
         let tiles = Tiles::new([n, cols], each::<E>(), DOWN).with(y.as_view()).with_other(x);
         let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).vector(index).size(end);
@@ -53,13 +52,8 @@ impl<E: Element> Rows<E> for Cuda {
         width: usize,
     ) -> Result<()> {
         const KERNEL: &str = "copy_column_blocks";
+        check::copy_column_blocks(KERNEL, &y, y_at, x, x_at, count, width)?;
         let ([n, y_cols], [_, x_cols]) = (y.shape(), x.shape());
-        check::shape(KERNEL, "x", [n, x_cols], x.shape())?;
-        check::argument(KERNEL, count <= 1 || y_at.step >= width, || {
-            format!("blocks of {width} columns overlap in y, {y_at:?}")
-        })?;
-        check::column_blocks(KERNEL, "y", y_at, count, width, y_cols)?;
-        check::column_blocks(KERNEL, "x", x_at, count, width, x_cols)?;
         if count == 0 {
             return Ok(());
         }

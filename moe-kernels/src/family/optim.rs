@@ -36,6 +36,16 @@ impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
     }
 }
 
+impl<A: Float, D: Device> MomentMut<'_, A, D> {
+    /// `[rows, cols]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            MomentMut::Acc(view) => view.shape(),
+            MomentMut::Bf16(view) => view.shape(),
+        }
+    }
+}
+
 /// Optimizer updates on flat slices.
 pub trait Optim<T: Float>: Device {
     /// With `g = grad · grad_scale`: `m = β1·m + (1−β1)·g`, `v = β2·v + (1−β2)·g²`,

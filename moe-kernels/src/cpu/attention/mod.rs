@@ -123,12 +123,7 @@ impl<T: CpuFloat> Attention<T> for Cpu {
         lse_part: View<'_, T, Self>,
         v_head_dim: usize,
     ) -> Result<()> {
-        const KERNEL: &str = "attention_merge";
-        let [n, heads] = lse.shape();
-        check::argument(KERNEL, v_head_dim > 0, || "v_head_dim is 0".to_owned())?;
-        check::shape(KERNEL, "o", [n, heads * v_head_dim], o.shape())?;
-        check::shape(KERNEL, "o_part", [n, heads * v_head_dim], o_part.shape())?;
-        check::shape(KERNEL, "lse_part", [n, heads], lse_part.shape())?;
+        let [n, heads] = check::attention_merge("attention_merge", &o, &lse, o_part, lse_part, v_head_dim)?;
         let (o_part, lse_part) = (Mat::from(o_part), Mat::from(lse_part));
         let (mut o, mut lse) = (MatMut::from(&mut o), MatMut::from(&mut lse));
         let tasks = blocks(n, rows_per_piece(heads * v_head_dim))
