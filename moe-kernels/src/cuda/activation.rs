@@ -1,9 +1,10 @@
 //! Gated activations.
 
 use super::Cuda;
-use super::lanes::{Lanes, in_vectors, vector};
+use super::lanes::Lanes;
 use super::launch::Launch;
 use super::source::ACTIVATION;
+use super::vectors::{in_vectors, vector};
 use crate::family::{Activation, GateFunction};
 use crate::{Float, Result, View, ViewMut, check};
 

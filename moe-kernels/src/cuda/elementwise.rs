@@ -4,6 +4,7 @@ use super::Cuda;
 use super::fault::Fault;
 use super::source::ELEMENTWISE;
 use super::tiles::Tiles;
+use super::vectors::vector;
 use crate::family::{ColumnBlocks, Elementwise};
 use crate::{Element, Float, Result, View, ViewMut, check};
 
@@ -12,11 +13,6 @@ const DOWN: usize = 4;
 
 /// Rows of a sum that threads with several sums have room for.
 const FEW: usize = 2;
-
-/// Elements of a thread: `N` of the kernels.
-const fn each<T>() -> usize {
-    16 / size_of::<T>()
-}
 
 impl Cuda {
     /// `y = x` in another type, by the kernel of that name for `T`.
@@ -27,7 +23,7 @@ impl Cuda {
         x: View<'_, A, Self>,
     ) -> Result<()> {
         check::shape(kernel, "x", y.shape(), x.shape())?;
-        let each = each::<A>().min(each::<B>());
+        let each = vector::<A>().min(vector::<B>());
         let tiles = Tiles::new(x.shape(), each, DOWN).with(y.as_view()).with(x);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), kernel)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x);
@@ -41,7 +37,7 @@ impl<T: Float> Elementwise<T> for Cuda {
         const KERNEL: &str = "add";
         check::shape(KERNEL, "a", y.shape(), a.shape())?;
         check::shape(KERNEL, "b", y.shape(), b.shape())?;
-        let tiles = Tiles::new(y.shape(), each::<T>(), DOWN).with(y.as_view()).with(a).with(b);
+        let tiles = Tiles::new(y.shape(), vector::<T>(), DOWN).with(y.as_view()).with(a).with(b);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat(tiles.mat_mut(launch, &mut y), a), b);
         // SAFETY: shapes are equal, and the kernel touches the elements of that shape.
@@ -51,7 +47,7 @@ impl<T: Float> Elementwise<T> for Cuda {
     fn add_assign(&self, mut y: ViewMut<'_, T, Self>, x: View<'_, T, Self>) -> Result<()> {
         const KERNEL: &str = "add_assign";
         check::shape(KERNEL, "x", y.shape(), x.shape())?;
-        let tiles = Tiles::new(y.shape(), each::<T>(), DOWN).with(y.as_view()).with(x);
+        let tiles = Tiles::new(y.shape(), vector::<T>(), DOWN).with(y.as_view()).with(x);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x);
         // SAFETY: shapes are equal, and the kernel touches the elements of that shape.
@@ -61,7 +57,7 @@ impl<T: Float> Elementwise<T> for Cuda {
     fn add_row(&self, mut y: ViewMut<'_, T, Self>, row: View<'_, T, Self>) -> Result<()> {
         let [_, cols] = y.shape();
         check::shape("add_row", "row", [1, cols], row.shape())?;
-        let tiles = Tiles::new(y.shape(), each::<T>(), DOWN).with(y.as_view()).with_other(row);
+        let tiles = Tiles::new(y.shape(), vector::<T>(), DOWN).with(y.as_view()).with_other(row);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), "add_assign")?;
         // A matrix all rows of which are at one place.
         let launch = tiles.mat_mut(launch, &mut y).vector(row).size(0);
@@ -96,7 +92,7 @@ impl<T: Float> Elementwise<T> for Cuda {
         check::gather_sum(KERNEL, &y, x, index)?;
         check::argument(KERNEL, sources <= i32::MAX as usize, || format!("{sources} rows to a sum"))?;
         let (kernel, down) = if sources <= FEW { ("gather_sum_few", DOWN) } else { (KERNEL, 1) };
-        let tiles = Tiles::new([n, cols], each::<T>(), down).with(y.as_view()).with_other(x);
+        let tiles = Tiles::new([n, cols], vector::<T>(), down).with(y.as_view()).with_other(x);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), kernel)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).mat(index).value(sources as i32).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
@@ -114,8 +110,10 @@ impl<T: Float> Elementwise<T> for Cuda {
         let ([n, width], [_, x_cols]) = (y.shape(), x.shape());
         check::sum_column_blocks(KERNEL, &y, x, x_at, count)?;
         let x = if count == 0 { x } else { x.columns(x_at.first..x_cols)? };
-        let tiles =
-            Tiles::new([n, width], each::<T>(), 1).with(y.as_view()).with_other(x).only_within(&[x_at.step]);
+        let tiles = Tiles::new([n, width], vector::<T>(), 1)
+            .with(y.as_view())
+            .with_other(x)
+            .only_within(&[x_at.step]);
         let launch = self.kernel(&ELEMENTWISE.of(T::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).size(x_at.step).size(count);
         // SAFETY: all blocks of columns lie inside `x`, which has as many rows as `y`.

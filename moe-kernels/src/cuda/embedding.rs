@@ -1,9 +1,10 @@
 //! Lookup in a block of the vocabulary.
 
 use super::Cuda;
-use super::lanes::{Lanes, in_vectors, vector};
+use super::lanes::Lanes;
 use super::launch::Launch;
 use super::source::EMBEDDING;
+use super::vectors::{in_vectors, vector};
 use crate::family::Embedding;
 use crate::{Device, Float, Result, View, ViewMut, check};
 

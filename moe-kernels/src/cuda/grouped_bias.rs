@@ -4,7 +4,8 @@ use super::Cuda;
 use super::grouped::UNSOUND;
 use super::launch::blocks;
 use super::source::GROUPED_BIAS;
-use super::tiles::{Tiles, vectors};
+use super::tiles::Tiles;
+use super::vectors::{vector, vectors};
 use crate::family::GroupedBias;
 use crate::{Device, Float, Result, View, ViewMut, check};
 
@@ -17,11 +18,6 @@ const ROWS: usize = 256;
 const PARTS: usize = 64;
 /// Most blocks of a grid but in `x`.
 const MOST: usize = 65535;
-
-/// Elements of a thread: `N` of the kernels.
-const fn each<T>() -> usize {
-    16 / size_of::<T>()
-}
 
 fn check_scale<A: Float>(kernel: &'static str, scale: Option<View<'_, A, Cuda>>, rows: usize) -> Result<()> {
     scale.map_or(Ok(()), |scale| check::shape(kernel, "scale", [1, rows], scale.shape()))
@@ -40,7 +36,7 @@ impl<T: Float> GroupedBias<T> for Cuda {
         let groups = check::groups(KERNEL, offsets)?;
         check::shape(KERNEL, "bias", [groups, cols], bias.shape())?;
         check_scale(KERNEL, scale, n)?;
-        let tiles = Tiles::new([n, cols], each::<T>(), DOWN).with_other(y.as_view()).with_other(bias);
+        let tiles = Tiles::new([n, cols], vector::<T>(), DOWN).with_other(y.as_view()).with_other(bias);
         let launch = self.kernel(&GROUPED_BIAS.of(T::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), bias).vector_or_null(scale);
         let launch = launch.vector(offsets).size(groups).size(n).fault(UNSOUND);
@@ -69,8 +65,8 @@ impl<T: Float> GroupedBias<T> for Cuda {
         let variant = GROUPED_BIAS.of(T::DTYPE);
         let launch = self.kernel(&variant, "grouped_bias_parts")?.scratch(&parts).mat(dy);
         let launch = launch.vector_or_null(scale).vector(offsets).size(groups).size(n).size(cols);
-        let launch = launch.fault(UNSOUND).value(i32::from(vectors(dy, each::<T>())));
-        let across = cols.div_ceil(SUM_BLOCK[0] * each::<T>());
+        let launch = launch.fault(UNSOUND).value(i32::from(vectors(dy, vector::<T>())));
+        let across = cols.div_ceil(SUM_BLOCK[0] * vector::<T>());
         let launch = launch.grid([across, parts_of_group, groups.min(MOST)]).block(SUM_BLOCK);
         // SAFETY: the kernel reads rows of `dy` and `scale` below `n`, whatever the offsets are, and writes a row of `cols`
         // parts for each block of a group.
@@ -97,7 +93,7 @@ impl<T: Float> GroupedBias<T> for Cuda {
         let launch = self.kernel(&GROUPED_BIAS.of(T::DTYPE), KERNEL)?;
         let launch = launch.vector_mut(&mut d_scale).mat(dy).mat(bias).vector(offsets);
         let launch = launch.size(groups).size(n).size(cols).fault(UNSOUND);
-        let each = each::<T>();
+        let each = vector::<T>();
         let launch = launch.value(i32::from(vectors(dy, each) && vectors(bias, each)));
         // SAFETY: the kernel touches rows below `n`, and reads rows of `bias` below `groups`, whatever the offsets are.
         unsafe { launch.grid(blocks(n, 8)).block([32, 8, 1]).launch() }

@@ -1,25 +1,5 @@
 //! How rows are spread over the threads of blocks.
 
-use super::Cuda;
-use crate::{Element, View};
-
-/// Bytes that a thread moves at once.
-const BYTES: usize = 16;
-
-/// Elements of a vector.
-pub(super) const fn vector<E>() -> usize {
-    BYTES / size_of::<E>()
-}
-
-/// Whether every row is whole vectors at addresses that allow to move them at once.
-pub(super) fn in_vectors<E: Element>(view: View<'_, E, Cuda>) -> bool {
-    let layout = view.layout();
-    let stride = if layout.rows > 1 { layout.stride } else { 0 };
-    let start = view.buf().address() as usize + layout.offset * size_of::<E>();
-    start.is_multiple_of(BYTES)
-        && [layout.cols, stride].iter().all(|elements| elements.is_multiple_of(vector::<E>()))
-}
-
 /// Threads of a block: so many lanes on each of so many rows, what `group_sum` of the kernels takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Lanes {

@@ -1,8 +1,8 @@
 //! Vocabulary-parallel cross-entropy.
 
 use super::Cuda;
-use super::lanes::{in_vectors, vector};
 use super::source::LOSS;
+use super::vectors::{in_vectors, vector};
 use crate::family::Loss;
 use crate::{Float, Result, View, ViewMut, check};
 

@@ -46,6 +46,7 @@ mod source;
 mod staging;
 mod tensor_map;
 mod tiles;
+mod vectors;
 
 mod activation;
 mod attention;

@@ -1,8 +1,9 @@
 //! Root-mean-square normalisation.
 
 use super::Cuda;
-use super::lanes::{Lanes, in_vectors, vector};
+use super::lanes::Lanes;
 use super::source::NORM;
+use super::vectors::{in_vectors, vector};
 use crate::family::Norm;
 use crate::{Device, Float, Result, View, ViewMut, check};
 

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::Cuda;
 use super::source::OPTIM;
-use super::tiles::vectors;
+use super::vectors::{vector, vectors};
 use crate::family::{AdamW, MomentMut, Optim};
 use crate::{Element, Float, Result, View, ViewMut, check};
 
@@ -42,7 +42,7 @@ impl Cuda {
         hyper: &AdamW,
     ) -> Result<()> {
         let [_, n] = grad.shape();
-        let each = 16 / size_of::<T::Acc>();
+        let each = vector::<T::Acc>();
         let vectors = weight.as_ref().is_none_or(|weight| vectors(weight.as_view(), each))
             && vectors(master.as_view(), each)
             && vectors(m.as_view(), each)

@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::source::REDUCE;
-use super::tiles::vectors;
+use super::vectors::{vector, vectors};
 use crate::family::Reduce;
 use crate::{Device, Float, Layout, Result, View, ViewMut, check};
 
@@ -27,7 +27,7 @@ impl<T: Float> Reduce<T> for Cuda {
             false => (a, b),
         };
         let [rows, cols] = a.shape();
-        let n = 16 / size_of::<T>();
+        let n = vector::<T>();
         let per_row = cols.div_ceil(n);
         let blocks = (rows * per_row).div_ceil(VECTORS * THREADS).min(PARTS);
         if blocks == 0 {
@@ -50,27 +50,27 @@ impl<T: Float> Reduce<T> for Cuda {
         if cols == 0 {
             return Ok(());
         }
-        let across = cols.div_ceil(SUM_BLOCK[0] * 16 / size_of::<T>());
+        let across = cols.div_ceil(SUM_BLOCK[0] * vector::<T>());
         let each = rows.div_ceil(PARTS.div_ceil(across)).max(ROWS);
         let down = rows.div_ceil(each);
         if down <= 1 {
             let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums")?;
             let launch = launch.vector_mut(&mut out).size(0).mat(x).size(rows).size(cols).size(rows);
-            let launch = launch.value(i32::from(vectors(x, 16 / size_of::<T>())));
+            let launch = launch.value(i32::from(vectors(x, vector::<T>())));
             // SAFETY: one row of blocks, which writes `cols` elements.
             return unsafe { launch.grid([across, 1, 1]).block(SUM_BLOCK).launch() };
         }
         let parts = self.alloc(down * cols * size_of::<T::Acc>())?;
         let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums")?;
         let launch = launch.scratch(&parts).size(cols).mat(x).size(rows).size(cols).size(each);
-        let launch = launch.value(i32::from(vectors(x, 16 / size_of::<T>())));
+        let launch = launch.value(i32::from(vectors(x, vector::<T>())));
         // SAFETY: each of `down` rows of blocks writes a row of `cols` parts.
         unsafe { launch.grid([across, down, 1]).block(SUM_BLOCK).launch()? };
         let sums = View::<T::Acc, Self>::new(&parts, Layout::contiguous(down, cols))?;
-        let across = cols.div_ceil(SUM_BLOCK[0] * 16 / size_of::<T::Acc>());
+        let across = cols.div_ceil(SUM_BLOCK[0] * vector::<T::Acc>());
         let launch = self.kernel(&REDUCE.of(T::DTYPE), "column_sums_of_parts")?;
         let launch = launch.vector_mut(&mut out).size(0).mat(sums).size(down).size(cols).size(down);
-        let launch = launch.value(i32::from(vectors(sums, 16 / size_of::<T::Acc>())));
+        let launch = launch.value(i32::from(vectors(sums, vector::<T::Acc>())));
         // SAFETY: one row of blocks, which writes `cols` elements.
         unsafe { launch.grid([across, 1, 1]).block(SUM_BLOCK).launch() }
     }

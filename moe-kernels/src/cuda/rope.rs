@@ -2,8 +2,8 @@
 
 use super::Cuda;
 use super::fault::Fault;
-use super::lanes::{in_vectors, vector};
 use super::source::ROPE;
+use super::vectors::{in_vectors, vector};
 use crate::family::{Rope, RotaryHead, RotaryPairs, Rotation};
 use crate::{Float, Result, View, ViewMut, check};
 

@@ -4,22 +4,18 @@ use super::Cuda;
 use super::fault::Fault;
 use super::source::ROWS;
 use super::tiles::Tiles;
+use super::vectors::vector;
 use crate::family::{ColumnBlocks, Rows};
 use crate::{Element, Result, View, ViewMut, check};
 
 /// Rows of a thread: `ROWS` of the kernels.
 const DOWN: usize = 4;
 
-/// Elements of a thread: `N` of the kernels.
-const fn each<E>() -> usize {
-    16 / size_of::<E>()
-}
-
 impl<E: Element> Rows<E> for Cuda {
     fn copy_rows(&self, mut y: ViewMut<'_, E, Self>, x: View<'_, E, Self>) -> Result<()> {
         const KERNEL: &str = "copy_rows";
         check::shape(KERNEL, "x", y.shape(), x.shape())?;
-        let tiles = Tiles::new(x.shape(), each::<E>(), DOWN).with(y.as_view()).with(x);
+        let tiles = Tiles::new(x.shape(), vector::<E>(), DOWN).with(y.as_view()).with(x);
         let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x);
         // SAFETY: shapes are equal, and the kernel touches the elements of that shape.
@@ -35,7 +31,7 @@ impl<E: Element> Rows<E> for Cuda {
         const KERNEL: &str = "gather_rows";
         let ([n, cols], [end, _]) = (y.shape(), x.shape());
         check::gather_rows(KERNEL, &y, x, index)?;
-        let tiles = Tiles::new([n, cols], each::<E>(), DOWN).with(y.as_view()).with_other(x);
+        let tiles = Tiles::new([n, cols], vector::<E>(), DOWN).with(y.as_view()).with_other(x);
         let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).vector(index).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
@@ -58,7 +54,7 @@ impl<E: Element> Rows<E> for Cuda {
             return Ok(());
         }
         let (mut y, x) = (y.columns(y_at.first..y_cols)?, x.columns(x_at.first..x_cols)?);
-        let tiles = Tiles::new([n, count * width], each::<E>(), DOWN)
+        let tiles = Tiles::new([n, count * width], vector::<E>(), DOWN)
             .with_other(y.as_view())
             .with_other(x)
             .only_within(&[width, y_at.step, x_at.step]);

@@ -2,10 +2,9 @@
 
 use super::Cuda;
 use super::launch::Launch;
+use super::vectors::vectors;
 use crate::{Element, Layout, View, ViewMut};
 
-/// Bytes that a thread moves at once.
-const VECTOR: usize = 16;
 /// Threads of a block.
 const THREADS: usize = 256;
 
@@ -100,12 +99,4 @@ impl Tiles {
         };
         launch.value(argument).grid([across * down, 1, 1]).block([across_block, down_block, 1])
     }
-}
-
-/// Whether `each` elements of a row, from every `each`th column on, can be moved at once.
-pub(super) fn vectors<E: Element>(view: View<'_, E, Cuda>, each: usize) -> bool {
-    let (layout, bytes) = (view.layout(), (each * size_of::<E>()).min(VECTOR));
-    let start = view.buf().address() as usize + layout.offset * size_of::<E>();
-    let even_rows = layout.rows <= 1 || (layout.stride * size_of::<E>()).is_multiple_of(bytes);
-    start.is_multiple_of(bytes) && even_rows
 }
