@@ -16,7 +16,6 @@ use moe_topology::Mapping;
 use moe_train::Error;
 use moe_train::checkpoint::container::{Checkpoint, step_folder};
 use moe_train::checkpoint::{ExportOptions, Meta, Weights, export, import, open_hub, restore_weights, save};
-use moe_train::config::TrainDType;
 use moe_train::run::open_weights;
 use moe_train::trainer::{RankTrainer, Setup};
 use safetensors::SafeTensors;
@@ -120,11 +119,15 @@ fn what_comes_in_goes_out_the_same_under_any_folding() {
         export(&direct, &at("direct"), ExportOptions::default()).unwrap();
         assert_same_folder(&fixture, &at("direct"));
 
-        for (dtype, name) in [(TrainDType::F32, "single"), (TrainDType::F64, "double")] {
-            let path = import(&direct, dtype, &at(name)).unwrap();
+        for (dtype, name) in [(DType::F32, "single"), (DType::F64, "double")] {
+            let path = match dtype {
+                DType::F64 => import::<f64>(&direct, &at(name)),
+                _ => import::<f32>(&direct, &at(name)),
+            }
+            .unwrap();
             assert_eq!(path, step_folder(&at(name), 0));
             let imported = open_weights(&path).unwrap();
-            assert_eq!(imported.dtype(), dtype.master());
+            assert_eq!(imported.dtype(), dtype);
             assert_eq!(imported.meta(), direct.meta());
             assert!(imported.run().unwrap_err().to_string().contains("is of no training run"));
             let sharded = ExportOptions { max_shard_size: 9_000, ..ExportOptions::default() };
@@ -228,7 +231,7 @@ fn what_belongs_to_a_model_goes_along() {
     }
     let weights = open(&at("hub"));
     assert_eq!(weights.side_files(), Some(at("hub")));
-    let imported = open_weights(&import(&weights, TrainDType::F32, &at("import")).unwrap()).unwrap();
+    let imported = open_weights(&import::<f32>(&weights, &at("import")).unwrap()).unwrap();
     assert_eq!(imported.side_files(), Some(at("import/hub")));
     export(&imported, &at("out"), ExportOptions::default()).unwrap();
     for folder in ["import/hub", "out"] {
@@ -263,7 +266,7 @@ fn what_fails_leaves_nothing() {
     bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(bad.join("model.safetensors"), bytes).unwrap();
     let weights = open(&bad);
-    let refusal = import(&weights, TrainDType::F32, &at("root")).unwrap_err().to_string();
+    let refusal = import::<f32>(&weights, &at("root")).unwrap_err().to_string();
     assert!(refusal.contains("has NaN at [") && refusal.contains("must be finite"), "{refusal}");
     assert_eq!(fs::read_dir(at("root")).unwrap().count(), 0);
     let refusal = export(&weights, &at("out"), ExportOptions::default()).unwrap_err().to_string();
@@ -272,8 +275,8 @@ fn what_fails_leaves_nothing() {
 
     // There already.
     let weights = open(&fixture("deepseek_v3"));
-    import(&weights, TrainDType::F32, &at("root")).unwrap();
-    let refusal = import(&weights, TrainDType::F32, &at("root")).unwrap_err().to_string();
+    import::<f32>(&weights, &at("root")).unwrap();
+    let refusal = import::<f32>(&weights, &at("root")).unwrap_err().to_string();
     assert!(refusal.contains("step-0 exists already"), "{refusal}");
     fs::create_dir(at("out")).unwrap();
     let refusal = export(&weights, &at("out"), ExportOptions::default()).unwrap_err().to_string();
@@ -283,7 +286,7 @@ fn what_fails_leaves_nothing() {
 
     // Too small a type.
     let weights = open(&fixture("mixtral"));
-    let import = import(&weights, TrainDType::F64, &at("wide")).unwrap();
+    let import = import::<f64>(&weights, &at("wide")).unwrap();
     let large = common::checkpoints::rewrite(&import, &at("large"), |name, _, mut data| {
         if name == "model.norm.weight" {
             data[8..16].copy_from_slice(&1e39f64.to_le_bytes());

@@ -16,7 +16,6 @@ use moe_model::hf::{Family, FloatType, HubFolder, HubNames, WritePlan};
 use moe_topology::Mapping;
 use moe_train::Error;
 use moe_train::checkpoint::{ExportOptions, Weights, export, import, restore_weights};
-use moe_train::config::TrainDType;
 use moe_train::run::open_weights;
 use moe_train::trainer::RankTrainer;
 
@@ -124,7 +123,7 @@ fn one_tensor_at_a_time_is_in_memory() {
         Weights::of_hub(folder, config, model.clone()).unwrap()
     };
     let direct = Arc::new(open(names));
-    let (used, path) = peak(|| import(&direct, TrainDType::F32, &at("import")).unwrap());
+    let (used, path) = peak(|| import::<f32>(&direct, &at("import")).unwrap());
     assert!(used < largest + SLACK, "import: {used} bytes, where the largest tensor has {largest}");
     let imported = Arc::new(open_weights(&path).unwrap());
     let (used, ()) = peak(|| export(&imported, &at("out"), ExportOptions::default()).unwrap());

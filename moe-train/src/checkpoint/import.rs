@@ -10,7 +10,6 @@ use super::hub::copy_side_files;
 use super::state::BUFFER;
 use super::{Meta, Weights};
 use crate::Result;
-use crate::config::TrainDType;
 use crate::optim::Moment;
 use crate::run::SIDE_FILES;
 
@@ -18,18 +17,15 @@ use crate::run::SIDE_FILES;
 /// blocks, and no others.
 const PIECE: usize = 1 << 20;
 
-/// Writes the checkpoint `root/step-0` of `weights` in `dtype`, and beside it the folder `hub` of what else belongs to the
+/// Writes the checkpoint `root/step-0` of `weights` in `A`, and beside it the folder `hub` of what else belongs to the
 /// model; returns the checkpoint's folder. It is of no run.
 ///
 /// # Errors
-/// There is a checkpoint at `root/step-0` already; weights cannot be read, or an element is infinite in `dtype`; something
+/// There is a checkpoint at `root/step-0` already; weights cannot be read, or an element is infinite in `A`; something
 /// cannot be written. There is no checkpoint then.
-pub fn import(weights: &Weights, dtype: TrainDType, root: &Path) -> Result<PathBuf> {
+pub fn import<A: Float<Acc = A>>(weights: &Weights, root: &Path) -> Result<PathBuf> {
     let pending = PendingCheckpoint::create(root, 0)?;
-    let file = match dtype {
-        TrainDType::F32 | TrainDType::Bf16 => write::<f32>(weights, pending.folder())?,
-        TrainDType::F64 => write::<f64>(weights, pending.folder())?,
-    };
+    let file = write::<A>(weights, pending.folder())?;
     if let Some(side_files) = weights.side_files() {
         copy_side_files(&side_files, &root.join(SIDE_FILES))?;
     }

@@ -7,9 +7,10 @@ use clap::Args;
 use moe_kernels::DType;
 
 use super::axes::Parallel;
+use super::dtype::HostDType;
 use super::sample::tokenizer_of;
 use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder};
-use crate::config::{ConfigError, ParallelConfig, TrainDType};
+use crate::config::{ConfigError, ParallelConfig};
 use crate::eval::{EvalError, Options, Perplexity, Text, perplexity};
 use crate::infer::context_length;
 use crate::run::{RunFolder, open_checkpoint, open_weights};
@@ -35,7 +36,7 @@ pub struct Eval {
     sequence_length: Option<usize>,
     /// The type of all computation; f64 if weights are, else f32, unless given.
     #[arg(long, value_enum, requires = "text")]
-    dtype: Option<TrainDType>,
+    dtype: Option<HostDType>,
     /// Held-out batches of `global_batch_size` sequences, at most; those of the run unless given.
     #[arg(long)]
     batches: Option<usize>,
@@ -112,12 +113,12 @@ impl Eval {
         let of_run = || run.map_or_else(ParallelConfig::default, |config| config.parallel.clone());
         let options = Options { parallel: parallel.config().unwrap_or_else(of_run), sequence_length };
         let dtype = dtype.unwrap_or(match weights.dtype() {
-            DType::F64 => TrainDType::F64,
-            _ => TrainDType::F32,
+            DType::F64 => HostDType::F64,
+            _ => HostDType::F32,
         });
         let measured = match dtype {
-            TrainDType::F32 | TrainDType::Bf16 => perplexity::<f32>(&weights, &texts, &options)?,
-            TrainDType::F64 => perplexity::<f64>(&weights, &texts, &options)?,
+            HostDType::F32 => perplexity::<f32>(&weights, &texts, &options)?,
+            HostDType::F64 => perplexity::<f64>(&weights, &texts, &options)?,
         };
         println!("windows of {sequence_length} tokens, in {dtype}");
         for (text, measured) in texts.iter().zip(&measured) {

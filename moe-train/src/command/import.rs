@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::dtype::HostDType;
 use crate::Result;
 use crate::checkpoint::{import, open_hub};
-use crate::config::TrainDType;
 
 /// Make a checkpoint of a Hugging Face folder, for train.init_checkpoint, eval, sample and trace.
 ///
@@ -18,15 +18,19 @@ pub struct Import {
     /// Where the folder step-0 is made.
     out: PathBuf,
     /// Type of the weights in the checkpoint.
-    #[arg(long, value_enum, default_value_t = TrainDType::F32)]
-    dtype: TrainDType,
+    #[arg(long, value_enum, default_value_t = HostDType::F32)]
+    dtype: HostDType,
 }
 
 impl Import {
     pub fn run(self) -> Result<()> {
         let Import { dir, out, dtype } = self;
         let weights = open_hub(&dir, &mut |skipped| eprintln!("warning: {skipped}"))?;
-        println!("checkpoint {}", import(&weights, dtype, &out)?.display());
+        let checkpoint = match dtype {
+            HostDType::F32 => import::<f32>(&weights, &out)?,
+            HostDType::F64 => import::<f64>(&weights, &out)?,
+        };
+        println!("checkpoint {}", checkpoint.display());
         Ok(())
     }
 }

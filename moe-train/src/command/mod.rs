@@ -4,6 +4,7 @@ mod axes;
 mod checkpoint;
 mod data;
 mod diff;
+mod dtype;
 mod eval;
 mod export;
 mod import;

@@ -8,9 +8,9 @@ use moe_kernels::{Backend, Cpu, Float};
 use moe_model::RecomputeModule;
 
 use super::axes::Parallel;
+use super::dtype::HostDType;
 use crate::Result;
 use crate::checkpoint::Weights;
-use crate::config::TrainDType;
 use crate::run::open_weights;
 use crate::trace::{Options, Tokens, trace};
 
@@ -28,8 +28,8 @@ pub struct Trace {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// The type of all computation.
-    #[arg(long, value_enum, default_value_t = TrainDType::F64)]
-    dtype: TrainDType,
+    #[arg(long, value_enum, default_value_t = HostDType::F64)]
+    dtype: HostDType,
     /// Gradients of the loss, too.
     #[arg(long)]
     grads: bool,
@@ -50,8 +50,8 @@ impl Trace {
     pub fn run(self) -> Result<()> {
         let weights = Arc::new(open_weights(&self.checkpoint)?);
         match self.dtype {
-            TrainDType::F32 | TrainDType::Bf16 => self.in_type::<f32>(&weights),
-            TrainDType::F64 => self.in_type::<f64>(&weights),
+            HostDType::F32 => self.in_type::<f32>(&weights),
+            HostDType::F64 => self.in_type::<f64>(&weights),
         }
     }
 

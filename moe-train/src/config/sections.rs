@@ -316,7 +316,7 @@ pub enum DeviceKind {
 }
 
 /// Type of weights and activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainDType {
     /// Single precision.
@@ -325,7 +325,6 @@ pub enum TrainDType {
     /// Double precision.
     F64,
     /// bf16, with master weights, gradients and moments in single precision; on GPUs.
-    #[value(skip)]
     Bf16,
 }
 
