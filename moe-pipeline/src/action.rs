@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::Placement;
+
 /// The direction in which data crosses a stage boundary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Flow {
@@ -23,6 +25,15 @@ pub enum Kind {
     BackwardWeight,
     /// `B`: `I` and `W` in one.
     Backward,
+    /// `OVERLAP_F_B`: the action's `F`, woven with the `B` of another stage or micro-batch, so that what one of them waits
+    /// for (an all-to-all) hides behind what the other computes. Both inputs are there before it begins, and both outputs
+    /// after it ends.
+    Overlap {
+        /// The stage of the `B`.
+        stage: u32,
+        /// The micro-batch of the `B`.
+        microbatch: u32,
+    },
     /// `SEND_F`, `SEND_B`: starts to send the stage's output (or the gradient of its input).
     Send(Flow),
     /// `RECV_F`, `RECV_B`: starts to receive the stage's input (or the gradient of its output).
@@ -34,9 +45,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Whether it is `F`, `I`, `W` or `B`.
+    /// Whether it is `F`, `I`, `W`, `B` or an overlap of `F` and `B`.
     pub const fn is_compute(self) -> bool {
-        matches!(self, Kind::Forward | Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward)
+        !matches!(self, Kind::Send(_) | Kind::Recv(_) | Kind::WaitSend(_) | Kind::WaitRecv(_))
     }
 
     /// The short name (`"F"`, `"SEND_B"`, …).
@@ -47,6 +58,7 @@ impl Kind {
             Kind::BackwardInput => "I",
             Kind::BackwardWeight => "W",
             Kind::Backward => "B",
+            Kind::Overlap { .. } => "OVERLAP_F_B",
             Kind::Send(Forward) => "SEND_F",
             Kind::Send(Backward) => "SEND_B",
             Kind::Recv(Forward) => "RECV_F",
@@ -59,7 +71,8 @@ impl Kind {
     }
 }
 
-/// One step of a rank: a kind, for one stage and one micro-batch. Written `2F0`: stage 2, forward, micro-batch 0.
+/// One step of a rank: a kind, for one stage and one micro-batch. Written `2F0`: stage 2, forward, micro-batch 0; an overlap
+/// is written `(2F4;5B0)OVERLAP_F_B`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Action {
     /// The stage that the rank acts for.
@@ -76,36 +89,60 @@ impl Action {
         Action { stage, kind, microbatch }
     }
 
-    /// What a compute action needs from the neighbouring stage, if anything, in a pipeline of `stages` stages.
-    pub fn input(self, stages: u32) -> Option<Message> {
-        let flow = match self.kind {
-            Kind::Forward if self.stage > 0 => Flow::Forward,
-            Kind::Backward | Kind::BackwardInput if self.stage + 1 < stages => Flow::Backward,
-            _ => return None,
-        };
-        Some(Message { flow, stage: self.stage, microbatch: self.microbatch })
+    /// `F` of a stage and micro-batch, woven with `B` of another.
+    pub const fn overlap(forward: (u32, u32), backward: (u32, u32)) -> Self {
+        Action {
+            stage: forward.0,
+            kind: Kind::Overlap { stage: backward.0, microbatch: backward.1 },
+            microbatch: forward.1,
+        }
     }
 
-    /// What a compute action makes for the neighbouring stage, if anything, in a pipeline of `stages` stages.
-    pub fn output(self, stages: u32) -> Option<Message> {
-        let (flow, stage) = match self.kind {
-            Kind::Forward if self.stage + 1 < stages => (Flow::Forward, self.stage + 1),
-            Kind::Backward | Kind::BackwardInput if self.stage > 0 => (Flow::Backward, self.stage - 1),
+    /// What it is made of: its `F` and its `B` if it is an overlap, otherwise itself.
+    pub fn parts(self) -> impl Iterator<Item = Action> {
+        let (first, second) = match self.kind {
+            Kind::Overlap { stage, microbatch } => {
+                (Action { kind: Kind::Forward, ..self }, Some(Action::new(stage, Kind::Backward, microbatch)))
+            }
+            _ => (self, None),
+        };
+        std::iter::once(first).chain(second)
+    }
+
+    /// What a compute action needs from the neighbouring stage, if anything. (An overlap's [parts](Action::parts) each
+    /// need their own.)
+    pub fn input(self, placement: &Placement) -> Option<Message> {
+        let flow = match self.kind {
+            Kind::Forward => Flow::Forward,
+            Kind::Backward | Kind::BackwardInput => Flow::Backward,
             _ => return None,
         };
-        Some(Message { flow, stage, microbatch: self.microbatch })
+        let message = Message { flow, stage: self.stage, microbatch: self.microbatch };
+        placement.crosses(message).then_some(message)
+    }
+
+    /// What a compute action makes for the neighbouring stage, if anything. (An overlap's [parts](Action::parts) each make
+    /// their own.)
+    pub fn output(self, placement: &Placement) -> Option<Message> {
+        let flow = match self.kind {
+            Kind::Forward => Flow::Forward,
+            Kind::Backward | Kind::BackwardInput => Flow::Backward,
+            _ => return None,
+        };
+        let message = Message { flow, stage: flow.next(self.stage)?, microbatch: self.microbatch };
+        placement.crosses(message).then_some(message)
     }
 
     /// The message of a send, a receive or a wait; none for a compute action, and none where no message can be: beyond
-    /// the first and last of `stages` stages.
-    pub fn message(self, stages: u32) -> Option<Message> {
+    /// the first and last stages.
+    pub fn message(self, placement: &Placement) -> Option<Message> {
         let (flow, stage) = match self.kind {
             Kind::Send(flow) | Kind::WaitSend(flow) => (flow, flow.next(self.stage)?),
             Kind::Recv(flow) | Kind::WaitRecv(flow) => (flow, self.stage),
             _ => return None,
         };
         let message = Message { flow, stage, microbatch: self.microbatch };
-        (stage < stages && message.producer().is_some_and(|s| s < stages)).then_some(message)
+        placement.crosses(message).then_some(message)
     }
 }
 
@@ -121,7 +158,13 @@ impl Flow {
 
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}{}", self.stage, self.kind.name(), self.microbatch)
+        let Action { stage, kind, microbatch } = *self;
+        match kind {
+            Kind::Overlap { stage: back, microbatch: behind } => {
+                write!(f, "({stage}F{microbatch};{back}B{behind}){}", kind.name())
+            }
+            _ => write!(f, "{stage}{}{microbatch}", kind.name()),
+        }
     }
 }
 

@@ -4,7 +4,8 @@ use crate::{Kind, Timeline};
 
 impl Timeline {
     /// One line per rank, time from left to right over `columns` characters. A block begins with its micro-batch and
-    /// goes on with `-` for `F`, `=` for `B` and `I`, `~` for `W`; dots are idle.
+    /// goes on with `-` for `F`, `=` for `B` and `I`, `~` for `W`, `#` for an overlap (of whose `F` the number is); dots are
+    /// idle.
     pub fn draw(&self, columns: u16) -> String {
         let columns = usize::from(columns);
         let scale = if self.makespan > 0.0 { columns as f64 / self.makespan } else { 0.0 };
@@ -17,6 +18,7 @@ impl Timeline {
                 let fill = match span.action.kind {
                     Kind::Forward => '-',
                     Kind::BackwardWeight => '~',
+                    Kind::Overlap { .. } => '#',
                     _ => '=',
                 };
                 let block = &mut line[column(span.start)..column(span.end)];

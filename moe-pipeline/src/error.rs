@@ -41,6 +41,14 @@ pub enum Error {
         /// Stages asked for.
         stages: usize,
     },
+    /// Copies of a pipeline are equally long.
+    #[error("{stages} stages cannot be {copies} copies of a pipeline")]
+    Copies {
+        /// Stages of the placement.
+        stages: u32,
+        /// Copies asked for.
+        copies: u32,
+    },
     /// Ranks are numbered densely and each owns a stage.
     #[error("rank {rank} owns no stage, though the placement has {ranks} ranks")]
     RankWithoutStage {
@@ -83,6 +91,16 @@ pub enum Error {
         /// Micro-batches of the schedule.
         microbatches: u32,
     },
+    /// A micro-batch that another copy of the pipeline takes.
+    #[error("{at}: this copy of the pipeline takes micro-batches {first}..{end}")]
+    OtherCopy {
+        /// The action.
+        at: At,
+        /// First micro-batch of the stage's copy.
+        first: u32,
+        /// One past its last.
+        end: u32,
+    },
     /// An action in the list of a rank that does not own the stage.
     #[error("{at}: stage {} is owned by rank {owner}", at.action.stage)]
     WrongRank {
@@ -121,6 +139,19 @@ pub enum Error {
         microbatches: u32,
         /// Micro-batches that go through one stage before the next.
         group: u32,
+    },
+
+    /// Sizes that a schedule is not defined for.
+    #[error("{schedule} on {ranks} ranks cannot take {microbatches} micro-batches: it needs {needs}")]
+    Sizes {
+        /// The schedule.
+        schedule: &'static str,
+        /// Ranks asked for.
+        ranks: u32,
+        /// Micro-batches asked for.
+        microbatches: u32,
+        /// What it is defined for.
+        needs: String,
     },
 
     /// Lowering starts from less than it was given.
@@ -202,6 +233,12 @@ pub enum Error {
         what: &'static str,
         /// Which of them.
         index: usize,
+        /// The value given.
+        value: f64,
+    },
+    /// A share of time that is none.
+    #[error("{value} of an overlap's shorter pass is said to be hidden; it is a share from 0 to 1")]
+    OverlapShare {
         /// The value given.
         value: f64,
     },

@@ -64,6 +64,8 @@ pub enum ExecuteError<S, T> {
 
 /// Runs `rank`'s part of `program`: `stages` are those it owns, ascending; `cx` is lent to each of their calls.
 ///
+/// The two parts of an overlap run one after the other, `F` first.
+///
 /// Returns when the rank has done all its actions. On an error it aborts the transport, so that its peers end too; their
 /// error then says why. A rank that panics tells its peers by dropping its transport.
 ///
@@ -167,6 +169,7 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
             Kind::BackwardInput => self.backward_input(at),
             Kind::BackwardWeight => self.backward_weight(at),
             Kind::Backward => self.backward(at),
+            Kind::Overlap { .. } => at.action.parts().try_for_each(|action| self.step(At { action, ..at })),
             Kind::Send(_) => {
                 let message = self.message(at.action);
                 let act = self.outbox.remove(&message).expect(VALID);
@@ -241,16 +244,16 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
     }
 
     fn message(&self, action: Action) -> Message {
-        action.message(self.schedule.placement().stages()).expect("a validated message crosses a boundary")
+        action.message(self.schedule.placement()).expect("a validated message crosses a boundary")
     }
 
     fn input(&mut self, action: Action) -> Option<S::Act> {
-        let input = action.input(self.schedule.placement().stages())?;
+        let input = action.input(self.schedule.placement())?;
         Some(self.inbox.remove(&input).expect(VALID))
     }
 
     fn output(&mut self, at: At, made: Option<S::Act>) -> Outcome<(), S, T> {
-        match (at.action.output(self.schedule.placement().stages()), made) {
+        match (at.action.output(self.schedule.placement()), made) {
             (Some(output), Some(act)) => {
                 let (from, to) = self.schedule.placement().ends(output);
                 if from == to { &mut self.inbox } else { &mut self.outbox }.insert(output, act);

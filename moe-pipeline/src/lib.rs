@@ -4,7 +4,8 @@
 //! does its forward and backward passes decides how long it idles, how many activations it keeps, and whether the ranks
 //! end up waiting for each other for ever. Here that order is a value:
 //!
-//! 1. [`generate`] makes a [`Schedule`] (GPipe, 1F1B, interleaved 1F1B, breadth-first, forward-only); or read one from text in torch's form (`0F0,0B0`).
+//! 1. [`generate`] makes a [`Schedule`]: GPipe, 1F1B, interleaved, breadth-first, zero-bubble, DualPipe; or read one from text
+//!    in torch's form (`0F0,0B0`).
 //! 2. [`lower`](lower()) adds sends, receives and waits, from one global order.
 //! 3. [`validate`](validate()) proves that it runs: every micro-batch once, all sums in ascending micro-batch order,
 //!    each message matched, no deadlock even where sends block, activations within a budget. Only it makes a
@@ -42,8 +43,6 @@
 //! - Your stages run in one process on one device: call them one after the other.
 //! - You want the order decided at run time by what happens to be ready: here it is fixed before the first action, the
 //!   same on every rank, so that a run can be repeated bit for bit.
-//! - You need zero-bubble *generators*. The representation, the validator, the simulator and the executor take any placement
-//!   of stages and split backward passes, and such orders can be read from text; generated are only those in [`generate`].
 //!
 //! # What is guaranteed
 //!
@@ -61,6 +60,7 @@ mod error;
 mod execute;
 pub mod generate;
 mod lower;
+mod placement;
 mod schedule;
 mod simulate;
 mod stage;
@@ -72,7 +72,8 @@ pub use action::{Action, Flow, Kind, Message};
 pub use error::{At, Error, Result};
 pub use execute::{ExecuteError, execute};
 pub use lower::{add_send_recv, add_waits, lower};
-pub use schedule::{Pass, Placement, Schedule};
+pub use placement::Placement;
+pub use schedule::{Pass, Schedule};
 pub use simulate::{Costs, Idle, Link, Span, StageCost, Timeline, simulate};
 pub use stage::Stage;
 pub use transport::{Post, Transport};

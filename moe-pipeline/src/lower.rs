@@ -21,14 +21,14 @@ pub fn lower(schedule: &Schedule) -> Result<Schedule> {
 /// Adds a send and a receive for everything that one rank makes for another. What a rank makes for itself needs none.
 ///
 /// The order is that of torch's `_add_send_recv`: ranks take turns, ascending, one action each, and a rank whose next
-/// action lacks its input is passed over.
+/// action lacks its input is passed over. An overlap takes one turn; both its messages are sent after it.
 ///
 /// # Errors
 /// A schedule with messages, or one whose compute order can never run.
 pub fn add_send_recv(schedule: &Schedule) -> Result<Schedule> {
     refuse(schedule, |kind| !kind.is_compute())?;
     let placement = schedule.placement();
-    let (ranks, stages) = (placement.ranks(), placement.stages());
+    let ranks = placement.ranks();
     let mut lists: Vec<Vec<Action>> =
         (0..ranks).map(|r| Vec::with_capacity(2 * schedule.list(r).len())).collect();
     let mut next = vec![0; ranks as usize];
@@ -42,28 +42,34 @@ pub fn add_send_recv(schedule: &Schedule) -> Result<Schedule> {
         while let Some(rank) = turns.pop_first() {
             let r = rank as usize;
             let Some(&action) = schedule.list(rank).get(next[r]) else { continue };
-            if let Some(input) = action.input(stages)
-                && !made[schedule.slot(input)]
-            {
-                lacks[r] = Some(input);
+            let missing =
+                action.parts().filter_map(|part| part.input(placement)).find(|&m| !made[schedule.slot(m)]);
+            if missing.is_some() {
+                lacks[r] = missing;
                 continue;
             }
             next[r] += 1;
             next_round.insert(rank);
             lists[r].push(action);
-            let Some(output) = action.output(stages) else { continue };
-            made[schedule.slot(output)] = true;
-            let to = placement.owner(output.stage);
-            if to == rank {
-                continue;
-            }
-            lists[r].push(Action { kind: Kind::Send(output.flow), ..action });
-            lists[to as usize].push(Action::new(output.stage, Kind::Recv(output.flow), output.microbatch));
-            if lacks[to as usize] == Some(output) {
-                lacks[to as usize] = None;
-                // Ranks above this one are still to come in this round.
-                let round = if to > rank { &mut turns } else { &mut next_round };
-                round.insert(to);
+            for part in action.parts() {
+                let Some(output) = part.output(placement) else { continue };
+                made[schedule.slot(output)] = true;
+                let to = placement.owner(output.stage);
+                if to == rank {
+                    continue;
+                }
+                lists[r].push(Action { kind: Kind::Send(output.flow), ..part });
+                lists[to as usize].push(Action::new(
+                    output.stage,
+                    Kind::Recv(output.flow),
+                    output.microbatch,
+                ));
+                if lacks[to as usize] == Some(output) {
+                    lacks[to as usize] = None;
+                    // Ranks above this one are still to come in this round.
+                    let round = if to > rank { &mut turns } else { &mut next_round };
+                    round.insert(to);
+                }
             }
         }
         std::mem::swap(&mut turns, &mut next_round);
@@ -88,10 +94,12 @@ pub fn add_waits(schedule: &Schedule) -> Result<Schedule> {
         let mut list = Vec::with_capacity(2 * schedule.list(rank).len());
         let mut in_flight: Vec<Option<Action>> = vec![None; 2 * placement.stages_of(rank).len()];
         for &action in schedule.list(rank) {
-            if let Some(input) = action.input(placement.stages())
-                && placement.ends(input).0 != rank
-            {
-                list.push(Action { kind: Kind::WaitRecv(input.flow), ..action });
+            for part in action.parts() {
+                if let Some(input) = part.input(placement)
+                    && placement.ends(input).0 != rank
+                {
+                    list.push(Action { kind: Kind::WaitRecv(input.flow), ..part });
+                }
             }
             if let Kind::Send(flow) = action.kind {
                 let wait = Action { kind: Kind::WaitSend(flow), ..action };

@@ -1,101 +1,8 @@
-//! Who owns which stage, and what each rank does in which order.
+//! What each rank does in which order.
 
-use crate::{Action, At, Error, Flow, Kind, Message, Result};
+use std::ops::Range;
 
-/// Which rank owns which stage. One rank may own several (virtual stages), in any pattern.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Placement {
-    rank_of: Vec<u32>,
-    local: Vec<u32>,
-    stages_of: Vec<Vec<u32>>,
-}
-
-impl Placement {
-    /// Stage `s` on rank `rank_of[s]`.
-    ///
-    /// # Errors
-    /// No stage, or a rank below the highest that owns none.
-    pub fn new(rank_of: Vec<u32>) -> Result<Self> {
-        let highest = *rank_of.iter().max().ok_or(Error::Empty { what: "stage" })?;
-        if rank_of.len() >= 1 << 31 {
-            return Err(Error::TooManyStages { stages: rank_of.len() });
-        }
-        let ranks = highest.saturating_add(1);
-        if highest as usize >= rank_of.len() {
-            let rank = (0..ranks).find(|r| !rank_of.contains(r)).unwrap_or(highest);
-            return Err(Error::RankWithoutStage { rank, ranks });
-        }
-        let mut stages_of = vec![Vec::new(); ranks as usize];
-        let mut local = Vec::with_capacity(rank_of.len());
-        for (stage, &rank) in (0..).zip(&rank_of) {
-            let owned = &mut stages_of[rank as usize];
-            local.push(owned.len() as u32);
-            owned.push(stage);
-        }
-        match (0..).zip(&stages_of).find(|(_, owned)| owned.is_empty()) {
-            Some((rank, _)) => Err(Error::RankWithoutStage { rank, ranks }),
-            None => Ok(Placement { rank_of, local, stages_of }),
-        }
-    }
-
-    /// One stage per rank, in rank order.
-    ///
-    /// # Errors
-    /// No rank.
-    pub fn linear(ranks: u32) -> Result<Self> {
-        Self::new((0..ranks).collect())
-    }
-
-    /// `virtual_stages` stages per rank, in rounds: stage `s` on rank `s mod ranks`.
-    ///
-    /// # Errors
-    /// No rank or no virtual stage, or more stages than can be numbered.
-    pub fn looped(ranks: u32, virtual_stages: u32) -> Result<Self> {
-        match ranks.checked_mul(virtual_stages) {
-            Some(stages) if stages < 1 << 31 => Self::new((0..stages).map(|s| s % ranks).collect()),
-            _ => Err(Error::TooManyStages { stages: ranks as usize * virtual_stages as usize }),
-        }
-    }
-
-    /// Pipeline ranks.
-    pub fn ranks(&self) -> u32 {
-        self.stages_of.len() as u32
-    }
-
-    /// Stages of the pipeline.
-    pub fn stages(&self) -> u32 {
-        self.rank_of.len() as u32
-    }
-
-    /// The rank that owns `stage`; none beyond the last stage.
-    pub fn rank_of(&self, stage: u32) -> Option<u32> {
-        self.rank_of.get(stage as usize).copied()
-    }
-
-    /// The stages of `rank`, ascending; empty beyond the last rank.
-    pub fn stages_of(&self, rank: u32) -> &[u32] {
-        self.stages_of.get(rank as usize).map_or(&[], Vec::as_slice)
-    }
-
-    /// Position of a stage among those of its rank.
-    pub(crate) fn local(&self, stage: u32) -> usize {
-        self.local[stage as usize] as usize
-    }
-
-    /// The owner of a stage that is known to exist.
-    pub(crate) fn owner(&self, stage: u32) -> u32 {
-        self.rank_of[stage as usize]
-    }
-
-    /// The ranks that send and receive a message that is known to exist.
-    pub(crate) fn ends(&self, message: Message) -> (u32, u32) {
-        let (low, high) = (self.owner(message.boundary()), self.owner(message.boundary() + 1));
-        match message.flow {
-            Flow::Forward => (low, high),
-            Flow::Backward => (high, low),
-        }
-    }
-}
+use crate::{Action, At, Error, Flow, Kind, Message, Placement, Result};
 
 /// What a schedule is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -135,7 +42,7 @@ impl Schedule {
         let actions = lists.iter().map(Vec::len).sum();
         let stages = placement.stages();
         // So a table of all messages is never much longer than the schedule, whatever numbers a text names.
-        if (actions as u64) < u64::from(stages) * u64::from(microbatches) {
+        if (actions as u64) < u64::from(stages / placement.copies()) * u64::from(microbatches) {
             return Err(Error::TooFewActions { actions, stages, microbatches });
         }
         let schedule = Schedule { placement, microbatches, pass, lists };
@@ -144,20 +51,29 @@ impl Schedule {
     }
 
     fn check(&self, at: At) -> Result<()> {
+        at.action.parts().try_for_each(|action| self.check_part(At { action, ..at }))
+    }
+
+    fn check_part(&self, at: At) -> Result<()> {
         let stages = self.placement.stages();
         let action = at.action;
         let owner = self.placement.rank_of(action.stage).ok_or(Error::UnknownStage { at, stages })?;
         if owner != at.rank {
             return Err(Error::WrongRank { at, owner });
         }
-        if action.microbatch >= self.microbatches {
-            return Err(Error::UnknownMicrobatch { at, microbatches: self.microbatches });
+        let all = self.microbatches;
+        if action.microbatch >= all {
+            return Err(Error::UnknownMicrobatch { at, microbatches: all });
+        }
+        let own = self.microbatches_of(action.stage);
+        if !own.contains(&action.microbatch) {
+            return Err(Error::OtherCopy { at, first: own.start, end: own.end });
         }
         let backward = match action.kind {
             Kind::Forward => false,
-            Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward => true,
+            Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward | Kind::Overlap { .. } => true,
             Kind::Send(flow) | Kind::Recv(flow) | Kind::WaitSend(flow) | Kind::WaitRecv(flow) => {
-                let message = action.message(stages).ok_or(Error::NoBoundary { at })?;
+                let message = action.message(&self.placement).ok_or(Error::NoBoundary { at })?;
                 let (from, to) = self.placement.ends(message);
                 if from == to {
                     return Err(Error::NoBoundary { at });
@@ -181,6 +97,18 @@ impl Schedule {
         self.microbatches
     }
 
+    /// The micro-batches that go through `stage`: all of them, or the share of the stage's copy of the pipeline. Copies take
+    /// consecutive, equal shares, to within one micro-batch. Empty beyond the last stage.
+    pub fn microbatches_of(&self, stage: u32) -> Range<u32> {
+        if stage >= self.placement.stages() {
+            return 0..0;
+        }
+        let copies = self.placement.copies();
+        let copy = stage / (self.placement.stages() / copies);
+        let share = |copy: u32| (u64::from(copy) * u64::from(self.microbatches) / u64::from(copies)) as u32;
+        share(copy)..share(copy + 1)
+    }
+
     /// Training or evaluation.
     pub fn pass(&self) -> Pass {
         self.pass
@@ -198,6 +126,20 @@ impl Schedule {
         })
     }
 
+    /// The same schedule with every overlap taken apart, `F` before `B`: for executors and tools that know none. With what
+    /// hides behind what, its benefit is gone; order and results are the same.
+    ///
+    /// # Errors
+    /// A schedule with messages: those of `F` would come after `B`.
+    pub fn serial(&self) -> Result<Self> {
+        match self.actions().find(|at| !at.action.kind.is_compute()) {
+            Some(at) => Err(Error::AlreadyLowered { at }),
+            None => Ok(self.with_lists(
+                self.lists.iter().map(|list| list.iter().flat_map(|a| a.parts()).collect()).collect(),
+            )),
+        }
+    }
+
     /// The same schedule with other lists, which the caller knows to be well placed.
     pub(crate) fn with_lists(&self, lists: Vec<Vec<Action>>) -> Self {
         Schedule { placement: self.placement.clone(), lists, ..*self }
@@ -205,12 +147,12 @@ impl Schedule {
 
     /// Position of a message in a dense table of [`Schedule::slots`] entries.
     pub(crate) fn slot(&self, message: Message) -> usize {
-        let row = message.flow as usize * self.placement.rank_of.len() + message.stage as usize;
+        let row = message.flow as usize * self.placement.stages() as usize + message.stage as usize;
         row * self.microbatches as usize + message.microbatch as usize
     }
 
     /// Size of a table of all messages of the step.
     pub(crate) fn slots(&self) -> usize {
-        2 * self.placement.rank_of.len() * self.microbatches as usize
+        2 * self.placement.stages() as usize * self.microbatches as usize
     }
 }

@@ -36,15 +36,18 @@ pub struct Costs {
     /// Per stage.
     pub stages: Vec<StageCost>,
     /// `links[s]` is between stages `s` and `s + 1`, in either direction: one fewer than stages. Unused where both are
-    /// on one rank.
+    /// on one rank, or in different copies of the pipeline.
     pub links: Vec<Link>,
+    /// What part of the shorter pass of an overlap hides behind the longer one, from 0 (the two take as long as one after
+    /// the other) to 1 (as long as the longer one).
+    pub overlap: f64,
 }
 
 impl Costs {
-    /// The same costs for all stages and links.
+    /// The same costs for all stages and links; overlaps gain nothing.
     pub fn uniform(stages: u32, stage: StageCost, link: Link) -> Self {
         let stages = stages as usize;
-        Costs { stages: vec![stage; stages], links: vec![link; stages.saturating_sub(1)] }
+        Costs { stages: vec![stage; stages], links: vec![link; stages.saturating_sub(1)], overlap: 0.0 }
     }
 
     fn check(&self, stages: usize) -> Result<()> {
@@ -65,7 +68,27 @@ impl Costs {
                 return Err(Error::Cost { what, index, value });
             }
         }
-        Ok(())
+        match (0.0..=1.0).contains(&self.overlap) {
+            true => Ok(()),
+            false => Err(Error::OverlapShare { value: self.overlap }),
+        }
+    }
+
+    /// How long a compute action takes.
+    fn compute(&self, action: Action) -> f64 {
+        let cost = &self.stages[action.stage as usize];
+        match action.kind {
+            Kind::Forward => cost.forward,
+            Kind::BackwardInput => cost.backward_input,
+            Kind::BackwardWeight => cost.backward_weight,
+            Kind::Backward => cost.backward_input + cost.backward_weight,
+            Kind::Overlap { stage, .. } => {
+                let back = &self.stages[stage as usize];
+                let (f, b) = (cost.forward, back.backward_input + back.backward_weight);
+                f + b - self.overlap * f.min(b)
+            }
+            Kind::Send(_) | Kind::Recv(_) | Kind::WaitSend(_) | Kind::WaitRecv(_) => 0.0,
+        }
     }
 }
 
@@ -142,8 +165,8 @@ pub fn simulate(program: &Program, costs: &Costs) -> Result<Timeline> {
     let mut link_free = HashMap::new();
     for at in program.global_order() {
         let rank = at.rank as usize;
-        let Some(message) = at.action.message(placement.stages()) else {
-            let end = now[rank] + compute(&costs.stages[at.action.stage as usize], at.action.kind);
+        let Some(message) = at.action.message(placement) else {
+            let end = now[rank] + costs.compute(at.action);
             spans[rank].push(Span { action: at.action, start: now[rank], end });
             now[rank] = end;
             continue;
@@ -189,14 +212,4 @@ struct Trip {
     made: f64,
     sent: f64,
     arrived: f64,
-}
-
-fn compute(cost: &StageCost, kind: Kind) -> f64 {
-    match kind {
-        Kind::Forward => cost.forward,
-        Kind::BackwardInput => cost.backward_input,
-        Kind::BackwardWeight => cost.backward_weight,
-        Kind::Backward => cost.backward_input + cost.backward_weight,
-        Kind::Send(_) | Kind::Recv(_) | Kind::WaitSend(_) | Kind::WaitRecv(_) => 0.0,
-    }
 }

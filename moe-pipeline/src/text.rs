@@ -1,7 +1,8 @@
 //! Schedules as text, in the form of torch's pipelining: one line per rank, actions separated by commas.
 //!
 //! `0F0,0F1,0B0,0B1` is what rank 0 does; empty fields (torch's idle steps) are skipped. Placement, number of
-//! micro-batches and pass are read off the actions. Waits, which torch 2.9 does not write, are `0WAIT_SEND_F0` and
+//! micro-batches and pass are read off the actions; where a stage begins with a later micro-batch than the first, it is a
+//! further copy of the pipeline that begins. An overlap is `(0F3;3B1)OVERLAP_F_B`. Waits, which torch 2.9 does not write, are `0WAIT_SEND_F0` and
 //! `1WAIT_RECV_F0`.
 
 use std::collections::BTreeMap;
@@ -10,43 +11,47 @@ use std::str::FromStr;
 
 use crate::{Action, Error, Flow, Kind, Pass, Placement, Result, Schedule};
 
-impl FromStr for Kind {
-    type Err = Error;
+/// The kind of a short name. (An overlap is no single one.)
+fn kind(text: &str) -> Option<Kind> {
+    use Flow::{Backward, Forward};
+    Some(match text {
+        "F" => Kind::Forward,
+        "I" => Kind::BackwardInput,
+        "W" => Kind::BackwardWeight,
+        "B" => Kind::Backward,
+        "SEND_F" => Kind::Send(Forward),
+        "SEND_B" => Kind::Send(Backward),
+        "RECV_F" => Kind::Recv(Forward),
+        "RECV_B" => Kind::Recv(Backward),
+        "WAIT_SEND_F" => Kind::WaitSend(Forward),
+        "WAIT_SEND_B" => Kind::WaitSend(Backward),
+        "WAIT_RECV_F" => Kind::WaitRecv(Forward),
+        "WAIT_RECV_B" => Kind::WaitRecv(Backward),
+        _ => return None,
+    })
+}
 
-    fn from_str(text: &str) -> Result<Self> {
-        use Flow::{Backward, Forward};
-        Ok(match text {
-            "F" => Kind::Forward,
-            "I" => Kind::BackwardInput,
-            "W" => Kind::BackwardWeight,
-            "B" => Kind::Backward,
-            "SEND_F" => Kind::Send(Forward),
-            "SEND_B" => Kind::Send(Backward),
-            "RECV_F" => Kind::Recv(Forward),
-            "RECV_B" => Kind::Recv(Backward),
-            "WAIT_SEND_F" => Kind::WaitSend(Forward),
-            "WAIT_SEND_B" => Kind::WaitSend(Backward),
-            "WAIT_RECV_F" => Kind::WaitRecv(Forward),
-            "WAIT_RECV_B" => Kind::WaitRecv(Backward),
-            _ => return Err(Error::NotAnAction { text: text.to_owned() }),
-        })
-    }
+/// An action that is no overlap.
+fn single(text: &str) -> Option<Action> {
+    let digit = |c: char| c.is_ascii_digit();
+    let (head, microbatch) = text.split_at(text.trim_end_matches(digit).len());
+    let name = head.trim_start_matches(digit);
+    let stage = &head[..head.len() - name.len()];
+    Some(Action { stage: stage.parse().ok()?, kind: kind(name)?, microbatch: microbatch.parse().ok()? })
+}
+
+fn overlap(text: &str) -> Option<Action> {
+    let (forward, backward) = text.strip_prefix('(')?.strip_suffix(")OVERLAP_F_B")?.split_once(';')?;
+    let (forward, backward) = (single(forward)?, single(backward)?);
+    let parts = (forward.kind, backward.kind) == (Kind::Forward, Kind::Backward);
+    parts.then(|| Action::overlap((forward.stage, forward.microbatch), (backward.stage, backward.microbatch)))
 }
 
 impl FromStr for Action {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let error = || Error::NotAnAction { text: text.to_owned() };
-        let digit = |c: char| c.is_ascii_digit();
-        let (head, microbatch) = text.split_at(text.trim_end_matches(digit).len());
-        let kind = head.trim_start_matches(digit);
-        let stage = &head[..head.len() - kind.len()];
-        Ok(Action {
-            stage: stage.parse().map_err(|_| error())?,
-            kind: kind.parse().map_err(|_| error())?,
-            microbatch: microbatch.parse().map_err(|_| error())?,
-        })
+        single(text).or_else(|| overlap(text)).ok_or_else(|| Error::NotAnAction { text: text.to_owned() })
     }
 }
 
@@ -71,20 +76,32 @@ impl FromStr for Schedule {
         let compute = || {
             let with_rank =
                 (0..).zip(&lists).flat_map(|(rank, list)| list.iter().map(move |action| (rank, action)));
-            with_rank.filter(|(_, action)| action.kind.is_compute())
+            with_rank
+                .filter(|(_, action)| action.kind.is_compute())
+                .flat_map(|(rank, action)| action.parts().map(move |part| (rank, part)))
         };
         let mut rank_of = BTreeMap::new();
+        let mut first = BTreeMap::new();
         for (rank, action) in compute() {
             rank_of.entry(action.stage).or_insert(rank);
+            let first = first.entry(action.stage).or_insert(action.microbatch);
+            *first = action.microbatch.min(*first);
         }
         if let Some((stage, (&named, _))) = (0..).zip(&rank_of).find(|(stage, (named, _))| *stage != **named)
         {
             return Err(Error::UnplacedStage { stage, named });
         }
-        let placement = Placement::new(rank_of.into_values().collect())?;
+        let stages = rank_of.len();
+        let length = first
+            .values()
+            .position(|&first| first > 0)
+            .filter(|&length| length > 0 && stages.is_multiple_of(length))
+            .unwrap_or(stages);
+        let copies = stages.checked_div(length).unwrap_or(1) as u32;
+        let placement = Placement::with_copies(rank_of.into_values().collect(), copies)?;
         let microbatches =
             compute().map(|(_, action)| action.microbatch).max().map_or(0, |m| m.saturating_add(1));
-        let pass = match compute().any(|(_, action)| action.kind != Kind::Forward) {
+        let pass = match compute().any(|(_, part)| part.kind != Kind::Forward) {
             true => Pass::ForwardBackward,
             false => Pass::ForwardOnly,
         };

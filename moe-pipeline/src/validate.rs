@@ -46,9 +46,14 @@ impl Program {
 ///   three ascends in the micro-batch per stage: sums do not depend on the schedule;
 /// - each action comes after those it needs: `I` after `F`, `W` after `I`, a use after its `WAIT_RECV` or, where the
 ///   neighbouring stage is on the same rank, after the action that made it; a send after what it sends, a wait after
-///   what it waits for;
+///   what it waits for; and the parts of an overlap do not need each other;
 /// - each send meets exactly one receive, each is waited for exactly once, so each buffer is released exactly once;
 /// - ranks that execute their lists in program order with blocking sends and receives all reach the end.
+///
+/// Then they also reach it where neighbouring sends and receives are posted as one batch, which blocks until all of it has
+/// met (NCCL's groups). For suppose that they did not: of the messages still to come, take the one that met first in program
+/// order. All that is before it in the lists of both its ranks met earlier, so both ranks have posted the batches that it is
+/// in, and it meets.
 ///
 /// # Errors
 /// The first action that breaks a rule, with its rank and index.
@@ -88,12 +93,13 @@ struct Ledger<'a> {
 
 impl<'a> Ledger<'a> {
     fn new(schedule: &'a Schedule) -> Self {
-        let none = vec![0; schedule.placement().stages() as usize];
+        let first: Vec<u32> =
+            (0..schedule.placement().stages()).map(|stage| schedule.microbatches_of(stage).start).collect();
         Ledger {
             schedule,
-            forward: none.clone(),
-            backward_input: none.clone(),
-            backward_weight: none,
+            forward: first.clone(),
+            backward_input: first.clone(),
+            backward_weight: first,
             outgoing: vec![Outgoing::Nothing; schedule.slots()],
             incoming: vec![Incoming::Nothing; schedule.slots()],
         }
@@ -103,21 +109,37 @@ impl<'a> Ledger<'a> {
     fn balance(mut self, budget: Option<u32>) -> Result<Vec<u32>> {
         let mut peaks = vec![0; self.schedule.placement().ranks() as usize];
         let mut in_flight = vec![0; peaks.len()];
-        for at in self.schedule.actions() {
-            self.step(at)?;
-            let (now, peak) = (&mut in_flight[at.rank as usize], &mut peaks[at.rank as usize]);
-            match at.action.kind {
-                Kind::Forward if self.schedule.pass() == Pass::ForwardBackward => *now += 1,
-                Kind::Backward | Kind::BackwardWeight => *now -= 1,
-                _ => {}
-            }
-            *peak = (*now).max(*peak);
-            if let Some(budget) = budget.filter(|&budget| *now > budget) {
-                return Err(Error::OverBudget { at, in_flight: *now, budget });
+        for whole in self.schedule.actions() {
+            self.independent(whole)?;
+            for at in whole.action.parts().map(|action| At { action, ..whole }) {
+                self.step(at)?;
+                let (now, peak) = (&mut in_flight[at.rank as usize], &mut peaks[at.rank as usize]);
+                match at.action.kind {
+                    Kind::Forward if self.schedule.pass() == Pass::ForwardBackward => *now += 1,
+                    Kind::Backward | Kind::BackwardWeight => *now -= 1,
+                    _ => {}
+                }
+                *peak = (*now).max(*peak);
+                if let Some(budget) = budget.filter(|&budget| *now > budget) {
+                    return Err(Error::OverBudget { at, in_flight: *now, budget });
+                }
             }
         }
         self.close()?;
         Ok(peaks)
+    }
+
+    /// The parts of an overlap run at the same time, so the `B` cannot need the `F`. It does only if both are of one stage
+    /// and micro-batch: no message of the other flow comes or goes between them.
+    fn independent(&self, at: At) -> Result<()> {
+        match at.action.kind {
+            Kind::Overlap { stage, microbatch }
+                if (stage, microbatch) == (at.action.stage, at.action.microbatch) =>
+            {
+                Err(Error::Premature { at, needs: Action { kind: Kind::Forward, ..at.action } })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn step(&mut self, at: At) -> Result<()> {
@@ -151,7 +173,7 @@ impl<'a> Ledger<'a> {
 
     /// What arrived is used once, because the action that uses it occurs once.
     fn take_input(&self, at: At) -> Result<()> {
-        let Some(input) = at.action.input(self.schedule.placement().stages()) else { return Ok(()) };
+        let Some(input) = at.action.input(self.schedule.placement()) else { return Ok(()) };
         if self.incoming[self.schedule.slot(input)] != Incoming::Ready {
             let (from, to) = self.schedule.placement().ends(input);
             let needs = match from == to {
@@ -164,7 +186,7 @@ impl<'a> Ledger<'a> {
     }
 
     fn make_output(&mut self, at: At) {
-        let Some(output) = at.action.output(self.schedule.placement().stages()) else { return };
+        let Some(output) = at.action.output(self.schedule.placement()) else { return };
         let (from, to) = self.schedule.placement().ends(output);
         let slot = self.schedule.slot(output);
         match from == to {
@@ -201,9 +223,7 @@ impl<'a> Ledger<'a> {
                 Incoming::Posted => *incoming = Incoming::Ready,
                 Incoming::Ready => return Err(Error::Duplicate { at }),
             },
-            Kind::Forward | Kind::BackwardInput | Kind::BackwardWeight | Kind::Backward => {
-                unreachable!("compute actions carry no message")
-            }
+            _ => unreachable!("compute actions carry no message"),
         }
         Ok(())
     }
@@ -211,16 +231,16 @@ impl<'a> Ledger<'a> {
     /// At the end nothing is left to do. (Whatever was used was received and waited for, so receives need no look.)
     fn close(&self) -> Result<()> {
         let placement = self.schedule.placement();
-        let all = self.schedule.microbatches();
-        let backward = match self.schedule.pass() {
-            Pass::ForwardBackward => all,
-            Pass::ForwardOnly => 0,
-        };
         for stage in 0..placement.stages() {
             let s = stage as usize;
             let rank = placement.owner(stage);
+            let all = self.schedule.microbatches_of(stage);
+            let backward = match self.schedule.pass() {
+                Pass::ForwardBackward => all.end,
+                Pass::ForwardOnly => all.start,
+            };
             for (done, target, kind) in [
-                (self.forward[s], all, Kind::Forward),
+                (self.forward[s], all.end, Kind::Forward),
                 (self.backward_input[s], backward, Kind::Backward),
                 (self.backward_weight[s], backward, Kind::BackwardWeight),
             ] {
@@ -228,10 +248,10 @@ impl<'a> Ledger<'a> {
                     return Err(Error::Missing { rank, action: Action::new(stage, kind, done) });
                 }
             }
-            for microbatch in 0..all {
+            for microbatch in all {
                 for kind in [Kind::Forward, Kind::Backward] {
                     let action = Action::new(stage, kind, microbatch);
-                    let Some(output) = action.output(placement.stages()) else { continue };
+                    let Some(output) = action.output(placement) else { continue };
                     let kind = match self.outgoing[self.schedule.slot(output)] {
                         Outgoing::Made => Kind::Send(output.flow),
                         Outgoing::Sent => Kind::WaitSend(output.flow),
@@ -268,9 +288,7 @@ fn maker(message: Message) -> Action {
 
 /// The message of a message action of a schedule.
 fn message(schedule: &Schedule, action: Action) -> Message {
-    action
-        .message(schedule.placement().stages())
-        .expect("Schedule::new checks that messages cross a boundary")
+    action.message(schedule.placement()).expect("Schedule::new checks that messages cross a boundary")
 }
 
 /// Executes all lists with blocking sends and receives; the order in which it went, as ranks.

@@ -8,7 +8,10 @@ use common::{
     Boom, DEADLINE, Draws, Outcome, Toy, draw_schedule, equals_sequential, equals_sequential_with, run, toys,
     zeros,
 };
-use moe_pipeline::generate::{breadth_first, forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{
+    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b,
+    overlapped_1f1b, zb_h1, zb_h2, zb_v,
+};
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
     Error, ExecuteError, Post, Program, Schedule, Stage, Transport, execute, lower, validate,
@@ -23,10 +26,22 @@ fn program(schedule: Schedule) -> Program {
 fn sums_are_those_of_sequential_execution_bit_for_bit() {
     for ranks in 1..=5 {
         for microbatches in [1, 2, 3, 4, 7, 11] {
-            for generate in [gpipe, one_f_one_b, forward_only] {
+            for generate in [gpipe, one_f_one_b, forward_only, zb_h1, zb_h2, zb_v] {
                 equals_sequential(&program(generate(ranks, microbatches).unwrap()));
             }
             equals_sequential(&program(breadth_first(ranks, 3, microbatches).unwrap()));
+            for v in 1..=2 {
+                for generate in [interleaved_zero_bubble, overlapped_1f1b] {
+                    equals_sequential(&program(
+                        generate(ranks, v, microbatches, Some(microbatches)).unwrap(),
+                    ));
+                }
+            }
+            equals_sequential(&program(dual_pipe_v(ranks, 2 * ranks + microbatches).unwrap()));
+            // Both copies of the weights get their own micro-batches' sums.
+            if ranks % 2 == 0 {
+                equals_sequential(&program(dual_pipe(ranks, 2 * (ranks + microbatches)).unwrap()));
+            }
         }
     }
 }

@@ -3,9 +3,12 @@
 mod common;
 
 use common::{Draws, draw_schedule};
-use moe_pipeline::generate::{breadth_first, forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{
+    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, one_f_one_b, overlapped_1f1b, zb_h1, zb_h2,
+    zb_v,
+};
 use moe_pipeline::{
-    Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_send_recv, add_waits, lower, validate,
+    Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_waits, lower, validate,
 };
 use proptest::prelude::*;
 
@@ -63,31 +66,6 @@ fn lowered_one_f_one_b() {
     );
 }
 
-/// Sends and receives of interleaved, breadth-first and zero-bubble orders with several stages per rank, against torch.
-#[test]
-fn sends_and_receives_are_torchs() {
-    let mut seen = 0;
-    for entry in include_str!("fixtures/torch_2.9.1.txt").split("schedule ").skip(1) {
-        let (name, rest) = entry.split_once('\n').unwrap();
-        let (compute, expected) = rest.strip_prefix("compute\n").unwrap().split_once("comms\n").unwrap();
-        let schedule: Schedule = compute.parse().unwrap();
-        assert_eq!(schedule.to_string(), compute, "{name}");
-        let with_messages = add_send_recv(&schedule).unwrap();
-        assert_eq!(with_messages.to_string(), expected, "{name}");
-        assert_eq!(expected.parse::<Schedule>().unwrap(), with_messages, "{name}");
-
-        let program = validate(add_waits(&with_messages).unwrap(), None);
-        // Torch's breadth-first order accumulates in descending order.
-        match (name.starts_with("LoopedBFS"), program) {
-            (true, Err(Error::OutOfOrder { .. })) => {}
-            (false, Ok(program)) => common::equals_sequential(&program),
-            (_, other) => panic!("{name}: {other:?}"),
-        }
-        seen += 1;
-    }
-    assert!(seen > 40);
-}
-
 #[test]
 fn lowering_refuses_what_is_lowered_or_can_never_run() {
     let lowered = lower(&gpipe(2, 1).unwrap()).unwrap();
@@ -109,7 +87,24 @@ fn lowering_refuses_what_is_lowered_or_can_never_run() {
 fn text_that_is_no_schedule() {
     let parse = |text: &str| text.parse::<Schedule>().unwrap_err();
     assert_eq!(parse("0F0,0B0\n1F0, x1,1B0\n"), Error::Parse { line: 2, column: 2, text: "x1".into() });
-    for text in ["F0", "0F", "0Q0", "0SEND0", "0F0F0", "-1F0", "99999999999F0", "0f0", "0 F0", "é", "0Fé"] {
+    for text in [
+        "(0F0)OVERLAP_F_B",
+        "(0B0;0F1)OVERLAP_F_B",
+        "(0F1;0I0)OVERLAP_F_B",
+        "(0F1;0B0)",
+        "((0F2;0B1)OVERLAP_F_B;0B0)OVERLAP_F_B",
+        "F0",
+        "0F",
+        "0Q0",
+        "0SEND0",
+        "0F0F0",
+        "-1F0",
+        "99999999999F0",
+        "0f0",
+        "0 F0",
+        "é",
+        "0Fé",
+    ] {
         assert_eq!(parse(text), Error::Parse { line: 1, column: 1, text: text.into() });
         assert_eq!(text.parse::<Action>().unwrap_err(), Error::NotAnAction { text: text.into() });
     }
@@ -126,6 +121,61 @@ fn text_that_is_no_schedule() {
 fn empty_fields_are_torchs_idle_steps() {
     let idle: Schedule = "0F0,0F1,,,0B0,,0B1\n,1F0,1F1,1B0,1B1,,\n".parse().unwrap();
     assert_eq!(idle, gpipe(2, 2).unwrap());
+}
+
+#[test]
+fn schedules_in_halves_and_pairs() {
+    assert_eq!(
+        zb_h1(2, 3).unwrap().to_string(),
+        "0F0,0F1,0I0,0W0,0F2,0I1,0W1,0I2,0W2\n1F0,1I0,1F1,1I1,1W0,1F2,1I2,1W1,1W2\n"
+    );
+    assert_eq!(
+        zb_h2(2, 3).unwrap().to_string(),
+        "0F0,0F1,0F2,0I0,0W0,0I1,0W1,0I2,0W2\n1F0,1I0,1F1,1I1,1F2,1I2,1W0,1W1,1W2\n"
+    );
+    assert_eq!(
+        overlapped_1f1b(2, 1, 4, None).unwrap().to_string(),
+        "0F0,0F1,0F2,(0F3;0B0)OVERLAP_F_B,0B1,0B2,0B3\n\
+         1F0,(1F1;1B0)OVERLAP_F_B,(1F2;1B1)OVERLAP_F_B,(1F3;1B2)OVERLAP_F_B,1B3\n"
+    );
+    // DeepSeek's eight steps by hand: rank 0 has stage 0 of the first copy and the last of the second, which is 3 here.
+    let dual = dual_pipe(2, 4).unwrap();
+    assert_eq!(
+        dual.to_string(),
+        "0F0,3F2,0F1,3B2,(3F3;0B0)OVERLAP_F_B,3B3,0I1,0W1\n2F2,1F0,2F3,1B0,(1F1;2B2)OVERLAP_F_B,1B1,2I3,2W3\n"
+    );
+    assert_eq!(dual.placement(), &Placement::bidirectional(2).unwrap());
+    for schedule in [dual, dual_pipe(4, 10).unwrap(), dual_pipe_v(3, 7).unwrap(), zb_v(3, 4).unwrap()] {
+        assert_eq!(schedule.to_string().parse::<Schedule>().unwrap(), schedule);
+        let lowered = lower(&schedule).unwrap();
+        assert_eq!(lowered.to_string().parse::<Schedule>().unwrap(), lowered);
+        assert!(matches!(lowered.serial(), Err(Error::AlreadyLowered { .. })));
+        let serial = schedule.serial().unwrap();
+        assert!(serial.actions().all(|at| !matches!(at.action.kind, Kind::Overlap { .. })));
+        assert_eq!(
+            serial.to_string().replace("OVERLAP_F_B", ""),
+            schedule.to_string().replace(['(', ')'], "").replace(';', ",").replace("OVERLAP_F_B", "")
+        );
+    }
+}
+
+#[test]
+fn sizes_that_a_schedule_is_not_defined_for() {
+    let text = |schedule: Result<Schedule, Error>| schedule.unwrap_err().to_string();
+    assert_eq!(
+        text(dual_pipe_v(3, 5)),
+        "DualPipeV on 3 ranks cannot take 5 micro-batches: it needs at least 6"
+    );
+    assert_eq!(
+        text(dual_pipe(3, 8)),
+        "DualPipe on 3 ranks cannot take 8 micro-batches: it needs an even number of ranks"
+    );
+    assert!(text(dual_pipe(4, 7)).ends_with("it needs an even number of them, at least 8"));
+    for generate in [zb_h1, zb_h2, zb_v, dual_pipe, dual_pipe_v, |p, m| overlapped_1f1b(p, 2, m, None)] {
+        assert_eq!(generate(0, 4), Err(Error::Empty { what: "stage" }));
+        assert!(generate(4, 0).is_err());
+        assert!(generate(u32::MAX, u32::MAX).is_err());
+    }
 }
 
 #[test]

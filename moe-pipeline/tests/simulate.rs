@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
 use moe_pipeline::{
-    Costs, Error, Idle, Kind, Link, Program, Schedule, StageCost, Timeline, lower, simulate, validate,
+    Action, Costs, Error, Idle, Kind, Link, Program, Schedule, StageCost, Timeline, lower, simulate, validate,
 };
 use proptest::prelude::*;
 
@@ -87,6 +87,18 @@ fn stages_of_one_rank_share_its_links() {
 }
 
 #[test]
+fn an_overlap_hides_part_of_its_shorter_pass() {
+    let schedule: Schedule = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n".parse().unwrap();
+    for (overlap, pair) in [(0.0, 5.0), (0.5, 4.0), (1.0, 3.0)] {
+        let costs = Costs { overlap, ..Costs::uniform(1, cost(2.0, 1.0, 2.0), Link::FREE) };
+        let timeline = simulate(&program(&schedule), &costs).unwrap();
+        assert_eq!(timeline.makespan, 2.0 + pair + 3.0);
+        assert_eq!((timeline.spans[0][1].start, timeline.spans[0][1].end), (2.0, 2.0 + pair));
+        assert_eq!(timeline.idle[0].total(), 0.0);
+    }
+}
+
+#[test]
 fn drawing() {
     let timeline =
         simulate(&program(&one_f_one_b(3, 4).unwrap()), &Costs::uniform(3, cost(1.0, 1.0, 1.0), Link::FREE))
@@ -128,12 +140,14 @@ fn costs_are_checked() {
         Err(Error::Cost { what: "link", index: 0, .. })
     ));
     assert!(matches!(simulate(|c| c.stages[0].forward = f64::INFINITY), Err(Error::Cost { .. })));
+    assert_eq!(simulate(|c| c.overlap = 1.5), Err(Error::OverlapShare { value: 1.5 }));
+    assert!(matches!(simulate(|c| c.overlap = f64::NAN), Err(Error::OverlapShare { .. })));
 }
 
 /// Without links: an action starts when the rank's last one and the action it depends on have ended.
 fn recurrence(schedule: &Schedule, costs: &Costs) -> f64 {
-    let stages = schedule.placement().stages();
-    let ranks = schedule.placement().ranks();
+    let placement = schedule.placement();
+    let ranks = placement.ranks();
     let mut now = vec![0.0_f64; ranks as usize];
     let mut next = vec![0; ranks as usize];
     let mut made = HashMap::new();
@@ -143,20 +157,26 @@ fn recurrence(schedule: &Schedule, costs: &Costs) -> f64 {
         for rank in 0..ranks {
             let r = rank as usize;
             let Some(&action) = schedule.list(rank).get(next[r]) else { continue };
-            let ready = match action.input(stages).map(|input| made.get(&input).copied()) {
-                None => 0.0,
-                Some(Some(time)) => time,
-                Some(None) => continue,
+            let inputs: Vec<_> = action.parts().filter_map(|part| part.input(placement)).collect();
+            let Some(ready) = inputs.iter().try_fold(0.0_f64, |at, input| Some(at.max(*made.get(input)?)))
+            else {
+                continue;
             };
-            let cost = &costs.stages[action.stage as usize];
-            let took = match action.kind {
-                Kind::Forward => cost.forward,
-                Kind::BackwardInput => cost.backward_input,
-                Kind::BackwardWeight => cost.backward_weight,
-                _ => cost.backward_input + cost.backward_weight,
+            let took = |part: Action| {
+                let cost = &costs.stages[part.stage as usize];
+                match part.kind {
+                    Kind::Forward => cost.forward,
+                    Kind::BackwardInput => cost.backward_input,
+                    Kind::BackwardWeight => cost.backward_weight,
+                    _ => cost.backward_input + cost.backward_weight,
+                }
             };
-            now[r] = now[r].max(ready) + took;
-            made.extend(action.output(stages).map(|output| (output, now[r])));
+            let took: Vec<f64> = action.parts().map(took).collect();
+            let hidden = if took.len() == 2 { costs.overlap * took[0].min(took[1]) } else { 0.0 };
+            now[r] = now[r].max(ready) + took.iter().sum::<f64>() - hidden;
+            made.extend(
+                action.parts().filter_map(|part| part.output(placement)).map(|output| (output, now[r])),
+            );
             next[r] += 1;
             moved = true;
         }
@@ -185,7 +205,7 @@ proptest! {
             (0..p + extra).map(|_| cost(exact(&mut draws), exact(&mut draws), exact(&mut draws))).collect();
         let links: Vec<Link> =
             (1..p + extra).map(|_| Link { transfer: exact(&mut draws), latency: exact(&mut draws) }).collect();
-        let costs = Costs { stages, links };
+        let costs = Costs { stages, links, overlap: draws.below(5) as f64 / 4.0 };
         let timeline = simulate(&program(&schedule), &costs).unwrap();
         conserved(&timeline);
         let without_links = recurrence(&schedule, &costs);

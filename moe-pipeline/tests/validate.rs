@@ -5,8 +5,11 @@ mod common;
 use std::collections::HashSet;
 
 use common::{Draws, draw_schedule, equals_sequential, lists, revalidate};
-use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
-use moe_pipeline::{Action, Error, Flow, Kind, Pass, Schedule, lower, validate};
+use moe_pipeline::generate::{
+    dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b,
+    zb_h1, zb_h2, zb_v,
+};
+use moe_pipeline::{Action, Error, Flow, Kind, Pass, Placement, Schedule, lower, validate};
 use proptest::prelude::*;
 
 fn reject(text: &str) -> Error {
@@ -81,6 +84,38 @@ fn sums_ascend_per_stage() {
 }
 
 #[test]
+fn the_parts_of_an_overlap_are_independent() {
+    assert!(validate("0F0,(0F1;0B0)OVERLAP_F_B,0B1\n".parse().unwrap(), None).is_ok());
+    let error = reject("(0F0;0B0)OVERLAP_F_B\n");
+    assert!(matches!(error, Error::Premature { needs, .. } if needs.to_string() == "0F0"), "{error}");
+    assert_eq!(place(&error), "0:0:(0F0;0B0)OVERLAP_F_B");
+    // A fault of a part is named by the part, at the overlap's index.
+    assert_eq!(place(&reject("0F0,(0F2;0B0)OVERLAP_F_B,0F1,0B1,0B2\n")), "0:1:0F2");
+    assert_eq!(place(&reject("0F0,0F1,(0F2;0B1)OVERLAP_F_B,0B0,0B2\n")), "0:2:0B1");
+}
+
+#[test]
+fn copies_take_their_own_micro_batches() {
+    let good = "0F0,0B0\n1F1,1B1\n";
+    let schedule: Schedule = good.parse().unwrap();
+    assert_eq!((schedule.placement().copies(), schedule.placement().stages()), (2, 2));
+    assert_eq!(
+        (schedule.microbatches_of(0), schedule.microbatches_of(1), schedule.microbatches_of(2)),
+        (0..1, 1..2, 0..0)
+    );
+    assert!(validate(schedule, None).is_ok());
+    let placement = Placement::with_copies(vec![0, 1], 2).unwrap();
+    let lists = vec![vec!["0F1".parse().unwrap()], vec!["1F1".parse().unwrap()]];
+    let error = Schedule::new(placement, 2, Pass::ForwardBackward, lists).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "0F1 (rank 0, index 0): this copy of the pipeline takes micro-batches 0..1"
+    );
+    assert_eq!(Placement::with_copies(vec![0, 1, 0], 2), Err(Error::Copies { stages: 3, copies: 2 }));
+    assert_eq!(Placement::with_copies(vec![0, 1, 0], 0), Err(Error::Copies { stages: 3, copies: 0 }));
+}
+
+#[test]
 fn neighbours_on_one_rank_need_no_message_but_an_order() {
     assert!(validate("0F0,1F0,1B0,0B0\n".parse().unwrap(), None).is_ok());
     assert!(
@@ -95,13 +130,13 @@ fn neighbours_on_one_rank_need_no_message_but_an_order() {
 fn messages_placed_rank_by_rank_deadlock_under_rendezvous() {
     // Each receive just before its use, each send just after its origin.
     let naive = |schedule: &Schedule| {
-        let stages = schedule.placement().stages();
+        let placement = schedule.placement();
         let around = |&action: &Action| {
             let with = |kind| Action { kind, ..action };
             let input =
-                action.input(stages).map(|m| [with(Kind::Recv(m.flow)), with(Kind::WaitRecv(m.flow))]);
+                action.input(placement).map(|m| [with(Kind::Recv(m.flow)), with(Kind::WaitRecv(m.flow))]);
             let output =
-                action.output(stages).map(|m| [with(Kind::Send(m.flow)), with(Kind::WaitSend(m.flow))]);
+                action.output(placement).map(|m| [with(Kind::Send(m.flow)), with(Kind::WaitSend(m.flow))]);
             input
                 .into_iter()
                 .flatten()
@@ -155,7 +190,7 @@ fn peak_is_the_closed_form_and_meets_the_budget() {
 /// The rules once more, without counters, tables or passes: sets, and blocking ranks polled until nothing moves.
 fn brute_force(schedule: &Schedule) -> bool {
     let placement = schedule.placement();
-    let (ranks, stages, all) = (placement.ranks(), placement.stages(), schedule.microbatches());
+    let (ranks, stages) = (placement.ranks(), placement.stages());
     let mut done = HashSet::new();
     let mut next = vec![0; ranks as usize];
     let forward_only = schedule.pass() == Pass::ForwardOnly;
@@ -163,13 +198,15 @@ fn brute_force(schedule: &Schedule) -> bool {
         let has = |kind| done.contains(&Action { kind, ..a });
         let any =
             |stage, kinds: &[Kind], m| kinds.iter().any(|&kind| done.contains(&Action::new(stage, kind, m)));
-        let ascending = |kinds: &[Kind]| (0..all).all(|m| any(a.stage, kinds, m) == (m < a.microbatch));
+        let ascending = |kinds: &[Kind]| {
+            schedule.microbatches_of(a.stage).all(|m| any(a.stage, kinds, m) == (m < a.microbatch))
+        };
         let (f, i, w, b) = (Kind::Forward, Kind::BackwardInput, Kind::BackwardWeight, Kind::Backward);
         let made = |flow| match flow {
             Flow::Forward => (a.stage - 1, vec![f]),
             Flow::Backward => (a.stage + 1, vec![i, b]),
         };
-        let ready = a.input(stages).is_none_or(|input| {
+        let ready = a.input(placement).is_none_or(|input| {
             let (stage, kinds) = made(input.flow);
             match placement.rank_of(stage) == placement.rank_of(a.stage) {
                 true => any(stage, &kinds, a.microbatch),
@@ -196,9 +233,9 @@ fn brute_force(schedule: &Schedule) -> bool {
         for rank in 0..ranks {
             let Some(&action) = schedule.list(rank).get(next[rank as usize]) else { continue };
             let mut together = vec![(rank, action)];
-            if let (Kind::Send(_) | Kind::Recv(_), Some(message)) = (action.kind, action.message(stages)) {
+            if let (Kind::Send(_) | Kind::Recv(_), Some(message)) = (action.kind, action.message(placement)) {
                 let other = |at: &(u32, Action)| {
-                    at.1.message(stages) == Some(message)
+                    at.1.message(placement) == Some(message)
                         && matches!(at.1.kind, Kind::Send(_) | Kind::Recv(_))
                         && at.1.kind != action.kind
                 };
@@ -208,9 +245,9 @@ fn brute_force(schedule: &Schedule) -> bool {
                     continue;
                 }
             }
-            if together.iter().all(|&(_, action)| can(&done, action)) {
+            if together.iter().all(|&(_, action)| action.parts().all(|part| can(&done, part))) {
                 for (rank, action) in together {
-                    done.insert(action);
+                    done.extend(action.parts());
                     next[rank as usize] += 1;
                 }
                 moved = true;
@@ -219,11 +256,11 @@ fn brute_force(schedule: &Schedule) -> bool {
     }
     let ended = (0..ranks).all(|rank| next[rank as usize] == schedule.list(rank).len());
     let complete = (0..stages).all(|stage| {
-        (0..all).all(|m| {
+        schedule.microbatches_of(stage).all(|m| {
             let has = |kind| done.contains(&Action::new(stage, kind, m));
             let back = has(Kind::Backward) || has(Kind::BackwardWeight);
             let sent = [Kind::Forward, Kind::Backward].into_iter().all(|kind| {
-                let Some(message) = Action::new(stage, kind, m).output(stages) else { return true };
+                let Some(message) = Action::new(stage, kind, m).output(placement) else { return true };
                 let local = placement.rank_of(stage) == placement.rank_of(message.stage);
                 let skipped = forward_only && kind == Kind::Backward;
                 local || skipped || has(Kind::Send(message.flow)) && has(Kind::WaitSend(message.flow))
@@ -234,19 +271,66 @@ fn brute_force(schedule: &Schedule) -> bool {
     ended && complete
 }
 
+/// Whether all ranks end where neighbouring sends and receives are one batch that blocks until all of it has met, as
+/// NCCL's groups do.
+fn ends_in_batches(schedule: &Schedule) -> bool {
+    let is_message = |a: &Action| matches!(a.kind, Kind::Send(_) | Kind::Recv(_));
+    let placement = schedule.placement();
+    let mut batches: Vec<Vec<Vec<Action>>> = (0..placement.ranks())
+        .map(|rank| {
+            let runs = schedule.list(rank).chunk_by(|a, b| is_message(a) && is_message(b));
+            runs.filter(|run| is_message(&run[0])).map(<[Action]>::to_vec).rev().collect()
+        })
+        .collect();
+    loop {
+        // What all ranks' present batches hold meets; batches that have met are done.
+        let posted: Vec<Action> =
+            batches.iter().filter_map(|of_rank| of_rank.last()).flatten().copied().collect();
+        let meets = |a: &Action| {
+            posted.iter().any(|b| b.kind != a.kind && a.message(placement) == b.message(placement))
+        };
+        if posted.is_empty() {
+            return true;
+        }
+        for batch in batches.iter_mut().filter_map(|of_rank| of_rank.last_mut()) {
+            batch.retain(|a| !meets(a));
+        }
+        let mut moved = false;
+        for of_rank in &mut batches {
+            moved |= of_rank.pop_if(|batch| batch.is_empty()).is_some();
+        }
+        if !moved && posted.iter().all(|a| !meets(a)) {
+            return false;
+        }
+    }
+}
+
 fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
-    (0..4, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
+    (0..16, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
         let compute = match which {
             0 => gpipe(p, m).unwrap(),
             1 => one_f_one_b(p, m).unwrap(),
             2 => forward_only(p, m).unwrap(),
+            3 => zb_h1(p, m).unwrap(),
+            4 => zb_h2(p, m).unwrap(),
+            5 => zb_v(p, m).unwrap(),
+            6 => dual_pipe_v(p.min(3), m.clamp(6, 9)).unwrap(),
+            7 => dual_pipe(2 * p.min(2), 2 * m.clamp(4, 5)).unwrap(),
+            8 => overlapped_1f1b(p, 1, m, None).unwrap(),
+            9 => interleaved_zero_bubble(p.min(4), 1 + extra.min(2), m.min(8), Some(m.min(8))).unwrap(),
             _ => draw_schedule(p, extra, m, &mut Draws(seed)),
         };
         (lower(&compute).unwrap(), seed)
     })
 }
 
-/// Whether `b`, later on the same rank, needs `a`: as the same micro-batch of the same stage, or the same message.
+/// Whether `b`, later on the same rank, must stay behind `a`: as the next of its kind and stage, or because it needs it.
+fn ordered(a: Action, b: Action) -> bool {
+    let same = |a: Action, b: Action| (a.kind, a.stage) == (b.kind, b.stage) || depends(a, b);
+    a.parts().any(|a| b.parts().any(|b| same(a, b)))
+}
+
+/// Whether `b` needs `a`: as the same micro-batch of the same stage, or the same message.
 fn depends(a: Action, b: Action) -> bool {
     use Kind::{Backward, BackwardInput, BackwardWeight, Forward, Recv, Send, WaitRecv, WaitSend};
     a.stage == b.stage
@@ -294,18 +378,22 @@ proptest! {
         for rank in 0..lowered.placement().ranks() {
             let list = lowered.list(rank);
             for (i, &a) in list.iter().enumerate() {
-                let ordered = |&&(_, &b): &&(usize, &Action)| {
-                    (a.kind, a.stage) == (b.kind, b.stage) || depends(a, b)
-                };
                 let later: Vec<_> = list.iter().enumerate().skip(i + 1).collect();
                 // The nearest of each is the hardest to notice.
-                for &(j, &b) in later.iter().filter(ordered).take(3) {
+                for &(j, &b) in later.iter().filter(|&&(_, &b)| ordered(a, b)).take(3) {
                     let mut lists = lists(&lowered);
                     lists[rank as usize].swap(i, j);
                     prop_assert!(revalidate(&lowered, lists).is_err(), "swapped {} and {}", a, b);
                 }
             }
         }
+    }
+
+    /// What ends in program order ends in batches.
+    #[test]
+    fn whatever_is_valid_ends_in_batches_too((lowered, _) in drawn()) {
+        prop_assert!(validate(lowered.clone(), None).is_ok());
+        prop_assert!(ends_in_batches(&lowered));
     }
 
     /// Random changes of any kind: accepted exactly if the brute-force checker accepts; and what is accepted runs.

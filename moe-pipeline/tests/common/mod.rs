@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
@@ -26,6 +27,9 @@ impl std::error::Error for Boom {}
 /// `y_i = tanh(w_i · x_i + x_{i+1} / 2)`; the last stage's loss is `Σ (y − target)² / 2`.
 #[derive(Debug, Clone)]
 pub struct Toy {
+    /// Its place among the stages of all copies of the pipeline, where its sums are.
+    pub stage: usize,
+    /// Its place in the pipeline.
     pub index: usize,
     pub stages: usize,
     pub weights: Vec<f64>,
@@ -46,10 +50,10 @@ impl Toy {
     }
 }
 
-/// One rank's data and sums; gradients by stage, empty for stages of other ranks.
+/// One rank's sums by stage, zero for stages of other ranks; losses are last stages'.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sums {
-    pub loss: f64,
+    pub losses: Vec<f64>,
     pub grads: Vec<Vec<f64>>,
 }
 
@@ -60,6 +64,7 @@ pub struct Kept {
 
 pub fn toys(stages: u32) -> Vec<Toy> {
     let toy = |index: u32| Toy {
+        stage: index as usize,
         index: index as usize,
         stages: stages as usize,
         weights: (0..WIDTH).map(|i| 0.3 + 0.17 * f64::from(index) - 0.11 * i as f64).collect(),
@@ -101,7 +106,8 @@ impl Stage for Toy {
             (0..WIDTH).map(|i| (self.weights[i] * x[i] + 0.5 * x[(i + 1) % WIDTH]).tanh()).collect();
         let last = self.index + 1 == self.stages;
         if last {
-            cx.loss += y.iter().enumerate().map(|(i, y)| (y - target(m, i)).powi(2) / 2.0).sum::<f64>();
+            cx.losses[self.stage] +=
+                y.iter().enumerate().map(|(i, y)| (y - target(m, i)).powi(2) / 2.0).sum::<f64>();
         }
         Ok(((!last).then(|| y.clone()), Kept { x, y }))
     }
@@ -122,7 +128,7 @@ impl Stage for Toy {
     }
 
     fn backward_weight(&self, _: u32, (x, dz): Self::Deferred, cx: &mut Sums) -> Result<(), Boom> {
-        for (i, g) in cx.grads[self.index].iter_mut().enumerate() {
+        for (i, g) in cx.grads[self.stage].iter_mut().enumerate() {
             *g += x[i] * dz[i];
         }
         Ok(())
@@ -130,14 +136,14 @@ impl Stage for Toy {
 }
 
 pub fn zeros(stages: u32) -> Sums {
-    Sums { loss: 0.0, grads: vec![vec![0.0; WIDTH]; stages as usize] }
+    Sums { losses: vec![0.0; stages as usize], grads: vec![vec![0.0; WIDTH]; stages as usize] }
 }
 
 /// The reference: one micro-batch after the other through all stages, without schedules, messages or the executor.
-pub fn sequential(stages: u32, microbatches: u32, pass: Pass) -> Sums {
+pub fn sequential(stages: u32, microbatches: Range<u32>, pass: Pass) -> Sums {
     let toys = toys(stages);
     let mut sums = zeros(stages);
-    for m in 0..microbatches {
+    for m in microbatches {
         let mut act = None;
         let mut kept = Vec::new();
         for toy in &toys {
@@ -177,7 +183,7 @@ pub fn run(program: &Program, toys: &[Toy], channels: Vec<Channels<Vec<f64>>>) -
     })
 }
 
-/// All ranks' sums in one: each stage's gradients come from one rank, and so does the loss.
+/// All ranks' sums in one: each stage's come from one rank.
 pub fn gather(program: &Program, outcomes: Vec<Option<Outcome>>) -> Sums {
     let placement = program.schedule().placement();
     let mut all = zeros(placement.stages());
@@ -186,8 +192,8 @@ pub fn gather(program: &Program, outcomes: Vec<Option<Outcome>>) -> Sums {
         for &stage in placement.stages_of(rank) {
             all.grads[stage as usize] = sums.grads[stage as usize].clone();
         }
-        if placement.rank_of(placement.stages() - 1) == Some(rank) {
-            all.loss = sums.loss;
+        for (all, loss) in all.losses.iter_mut().zip(sums.losses) {
+            *all += loss;
         }
     }
     all
@@ -201,13 +207,25 @@ pub fn equals_sequential(program: &Program) {
 /// The same, with stages that take their time.
 pub fn equals_sequential_with(program: &Program, jitter: Option<u64>) {
     let schedule: &Schedule = program.schedule();
-    let (ranks, stages) = (schedule.placement().ranks(), schedule.placement().stages());
-    let expected = sequential(stages, schedule.microbatches(), schedule.pass());
+    let placement = schedule.placement();
+    let (ranks, stages) = (placement.ranks(), placement.stages() / placement.copies());
+    let mut expected = zeros(0);
+    let mut copies: Vec<Toy> = Vec::new();
+    for copy in 0..placement.copies() {
+        let own = sequential(stages, schedule.microbatches_of(copy * stages), schedule.pass());
+        expected.losses.extend(own.losses);
+        expected.grads.extend(own.grads);
+        copies.extend(toys(stages).into_iter().map(|toy| Toy {
+            stage: toy.stage + (copy * stages) as usize,
+            jitter,
+            ..toy
+        }));
+    }
     for channels in [rendezvous(ranks, DEADLINE), buffered(ranks, DEADLINE)] {
-        let toys: Vec<Toy> = toys(stages).into_iter().map(|toy| Toy { jitter, ..toy }).collect();
-        let sums = gather(program, run(program, &toys, channels));
-        assert_eq!(sums.loss.to_bits(), expected.loss.to_bits());
+        let sums = gather(program, run(program, &copies, channels));
         assert_eq!(sums, expected);
+        let bits = |sums: &Sums| sums.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&sums), bits(&expected));
     }
 }
 
@@ -224,7 +242,7 @@ impl Draws {
 }
 
 /// A compute schedule drawn at random from all that can run: any placement, any interleaving of micro-batches, stages and
-/// ranks that respects the data, `B` on some stages and `I`, `W` on others.
+/// ranks that respects the data, `B` on some stages and `I`, `W` on others, some neighbouring `F` and `B` in an overlap.
 pub fn draw_schedule(ranks: u32, extra_stages: u32, microbatches: u32, draws: &mut Draws) -> Schedule {
     let stages = ranks + extra_stages;
     let mut rank_of: Vec<u32> =
@@ -236,6 +254,7 @@ pub fn draw_schedule(ranks: u32, extra_stages: u32, microbatches: u32, draws: &m
     let mut lists = vec![Vec::new(); ranks as usize];
     // Per stage: forward, input-gradient and weight-gradient passes done.
     let mut done = vec![[0; 3]; stages as usize];
+    let mut last: Option<(u32, Action)> = None;
     loop {
         let mut ready = Vec::new();
         for s in 0..stages as usize {
@@ -269,8 +288,26 @@ pub fn draw_schedule(ranks: u32, extra_stages: u32, microbatches: u32, draws: &m
                 done[s][2] += 1;
             }
         }
-        lists[rank_of[s] as usize].push(Action::new(s as u32, kind, m));
+        let action = Action::new(s as u32, kind, m);
+        let list = &mut lists[rank_of[s] as usize];
+        match last {
+            // Two that were drawn one after the other do not wait for each other by way of other ranks either.
+            Some((rank, f)) if rank == rank_of[s] && weaves(f, action) && draws.below(2) == 0 => {
+                list.pop();
+                list.push(Action::overlap((f.stage, f.microbatch), (action.stage, m)));
+                last = None;
+            }
+            _ => {
+                list.push(action);
+                last = Some((rank_of[s], action));
+            }
+        }
     }
+}
+
+/// Whether they are the parts of a legal overlap.
+fn weaves(f: Action, b: Action) -> bool {
+    (f.kind, b.kind) == (Kind::Forward, Kind::Backward) && (f.stage, f.microbatch) != (b.stage, b.microbatch)
 }
 
 /// The lists of a schedule, to be changed.
