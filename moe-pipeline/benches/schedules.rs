@@ -6,25 +6,39 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_pipeline::transport::buffered;
-use moe_pipeline::{Costs, Link, Stage, StageCost, execute, generate, lower, simulate, validate};
+use moe_pipeline::{
+    Costs, Link, Result, Schedule, Stage, StageCost, execute, generate, lower, simulate, validate,
+};
 
-/// 1F1B at three sizes: the time per action stays the same.
+/// The life of a schedule at three sizes each: the time per action stays the same.
 fn schedules(c: &mut Criterion) {
-    let mut group = c.benchmark_group("1f1b");
+    life(c, "1f1b", generate::one_f_one_b);
+    life(c, "interleaved_v4", |p, m| generate::interleaved_1f1b(p, 4, m, None));
+    life(c, "v_half", generate::v_half);
+    life(c, "dual_pipe_v", generate::dual_pipe_v);
+}
+
+fn life(c: &mut Criterion, name: &str, generate: impl Fn(u32, u32) -> Result<Schedule>) {
+    let mut group = c.benchmark_group(name);
     group.sample_size(10);
     let cost = StageCost { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
     for (p, m) in [(16, 256), (32, 512), (64, 1024)] {
-        let lowered = lower(&generate::one_f_one_b(p, m).unwrap()).unwrap();
+        let schedule = generate(p, m).unwrap();
+        let lowered = lower(&schedule).unwrap();
         let size = format!("p{p}_m{m}");
         group.throughput(Throughput::Elements(lowered.actions().count() as u64));
-        group.bench_function(BenchmarkId::new("generate_and_lower", &size), |b| {
-            b.iter(|| lower(&generate::one_f_one_b(black_box(p), black_box(m)).unwrap()).unwrap());
+        group.bench_function(BenchmarkId::new("generate", &size), |b| {
+            b.iter(|| generate(black_box(p), black_box(m)).unwrap());
+        });
+        group.bench_function(BenchmarkId::new("lower", &size), |b| {
+            b.iter(|| lower(black_box(&schedule)).unwrap());
         });
         group.bench_function(BenchmarkId::new("validate", &size), |b| {
             b.iter_with_setup(|| lowered.clone(), |lowered| validate(lowered, None).unwrap());
         });
         let program = validate(lowered, None).unwrap();
-        let costs = Costs::uniform(p, cost, Link { transfer: 0.1, latency: 0.05 });
+        let costs =
+            Costs::uniform(schedule.placement().stages(), cost, Link { transfer: 0.1, latency: 0.05 });
         group.bench_function(BenchmarkId::new("simulate", &size), |b| {
             b.iter(|| simulate(black_box(&program), black_box(&costs)).unwrap());
         });
@@ -42,7 +56,12 @@ impl Stage for Nothing {
     type Deferred = ();
     type Error = Infallible;
 
-    fn forward(&self, _: u32, _: Option<()>, _: &mut ()) -> Result<(Option<()>, ()), Infallible> {
+    fn forward(
+        &self,
+        _: u32,
+        _: Option<()>,
+        _: &mut (),
+    ) -> std::result::Result<(Option<()>, ()), Infallible> {
         Ok(((!self.1).then_some(()), ()))
     }
 
@@ -52,11 +71,11 @@ impl Stage for Nothing {
         _: Option<()>,
         _: (),
         _: &mut (),
-    ) -> Result<(Option<()>, ()), Infallible> {
+    ) -> std::result::Result<(Option<()>, ()), Infallible> {
         Ok(((!self.0).then_some(()), ()))
     }
 
-    fn backward_weight(&self, _: u32, _: (), _: &mut ()) -> Result<(), Infallible> {
+    fn backward_weight(&self, _: u32, _: (), _: &mut ()) -> std::result::Result<(), Infallible> {
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 //! does its forward and backward passes decides how long it idles, how many activations it keeps, and whether the ranks
 //! end up waiting for each other for ever. Here that order is a value:
 //!
-//! 1. [`generate`] makes a [`Schedule`]: GPipe, 1F1B, interleaved, breadth-first, zero-bubble, DualPipe; or read one from text
+//! 1. [`generate`] makes a [`Schedule`]: GPipe, 1F1B, interleaved, breadth-first, zero-bubble, V-shaped, DualPipe; or read one from text
 //!    in torch's form (`0F0,0B0`).
 //! 2. [`lower`](lower()) adds sends, receives and waits, from one global order.
 //! 3. [`validate`](validate()) proves that it runs: every micro-batch once, all sums in ascending micro-batch order,

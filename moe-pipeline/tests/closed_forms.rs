@@ -2,7 +2,8 @@
 //! Idle times hold for a step that all ranks begin and end together.
 
 use moe_pipeline::generate::{
-    dual_pipe, dual_pipe_v, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b, zb_h1, zb_h2, zb_v,
+    dual_pipe, dual_pipe_v, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b, v_half, v_min,
+    zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{Costs, Link, Program, Result, Schedule, StageCost, Timeline, lower, simulate, validate};
 
@@ -122,6 +123,50 @@ fn zero_bubble_v() {
             assert_eq!(program.peak_in_flight(), vec![2 * p; p as usize], "{case}");
         } else {
             assert!(inside(&timeline) > 0.0, "{case}");
+        }
+    }
+}
+
+/// 3p−7 and p+2 activations of a stage for an even p from 4 on, 3p−4 and p+1 for an odd one, at equal costs, from 2p
+/// micro-batches on.
+#[test]
+fn half_of_the_memory() {
+    for (p, m) in sizes() {
+        let program = program(v_half(p, m));
+        let case = format!("p={p} m={m}");
+        let most = p + if p % 2 == 0 { 2 } else { 1 };
+        let peak = program.peak_in_flight().iter().copied().max().unwrap();
+        assert!(peak <= most, "{case}");
+        if m >= 2 * p {
+            let idle = match p {
+                1 => 0,
+                2 => 1,
+                _ if p % 2 == 0 => 3 * p - 7,
+                _ => 3 * p - 4,
+            };
+            all_idle(&run(&program, EVEN, 0.0), f64::from(idle), &case);
+            assert_eq!(peak, most, "{case}");
+        }
+    }
+}
+
+/// 4p−7 if 3 divides p, 4p−5 otherwise, at equal costs; 2⌊(p+1)/3⌋ + 2 activations of a stage: 4, 8, 12 for 4, 8, 16 ranks.
+#[test]
+fn a_third_of_the_memory() {
+    for (p, m) in sizes() {
+        let program = program(v_min(p, m));
+        let case = format!("p={p} m={m}");
+        let most = 2 * ((p + 1) / 3) + 2;
+        let peak = program.peak_in_flight().iter().copied().max().unwrap();
+        assert!(peak <= most, "{case}");
+        if m >= 2 * p {
+            let idle = match p {
+                1 => 0,
+                _ if p % 3 == 0 => 4 * p - 7,
+                _ => 4 * p - 5,
+            };
+            all_idle(&run(&program, EVEN, 0.0), f64::from(idle), &case);
+            assert_eq!(peak, most, "{case}");
         }
     }
 }

@@ -10,7 +10,7 @@ use common::{
 };
 use moe_pipeline::generate::{
     breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b,
-    overlapped_1f1b, zb_h1, zb_h2, zb_v,
+    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
@@ -26,7 +26,7 @@ fn program(schedule: Schedule) -> Program {
 fn sums_are_those_of_sequential_execution_bit_for_bit() {
     for ranks in 1..=5 {
         for microbatches in [1, 2, 3, 4, 7, 11] {
-            for generate in [gpipe, one_f_one_b, forward_only, zb_h1, zb_h2, zb_v] {
+            for generate in [gpipe, one_f_one_b, forward_only, zb_h1, zb_h2, zb_v, v_half, v_min] {
                 equals_sequential(&program(generate(ranks, microbatches).unwrap()));
             }
             equals_sequential(&program(breadth_first(ranks, 3, microbatches).unwrap()));

@@ -4,8 +4,8 @@ mod common;
 
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{
-    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, one_f_one_b, overlapped_1f1b, zb_h1, zb_h2,
-    zb_v,
+    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, one_f_one_b, overlapped_1f1b, v_half, v_min,
+    zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{
     Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_waits, lower, validate,
@@ -171,7 +171,9 @@ fn sizes_that_a_schedule_is_not_defined_for() {
         "DualPipe on 3 ranks cannot take 8 micro-batches: it needs an even number of ranks"
     );
     assert!(text(dual_pipe(4, 7)).ends_with("it needs an even number of them, at least 8"));
-    for generate in [zb_h1, zb_h2, zb_v, dual_pipe, dual_pipe_v, |p, m| overlapped_1f1b(p, 2, m, None)] {
+    for generate in
+        [zb_h1, zb_h2, zb_v, v_half, v_min, dual_pipe, dual_pipe_v, |p, m| overlapped_1f1b(p, 2, m, None)]
+    {
         assert_eq!(generate(0, 4), Err(Error::Empty { what: "stage" }));
         assert!(generate(4, 0).is_err());
         assert!(generate(u32::MAX, u32::MAX).is_err());

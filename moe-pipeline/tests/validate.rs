@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use common::{Draws, draw_schedule, equals_sequential, lists, revalidate};
 use moe_pipeline::generate::{
     dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b,
-    zb_h1, zb_h2, zb_v,
+    v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{Action, Error, Flow, Kind, Pass, Placement, Schedule, lower, validate};
 use proptest::prelude::*;
@@ -306,7 +306,7 @@ fn ends_in_batches(schedule: &Schedule) -> bool {
 }
 
 fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
-    (0..16, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
+    (0..18, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
         let compute = match which {
             0 => gpipe(p, m).unwrap(),
             1 => one_f_one_b(p, m).unwrap(),
@@ -318,6 +318,8 @@ fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
             7 => dual_pipe(2 * p.min(2), 2 * m.clamp(4, 5)).unwrap(),
             8 => overlapped_1f1b(p, 1, m, None).unwrap(),
             9 => interleaved_zero_bubble(p.min(4), 1 + extra.min(2), m.min(8), Some(m.min(8))).unwrap(),
+            10 => v_half(p, m.min(8)).unwrap(),
+            11 => v_min(p, m.min(8)).unwrap(),
             _ => draw_schedule(p, extra, m, &mut Draws(seed)),
         };
         (lower(&compute).unwrap(), seed)

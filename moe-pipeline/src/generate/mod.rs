@@ -8,17 +8,20 @@
 //! | [`zb_h1`], [`interleaved_zero_bubble`] | 1, any | `I`, `W` | 1F1B's memory, a third of its idle time |
 //! | [`zb_h2`] | 1 | `I`, `W` | no idle time for twice the memory |
 //! | [`zb_v`] | 2 | `I`, `W` | no idle time for 1F1B's memory, on even stages |
+//! | [`v_half`], [`v_min`] | 2 | `I`, `W` | half and a third of that memory, for some idle time |
 //! | [`dual_pipe_v`] | 2 | `B`, `I`, `W`, in overlaps | overlaps through the whole step |
 //! | [`dual_pipe`] | 1, twice | `B`, `I`, `W`, in overlaps | the same over two copies of the weights |
 //! | [`forward_only`], [`interleaved_forward_only`] | 1, any | none | evaluation |
 
 mod alternate;
+mod controllable;
 mod dual;
 mod interleaved;
 mod linear;
 mod turns;
 mod zero_bubble;
 
+pub use controllable::{v_half, v_min};
 pub use dual::{dual_pipe, dual_pipe_v};
 pub use interleaved::{breadth_first, interleaved_1f1b, interleaved_forward_only, overlapped_1f1b};
 pub use linear::{forward_only, gpipe, one_f_one_b};
