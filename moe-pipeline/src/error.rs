@@ -153,6 +153,24 @@ pub enum Error {
         /// What it is defined for.
         needs: String,
     },
+    /// A schedule for another number of stages per rank.
+    #[error("{schedule} has {expected} stage(s) per rank, not {got}")]
+    VirtualStages {
+        /// The schedule.
+        schedule: &'static str,
+        /// Stages per rank that it has.
+        expected: u32,
+        /// Stages per rank asked for.
+        got: u32,
+    },
+    /// Text that is no schedule's name.
+    #[error("{text:?} is no schedule; there are {names}, and torch's names for them")]
+    NotASchedule {
+        /// The text.
+        text: String,
+        /// The names.
+        names: String,
+    },
 
     /// Lowering starts from less than it was given.
     #[error("{at}: the schedule already has such actions")]

@@ -4,8 +4,8 @@ mod common;
 
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{
-    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, one_f_one_b, overlapped_1f1b, v_half, v_min,
-    zb_h1, zb_h2, zb_v,
+    Named, Sizes, breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_1f1b, one_f_one_b,
+    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{
     Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_waits, lower, validate,
@@ -178,6 +178,34 @@ fn sizes_that_a_schedule_is_not_defined_for() {
         assert!(generate(4, 0).is_err());
         assert!(generate(u32::MAX, u32::MAX).is_err());
     }
+}
+
+#[test]
+fn schedules_by_name() {
+    let sizes = |virtual_stages| Sizes { ranks: 4, virtual_stages, microbatches: 10, group: None };
+    for named in Named::ALL {
+        assert_eq!(named.to_string().parse::<Named>(), Ok(named));
+        assert!(named.torch_name().is_none_or(|name| name.parse() == Ok(named)));
+        match named.virtual_stages() {
+            Some(v) => {
+                assert!(named.generate(sizes(v)).is_ok(), "{named}");
+                let error = named.generate(sizes(v + 1)).unwrap_err();
+                assert!(matches!(error, Error::VirtualStages { got, .. } if got == v + 1), "{error}");
+            }
+            None => assert!((1..=3).all(|v| named.generate(sizes(v)).is_ok()), "{named}"),
+        }
+    }
+    assert_eq!(Named::ZbV.generate(sizes(2)), zb_v(4, 10));
+    assert_eq!(Named::DualPipe.generate(sizes(2)), dual_pipe(4, 10));
+    // Two groups of five.
+    assert_eq!(Named::Interleaved1F1B.generate(sizes(2)), interleaved_1f1b(4, 2, 10, Some(5)));
+    let group = Sizes { group: Some(6), ..sizes(2) };
+    assert_eq!(Named::Interleaved1F1B.generate(group), interleaved_1f1b(4, 2, 10, Some(6)));
+    for none in [Sizes { ranks: 0, ..sizes(2) }, Sizes { microbatches: 0, ..sizes(2) }] {
+        assert!(Named::ALL.iter().all(|named| named.generate(none).is_err()));
+    }
+    let error = "ZBV".parse::<Named>().unwrap_err().to_string();
+    assert!(error.starts_with("\"ZBV\" is no schedule; there are gpipe, 1f1b, "), "{error}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 
 use common::{Draws, draw_schedule};
-use moe_pipeline::generate::{forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{dual_pipe_v, forward_only, gpipe, one_f_one_b};
 use moe_pipeline::{
     Action, Costs, Error, Idle, Kind, Link, Program, Schedule, StageCost, Timeline, lower, simulate, validate,
 };
@@ -115,6 +115,53 @@ fn drawing() {
         simulate(&program(&gpipe(2, 1).unwrap()), &Costs::uniform(2, cost(0.0, 0.0, 0.0), Link::FREE))
             .unwrap();
     assert_eq!((nothing.draw(3), nothing.bubble_fraction()), ("rank 0 ...\nrank 1 ...\n".to_owned(), 0.0));
+}
+
+/// Numbers after `key` in all of a text.
+fn numbers(text: &str, key: &str) -> Vec<f64> {
+    let number = |rest: &str| rest[..rest.find([',', '}', '"']).unwrap()].parse().unwrap();
+    text.split(key).skip(1).map(number).collect()
+}
+
+#[test]
+fn drawings_and_traces_show_every_span() {
+    let schedule = dual_pipe_v(2, 5).unwrap();
+    let timeline =
+        simulate(&program(&schedule), &Costs::uniform(4, cost(1.0, 1.25, 0.75), Link::FREE)).unwrap();
+    let spans: Vec<_> = timeline.spans.iter().flatten().collect();
+
+    let svg = timeline.svg();
+    assert_eq!(svg.matches("<g>").count(), spans.len());
+    for (opened, closed) in
+        [("<g>", "</g>"), ("<title>", "</title>"), ("<text ", "</text>"), ("<svg ", "</svg>")]
+    {
+        assert_eq!(svg.matches(opened).count(), svg.matches(closed).count());
+    }
+    assert!(
+        spans.iter().all(|s| svg.contains(&format!("<title>{}, {} to {}</title>", s.action, s.start, s.end)))
+    );
+    // A rectangle per pass, four of the legend, two rows and the ground; none reaches beyond the drawing.
+    let passes: usize = spans.iter().map(|s| s.action.parts().count()).sum();
+    assert_eq!(svg.matches("<rect ").count(), passes + 4 + 2 + 1);
+    let ends = numbers(&svg, " x=\"").into_iter();
+    assert!(ends.into_iter().all(|x| (0.0..=1260.0).contains(&x)));
+
+    let trace = timeline.chrome_trace();
+    assert_eq!(trace.matches("\"ph\":\"X\"").count(), spans.len());
+    for s in &spans {
+        let event = format!("\"ts\":{},\"dur\":{}}}", s.start, s.end - s.start);
+        assert!(
+            trace.lines().any(|line| line.contains(&format!("\"{}\"", s.action)) && line.contains(&event))
+        );
+    }
+    let peak = numbers(&trace, "\"kept\":").into_iter().fold(0.0, f64::max);
+    assert_eq!(peak, 5.0);
+    assert!(trace.ends_with("}\n]}\n") && trace.starts_with("{\"traceEvents\":["));
+    let events = trace.lines().filter(|line| line.contains("\"ph\"")).count();
+    assert_eq!(trace.matches("},\n").count(), events - 1);
+
+    let nothing = Timeline { makespan: 0.0, spans: vec![Vec::new()], idle: vec![Idle::default()] };
+    assert!(nothing.svg().contains("rank 0") && nothing.chrome_trace().contains("rank 0"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Published schedules, as pure functions of their sizes, of compute actions only.
+//! Published schedules, as pure functions of their sizes, of compute actions only. [`Named`] chooses one by its name.
 //!
 //! | function | stages per rank | backward | for |
 //! |---|---|---|---|
@@ -18,6 +18,7 @@ mod controllable;
 mod dual;
 mod interleaved;
 mod linear;
+mod named;
 mod turns;
 mod zero_bubble;
 
@@ -25,4 +26,5 @@ pub use controllable::{v_half, v_min};
 pub use dual::{dual_pipe, dual_pipe_v};
 pub use interleaved::{breadth_first, interleaved_1f1b, interleaved_forward_only, overlapped_1f1b};
 pub use linear::{forward_only, gpipe, one_f_one_b};
+pub use named::{Named, Sizes};
 pub use zero_bubble::{interleaved_zero_bubble, zb_h1, zb_h2, zb_v};

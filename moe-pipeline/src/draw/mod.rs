@@ -1,0 +1,5 @@
+//! Pictures of a [`Timeline`](crate::Timeline).
+
+mod svg;
+mod terminal;
+mod trace;

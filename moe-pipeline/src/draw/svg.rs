@@ -1,0 +1,92 @@
+//! A timeline as a drawing.
+
+use std::fmt::Write;
+
+use crate::{Kind, Span, Timeline};
+
+/// Widths and heights, in pixels.
+const CHART: f64 = 1200.0;
+const LEFT: f64 = 60.0;
+const ROW: f64 = 26.0;
+const GAP: f64 = 4.0;
+const LEGEND: f64 = 30.0;
+/// Narrower blocks get no number.
+const LABELLED: f64 = 12.0;
+
+const BACKGROUND: &str = "#f4f4f4";
+const LEGENDS: [(&str, Kind); 4] =
+    [("F", Kind::Forward), ("B", Kind::Backward), ("I", Kind::BackwardInput), ("W", Kind::BackwardWeight)];
+
+impl Timeline {
+    /// An SVG drawing: one row per rank, time from left to right. Blocks are coloured by what is done, darker for a rank's later
+    /// stages, and carry their micro-batch; an overlap is its `F` above its `B`. Each block's tooltip names it and its times.
+    pub fn svg(&self) -> String {
+        let scale = if self.makespan > 0.0 { CHART / self.makespan } else { 0.0 };
+        let (width, height) = (LEFT + CHART, LEGEND + self.spans.len() as f64 * (ROW + GAP));
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" \
+             font-size=\"11\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>\n"
+        );
+        for (at, (name, kind)) in LEGENDS.into_iter().enumerate() {
+            let x = LEFT + 60.0 * at as f64;
+            svg += &format!(
+                "<rect x=\"{x}\" y=\"8\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"19\">{name}</text>\n",
+                colour(kind, 0),
+                x + 19.0
+            );
+        }
+        for (rank, spans) in self.spans.iter().enumerate() {
+            let y = LEGEND + rank as f64 * (ROW + GAP);
+            svg += &format!(
+                "<text x=\"4\" y=\"{}\">rank {rank}</text><rect x=\"{LEFT}\" y=\"{y}\" width=\"{CHART}\" height=\"{ROW}\" \
+                 fill=\"{BACKGROUND}\"/>\n",
+                y + ROW * 0.65
+            );
+            let mut stages: Vec<u32> =
+                spans.iter().flat_map(|s| s.action.parts()).map(|part| part.stage).collect();
+            stages.sort_unstable();
+            stages.dedup();
+            spans.iter().for_each(|span| block(&mut svg, span, &stages, y, scale));
+        }
+        svg += "</svg>\n";
+        svg
+    }
+}
+
+/// A span in its rank's row, whose stages are given.
+fn block(svg: &mut String, span: &Span, stages: &[u32], y: f64, scale: f64) {
+    let Span { action, start, end } = *span;
+    let (x, width) = (LEFT + start * scale, (end - start) * scale);
+    let height = ROW / action.parts().count() as f64;
+    let _ = write!(svg, "<g><title>{action}, {start} to {end}</title>");
+    for (at, part) in action.parts().enumerate() {
+        let y = y + at as f64 * height;
+        let fill = colour(part.kind, stages.partition_point(|&stage| stage < part.stage));
+        let _ = write!(
+            svg,
+            "<rect x=\"{x:.2}\" y=\"{y:.1}\" width=\"{width:.2}\" height=\"{height:.1}\" fill=\"{fill}\" stroke=\"white\" \
+             stroke-width=\"0.5\"/>"
+        );
+        if width >= LABELLED {
+            let (x, y) = (x + width / 2.0, y + height / 2.0 + 4.0);
+            let _ = write!(
+                svg,
+                "<text x=\"{x:.2}\" y=\"{y:.1}\" text-anchor=\"middle\">{}</text>",
+                part.microbatch
+            );
+        }
+    }
+    *svg += "</g>\n";
+}
+
+/// The colour of a pass of a rank's `nth` stage.
+fn colour(kind: Kind, nth: usize) -> String {
+    let (hue, saturation) = match kind {
+        Kind::Forward => (210, 70),
+        Kind::BackwardInput => (150, 45),
+        Kind::BackwardWeight => (35, 80),
+        _ => (120, 45),
+    };
+    let lightness = 78 - 12 * nth.min(3);
+    format!("hsl({hue},{saturation}%,{lightness}%)")
+}

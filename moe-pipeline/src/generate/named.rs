@@ -1,0 +1,168 @@
+//! Schedules by name.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::{
+    breadth_first, dual_pipe, dual_pipe_v, gpipe, interleaved_1f1b, interleaved_zero_bubble, one_f_one_b,
+    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
+};
+use crate::{Error, Result, Schedule};
+
+/// A published schedule for training. Its text is its name, and torch's name (`"ZBVZeroBubble"`) is read as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Named {
+    /// [`gpipe`]
+    GPipe,
+    /// [`one_f_one_b`]
+    OneFOneB,
+    /// [`breadth_first`]
+    BreadthFirst,
+    /// [`interleaved_1f1b`]
+    Interleaved1F1B,
+    /// [`overlapped_1f1b`]
+    Overlapped1F1B,
+    /// [`zb_h1`]
+    ZbH1,
+    /// [`interleaved_zero_bubble`]
+    InterleavedZeroBubble,
+    /// [`zb_h2`]
+    ZbH2,
+    /// [`zb_v`]
+    ZbV,
+    /// [`v_half`]
+    VHalf,
+    /// [`v_min`]
+    VMin,
+    /// [`dual_pipe`]
+    DualPipe,
+    /// [`dual_pipe_v`]
+    DualPipeV,
+}
+
+/// For how many ranks, stages and micro-batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Sizes {
+    /// Pipeline ranks.
+    pub ranks: u32,
+    /// Stages per rank, those of all copies.
+    pub virtual_stages: u32,
+    /// Micro-batches of a step.
+    pub microbatches: u32,
+    /// Micro-batches that go through one stage before the next, where a schedule has such groups. Unless given, as many as fill
+    /// the pipeline once or a little more, in groups of the same size: m / ⌊m/p⌋, as torch has it.
+    pub group: Option<u32>,
+}
+
+impl Named {
+    /// All of them.
+    pub const ALL: [Named; 13] = [
+        Named::GPipe,
+        Named::OneFOneB,
+        Named::BreadthFirst,
+        Named::Interleaved1F1B,
+        Named::Overlapped1F1B,
+        Named::ZbH1,
+        Named::InterleavedZeroBubble,
+        Named::ZbH2,
+        Named::ZbV,
+        Named::VHalf,
+        Named::VMin,
+        Named::DualPipe,
+        Named::DualPipeV,
+    ];
+
+    /// Its name here.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Named::GPipe => "gpipe",
+            Named::OneFOneB => "1f1b",
+            Named::BreadthFirst => "breadth-first",
+            Named::Interleaved1F1B => "interleaved-1f1b",
+            Named::Overlapped1F1B => "overlapped-1f1b",
+            Named::ZbH1 => "zb-h1",
+            Named::InterleavedZeroBubble => "interleaved-zero-bubble",
+            Named::ZbH2 => "zb-h2",
+            Named::ZbV => "zb-v",
+            Named::VHalf => "v-half",
+            Named::VMin => "v-min",
+            Named::DualPipe => "dual-pipe",
+            Named::DualPipeV => "dual-pipe-v",
+        }
+    }
+
+    /// Its name in torch, if torch has it.
+    pub const fn torch_name(self) -> Option<&'static str> {
+        Some(match self {
+            Named::GPipe => "GPipe",
+            Named::OneFOneB => "1F1B",
+            Named::BreadthFirst => "LoopedBFS",
+            Named::Interleaved1F1B => "Interleaved1F1B",
+            Named::InterleavedZeroBubble => "InterleavedZeroBubble",
+            Named::ZbV => "ZBVZeroBubble",
+            Named::DualPipeV => "DualPipeV",
+            _ => return None,
+        })
+    }
+
+    /// How many stages each rank has, where that is not free.
+    pub const fn virtual_stages(self) -> Option<u32> {
+        match self {
+            Named::GPipe | Named::OneFOneB | Named::ZbH1 | Named::ZbH2 => Some(1),
+            Named::ZbV | Named::VHalf | Named::VMin | Named::DualPipe | Named::DualPipeV => Some(2),
+            Named::BreadthFirst
+            | Named::Interleaved1F1B
+            | Named::Overlapped1F1B
+            | Named::InterleavedZeroBubble => None,
+        }
+    }
+
+    /// The schedule.
+    ///
+    /// # Errors
+    /// Another number of stages per rank than it has, or sizes that its generator refuses.
+    pub fn generate(self, sizes: Sizes) -> Result<Schedule> {
+        let Sizes { ranks: p, virtual_stages: v, microbatches: m, group } = sizes;
+        if let Some(expected) = self.virtual_stages()
+            && expected != v
+        {
+            return Err(Error::VirtualStages { schedule: self.name(), expected, got: v });
+        }
+        let rounds = m.checked_div(p).unwrap_or(0).max(1);
+        let group = group.or(Some(m / rounds));
+        match self {
+            Named::GPipe => gpipe(p, m),
+            Named::OneFOneB => one_f_one_b(p, m),
+            Named::BreadthFirst => breadth_first(p, v, m),
+            Named::Interleaved1F1B => interleaved_1f1b(p, v, m, group),
+            Named::Overlapped1F1B => overlapped_1f1b(p, v, m, group),
+            Named::ZbH1 => zb_h1(p, m),
+            Named::InterleavedZeroBubble => interleaved_zero_bubble(p, v, m, group),
+            Named::ZbH2 => zb_h2(p, m),
+            Named::ZbV => zb_v(p, m),
+            Named::VHalf => v_half(p, m),
+            Named::VMin => v_min(p, m),
+            Named::DualPipe => dual_pipe(p, m),
+            Named::DualPipeV => dual_pipe_v(p, m),
+        }
+    }
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Named {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let named = |named: &Named| named.name() == text || named.torch_name() == Some(text);
+        Named::ALL.into_iter().find(named).ok_or_else(|| Error::NotASchedule {
+            text: text.to_owned(),
+            names: Named::ALL.map(Named::name).join(", "),
+        })
+    }
+}
