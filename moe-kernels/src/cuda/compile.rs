@@ -129,6 +129,8 @@ fn log(program: &Program) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use rayon::prelude::*;
+
     use super::*;
     use crate::DType;
     use crate::cuda::source::{ALL, ROWS, Source};
@@ -170,17 +172,23 @@ mod tests {
             eprintln!("skipped: {missing}");
             return;
         }
-        for source in ALL {
-            for &dtype in source.types {
-                let ways: &[&[_]] = if source.ways.is_empty() { &[&[]] } else { source.ways };
-                for way in ways {
-                    let variant = way.iter().fold(source.of(dtype), |v, &(name, value)| v.with(name, value));
-                    let cubin = compile(&variant, "sm_90a", &options(&variant, "sm_90a"));
-                    let cubin = cubin.unwrap_or_else(|error| panic!("{error}"));
-                    assert_eq!(&cubin[..4], b"\x7fELF", "{} {dtype} {way:?}", source.name);
-                }
+        // Several at once, the largest first.
+        let mut sources = ALL.to_vec();
+        sources.sort_by_key(|source| std::cmp::Reverse(source.text.len()));
+        let mut variants = Vec::new();
+        for source in sources {
+            let ways: &[&[_]] = if source.ways.is_empty() { &[&[]] } else { source.ways };
+            for (&dtype, way) in
+                source.types.iter().flat_map(|dtype| ways.iter().map(move |way| (dtype, way)))
+            {
+                variants.push(way.iter().fold(source.of(dtype), |v, &(name, value)| v.with(name, value)));
             }
         }
+        variants.par_iter().with_max_len(1).for_each(|variant| {
+            let cubin = compile(variant, "sm_90a", &options(variant, "sm_90a"));
+            let cubin = cubin.unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(&cubin[..4], b"\x7fELF", "{variant:?}");
+        });
         static BROKEN: Source = Source {
             name: "broken",
             text: "__global__ void k() { undeclared(); }",
