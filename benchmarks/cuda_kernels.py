@@ -42,6 +42,14 @@ def rms_norm(shape, backward):
     return forward_and_backward(function, [random(n, h, grad=True), random(h, grad=True)], random(n, h), backward)
 
 
+def rms_norm_backward_residual(shape):
+    n, h = map(int, shape.split("x"))
+    function = lambda x, w: (F.rms_norm(x, (h,), w, 1e-6), x.view_as(x))
+    inputs, gradients = [random(n, h, grad=True), random(h, grad=True)], [random(n, h), random(n, h)]
+    for f in (function, torch.compile(function, dynamic=False)):
+        yield lambda y=f(*inputs): torch.autograd.grad(y, inputs, gradients, retain_graph=True)
+
+
 def swiglu(shape, backward):
     n, width = map(int, shape.split("x"))
 
@@ -65,6 +73,19 @@ def rope(shape, adjacent):
         return (torch.stack((a, b), -1).flatten(-2) if adjacent else torch.cat((a, b), -1)).to(bf16)
 
     return forward_and_backward(function, [x, tables, positions], None, False)
+
+
+def qk_norm_rope(shape, backward):
+    n, heads, head_dim = map(int, shape.split("x"))
+    tables, positions = random(2, 8192, head_dim // 2, dtype=f32), torch.arange(n, device=device) % 8192
+
+    def function(x, w):
+        cos, sin = tables[0][positions][:, None], tables[1][positions][:, None]
+        a, b = F.rms_norm(x, (head_dim,), w, 1e-6).chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(bf16)
+
+    inputs = [random(n, heads, head_dim, grad=True), random(head_dim, grad=True)]
+    return forward_and_backward(function, inputs, random(n, heads, head_dim), backward)
 
 
 def cross_entropy(shape, backward):
@@ -150,6 +171,9 @@ PEERS = {
     "copy": lambda _: [lambda a=random(1 << 29), b=random(1 << 29): b.copy_(a)],
     "rms_norm": lambda shape: rms_norm(shape, False),
     "rms_norm_backward": lambda shape: rms_norm(shape, True),
+    "rms_norm_backward_residual": rms_norm_backward_residual,
+    "qk_norm_rope": lambda shape: qk_norm_rope(shape, False),
+    "qk_norm_rope_backward": lambda shape: qk_norm_rope(shape, True),
     "rope_halves": lambda shape: rope(shape, False),
     "rope_adjacent": lambda shape: rope(shape, True),
     "swiglu": lambda shape: swiglu(shape, False),

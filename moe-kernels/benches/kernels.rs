@@ -183,7 +183,7 @@ fn rowwise(c: &mut Criterion) {
         let (rstd, cpu) = (matrix(cpu, 1, TOKENS), cpu.clone());
         Box::new(move || {
             let (dx, dw) = (mutable!(dx), mutable!(dw));
-            cpu.rms_norm_backward(dx, dw, dy.view(), x.view(), w.view(), rstd.view())
+            cpu.rms_norm_backward(dx, dw, dy.view(), x.view(), w.view(), rstd.view(), None)
                 .expect("rms_norm_backward");
         })
     });

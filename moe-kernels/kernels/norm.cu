@@ -5,9 +5,6 @@
 
 constexpr int N = 16 / sizeof(T);
 
-__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-__device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
-
 template <int V>
 __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64 xs, const T *w, const Acc *sums, i64 n,
                                         int h, Acc share, Acc eps) {
@@ -108,18 +105,13 @@ extern "C" __global__ void rms_norm_sums_any(Acc *sums, const T *dy, i64 dys, co
 
 // --- backward --------------------------------------------------------------------------------------------------------
 //
-// With g = dy ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds dy ⊙ x · r over the rows. Every block keeps
-// the sum over its rows, and leaves it in a row of `partial: [gridDim.x, h]`; `add_pieces` adds these in order.
+// With g = dy ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds dy ⊙ x · r over the rows. What reaches x past the
+// norm, if anything does, is added to dx before it is rounded. A block works on `each` consecutive rows and leaves its sum of dw
+// in a row of `partial: [gridDim.x, h]`; `add_pieces` adds these in order. There are more blocks than run at once, since some
+// multiprocessors are slower than others.
 //
 // Each thread copies its vectors of the next rows to a place of its own in shared memory while it works on this one, so that
-// many loads are under way and none of them takes a register.
-
-constexpr int BACKWARD_THREADS = 512;
-
-__device__ __forceinline__ void copy_async(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(global)
-                 : "memory");
-}
+// many loads are under way; it takes them from there once, and the next copies begin at once.
 
 // The sum of `x` over the lanes of this row; rows of more than a warp wait for their own lanes only.
 __device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
@@ -135,44 +127,62 @@ __device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
     return warp_sum(threadIdx.x % 32 < warps ? part[threadIdx.x % 32] : Acc(0));
 }
 
-template <int V, int STAGES>
+template <int V, int THREADS>
 __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *dy, i64 dys, const T *x, i64 xs,
-                                         const T *w, const Acc *rstd, const Acc *sums, i64 n, int h, Acc share) {
+                                         const T *past, i64 ps, const T *w, const Acc *rstd, const Acc *sums, i64 n,
+                                         int h, Acc share, i64 each) {
+    constexpr int STAGES = 2;
     extern __shared__ __align__(16) unsigned char dynamic[];
-    __shared__ Acc part[2][BACKWARD_THREADS / 32];
+    __shared__ Acc part[2][THREADS / 32];
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
     auto *place = reinterpret_cast<Vec<T, N> *>(dynamic) + thread;
-    auto at = [&](int stage, int v, int operand) { return place + ((stage * V + v) * 2 + operand) * BACKWARD_THREADS; };
+    auto at = [&](int stage, int v, int operand) { return place + ((operand * STAGES + stage) * V + v) * THREADS; };
     int column = threadIdx.x * N, apart = blockDim.x * N;
     bool has[V];
+    // Weights stay in registers if there are few of them.
+    constexpr bool KEEP = V <= 2;
+    Vec<T, N> kept[KEEP ? V : 1];
 #pragma unroll
-    for (int v = 0; v < V; v++) has[v] = column + v * apart < h;
+    for (int v = 0; v < V; v++) {
+        has[v] = column + v * apart < h;
+        if (KEEP && has[v]) kept[v] = load<N>(w + column + v * apart);
+    }
+    auto weight = [&](int v) { return widen(KEEP ? kept[v] : load<N>(w + column + v * apart)); };
 
-    i64 step = i64(gridDim.x) * blockDim.y, first = i64(blockIdx.x) * blockDim.y, fetched = first + threadIdx.y;
-    dy += fetched * dys + column, x += fetched * xs + column, dx += fetched * dxs + column;
+    i64 first = blockIdx.x * each, end = min(n, first + each), fetched = first + threadIdx.y;
     // Copies of this thread's next row begin.
     auto fetch = [&](int stage) {
-        if (fetched < n)
+        if (fetched < end)
 #pragma unroll
             for (int v = 0; v < V; v++)
                 if (has[v]) {
-                    copy_async(at(stage, v, 0), dy + v * apart);
-                    copy_async(at(stage, v, 1), x + v * apart);
+                    int j = column + v * apart;
+                    copy_async(at(stage, v, 0), dy + fetched * dys + j);
+                    copy_async(at(stage, v, 1), x + fetched * xs + j);
+                    if (past) copy_async(at(stage, v, 2), past + fetched * ps + j);
                 }
         asm volatile("cp.async.commit_group;" ::: "memory");
-        fetched += step, dy += step * dys, x += step * xs;
+        fetched += blockDim.y;
     };
 
     Acc total[V][N] = {};
-    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
-    Acc next_r = first + threadIdx.y < n ? rstd[first + threadIdx.y] : Acc(0);
-    for (int stage = 0, turn = 0; first < n; first += step, turn ^= 1) {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) fetch(stage);
+    Acc next_r = first + threadIdx.y < end ? rstd[first + threadIdx.y] : Acc(0);
+    for (int stage = 0; first < end; first += blockDim.y, stage ^= 1) {
         i64 i = first + threadIdx.y;
-        bool live = i < n;
+        bool live = i < end;
         Acc r = next_r;
-        if (i + step < n) next_r = rstd[i + step];
-        fetch(stage == 0 ? STAGES - 1 : stage - 1);
+        if (i + blockDim.y < end) next_r = rstd[i + blockDim.y];
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        Vec<T, N> gradient[V], input[V], other[V];
+#pragma unroll
+        for (int v = 0; v < V; v++)
+            if (live && has[v]) {
+                gradient[v] = *at(stage, v, 0), input[v] = *at(stage, v, 1);
+                if (past) other[v] = *at(stage, v, 2);
+            }
+        fetch(stage);
         Acc mean = 0;
         if (sums) {
             if (live) mean = sums[i];
@@ -180,65 +190,61 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
 #pragma unroll
             for (int v = 0; v < V; v++)
                 if (live && has[v]) {
-                    Vec<Acc, N> g = widen(*at(stage, v, 0)), a = widen(*at(stage, v, 1));
-                    Vec<Acc, N> weight = widen(load<N>(w + column + v * apart));
+                    Vec<Acc, N> g = widen(gradient[v]), a = widen(input[v]), by = weight(v);
 #pragma unroll
-                    for (int e = 0; e < N; e++) mean += g.at[e] * weight.at[e] * a.at[e];
+                    for (int e = 0; e < N; e++) mean += g.at[e] * by.at[e] * a.at[e];
                 }
-            mean = lanes_sum(mean, part[turn]);
+            mean = lanes_sum(mean, part[stage]);
         }
         Acc c = r * r * r * (mean * share);
 #pragma unroll
         for (int v = 0; v < V; v++)
             if (live && has[v]) {
-                Vec<Acc, N> g = widen(*at(stage, v, 0)), a = widen(*at(stage, v, 1));
-                Vec<Acc, N> weight = widen(load<N>(w + column + v * apart));
+                Vec<Acc, N> g = widen(gradient[v]), a = widen(input[v]), by = weight(v), b = {};
+                if (past) b = widen(other[v]);
 #pragma unroll
                 for (int e = 0; e < N; e++) {
                     g.at[e] *= r;
                     total[v][e] += g.at[e] * a.at[e];
-                    g.at[e] = g.at[e] * weight.at[e] - a.at[e] * c;
+                    b.at[e] += g.at[e] * by.at[e] - a.at[e] * c;
                 }
-                store<N>(dx + v * apart, narrow<T>(g));
+                store<N>(dx + i * dxs + column + v * apart, narrow<T>(b));
             }
-        dx += step * dxs;
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
-    // The rows of threads one after the other.
-    Acc *dw = reinterpret_cast<Acc *>(dynamic);
-    for (int row = 0; row < blockDim.y; row++) {
-        __syncthreads();
-        if (threadIdx.y != row) continue;
+    // The sums of all rows of threads, side by side, then in order.
+    Acc *totals = reinterpret_cast<Acc *>(dynamic);
+    __syncthreads();
 #pragma unroll
-        for (int v = 0; v < V; v++)
-            if (has[v])
+    for (int v = 0; v < V; v++)
+        if (has[v])
 #pragma unroll
-                for (int e = 0; e < N; e++) {
-                    int j = column + v * apart + e;
-                    Acc sum = row == 0 ? total[v][e] : dw[j] + total[v][e];
-                    if (row + 1 == blockDim.y) partial[blockIdx.x * i64(h) + j] = sum;
-                    else dw[j] = sum;
-                }
+            for (int e = 0; e < N; e++) totals[threadIdx.y * h + column + v * apart + e] = total[v][e];
+    __syncthreads();
+    for (int j = thread; j < h; j += blockDim.x * blockDim.y) {
+        Acc sum = totals[j];
+        for (int row = 1; row < blockDim.y; row++) sum += totals[row * h + j];
+        partial[blockIdx.x * i64(h) + j] = sum;
     }
 }
 
-#define BACKWARD(V, STAGES, BLOCKS)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, BLOCKS) rms_norm_backward_##V(                      \
+#define BACKWARD(V, THREADS, BLOCKS)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_backward_##V##_##THREADS(                   \
         T *__restrict__ dx, i64 dxs, Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys,                     \
-        const T *__restrict__ x, i64 xs, const T *__restrict__ w, const Acc *__restrict__ rstd,                        \
-        const Acc *__restrict__ sums, i64 n, i64 h, Acc share) {                                                       \
-        backward<V, STAGES>(dx, dxs, partial, dy, dys, x, xs, w, rstd, sums, n, int(h), share);                        \
+        const T *__restrict__ x, i64 xs, const T *__restrict__ past, i64 ps, const T *__restrict__ w,                  \
+        const Acc *__restrict__ rstd, const Acc *__restrict__ sums, i64 n, i64 h, Acc share, i64 each) {               \
+        backward<V, THREADS>(dx, dxs, partial, dy, dys, x, xs, past, ps, w, rstd, sums, n, int(h), share, each);       \
     }
-BACKWARD(1, 4, 2)
-BACKWARD(2, 3, 2)
-BACKWARD(4, 2, 1)
+BACKWARD(1, 512, 2)
+BACKWARD(2, 256, 3)
+BACKWARD(4, 256, 2)
+BACKWARD(4, 512, 1)
 
 // dx of any row: one per block.
 extern "C" __global__ void rms_norm_backward_any(T *__restrict__ dx, i64 dxs, const T *__restrict__ dy, i64 dys,
-                                                 const T *__restrict__ x, i64 xs, const T *__restrict__ w,
-                                                 const Acc *__restrict__ rstd, const Acc *__restrict__ sums, i64 n, i64 h,
-                                                 Acc share) {
+                                                 const T *__restrict__ x, i64 xs, const T *__restrict__ past, i64 ps,
+                                                 const T *__restrict__ w, const Acc *__restrict__ rstd,
+                                                 const Acc *__restrict__ sums, i64 n, i64 h, Acc share) {
     i64 i = blockIdx.x;
     dx += i * dxs, dy += i * dys, x += i * xs;
     Acc mean = 0;
@@ -249,8 +255,10 @@ extern "C" __global__ void rms_norm_backward_any(T *__restrict__ dx, i64 dxs, co
         mean = group_sum(mean);
     }
     Acc r = rstd[i], c = r * r * r * (mean * share);
-    for (i64 j = threadIdx.x; j < h; j += blockDim.x)
-        dx[j] = narrow<T>(r * widen(dy[j]) * widen(w[j]) - widen(x[j]) * c);
+    for (i64 j = threadIdx.x; j < h; j += blockDim.x) {
+        Acc other = past ? widen(past[i * ps + j]) : Acc(0);
+        dx[j] = narrow<T>(other + (r * widen(dy[j]) * widen(w[j]) - widen(x[j]) * c));
+    }
 }
 
 // Row p of `partial` is the sum over rows p · rows .. (p + 1) · rows; one thread per column.
@@ -266,18 +274,19 @@ extern "C" __global__ void rms_norm_weight_any(Acc *__restrict__ partial, const 
 }
 
 // dw += Σ_p partial[p]: 32 columns per block, the pieces in contiguous parts, one per row of threads.
-extern "C" __global__ void __launch_bounds__(512) add_pieces(Acc *__restrict__ dw, const Acc *__restrict__ partial,
-                                                             i64 pieces, i64 h) {
-    __shared__ Acc sums[16][32];
+extern "C" __global__ void __launch_bounds__(1024) add_pieces(Acc *__restrict__ dw, const Acc *__restrict__ partial,
+                                                              i64 pieces, i64 h) {
+    __shared__ Acc sums[32][33];
     i64 j = i64(blockIdx.x) * 32 + threadIdx.x;
-    i64 each = (pieces + 15) / 16, end = min(pieces, i64(threadIdx.y + 1) * each);
+    i64 each = (pieces + 31) / 32, end = min(pieces, i64(threadIdx.y + 1) * each);
     Acc sum = 0;
     if (j < h)
-#pragma unroll 8
+#pragma unroll 16
         for (i64 p = threadIdx.y * each; p < end; p++) sum += partial[p * h + j];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y > 0 || j >= h) return;
-    for (int part = 1; part < 16; part++) sum += sums[part][threadIdx.x];
-    dw[j] += sum;
+    // A warp for each column.
+    sum = warp_sum(sums[threadIdx.x][threadIdx.y]);
+    j = i64(blockIdx.x) * 32 + threadIdx.y;
+    if (threadIdx.x == 0 && j < h) dw[j] += sum;
 }

@@ -125,6 +125,12 @@ template <typename To, int N, typename A> __device__ __forceinline__ Vec<To, N> 
     return rounded;
 }
 
+// 16 bytes on their way to shared memory, past the registers; waited for by `cp.async.wait_group`.
+__device__ __forceinline__ void copy_async(void *shared, const void *global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(global)
+                 : "memory");
+}
+
 template <typename E> __device__ __forceinline__ bool aligned(const E *at, i64 stride, int bytes) {
     return u64(at) % bytes == 0 && (stride * i64(sizeof(E))) % bytes == 0;
 }
@@ -193,6 +199,10 @@ __device__ __forceinline__ float fast_exp(float x) {
     return y;
 }
 __device__ __forceinline__ double fast_exp(double x) { return exp(x); }
+
+// x^(−1/2).
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
 
 // 1 / x to the last place of a float but one; of what is beyond 2^126, 0.
 __device__ __forceinline__ float fast_inverse(float x) {

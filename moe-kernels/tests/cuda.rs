@@ -37,6 +37,9 @@ suites! {
     rope_f32: rope::<f32>(1e-5);
     rope_f64: rope::<f64>(1e-12);
     rope_bf16: rope::<bf16>(2e-2);
+    norm_rope_f32: norm_rope::<f32>(1e-5);
+    norm_rope_f64: norm_rope::<f64>(1e-12);
+    norm_rope_bf16: norm_rope::<bf16>(2e-2);
     activation_f32: activation::<f32>(1e-5);
     activation_f64: activation::<f64>(1e-12);
     activation_bf16: activation::<bf16>(2e-2);

@@ -64,7 +64,8 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     let (mut rstd, mut dw) = (matrix(cpu, 1, n, 0)?, matrix(cpu, 1, h, 10)?);
     cpu.rms_norm(y.view_mut()?, rstd.view_mut()?, x.view(), w.view(), 1e-5)?;
     bits.keep(cpu, "rms_norm", &y)?;
-    cpu.rms_norm_backward(y.view_mut()?, dw.view_mut()?, dy.view(), x.view(), w.view(), rstd.view())?;
+    let (dx, past) = (y.view_mut()?, Some(x.view()));
+    cpu.rms_norm_backward(dx, dw.view_mut()?, dy.view(), x.view(), w.view(), rstd.view(), past)?;
     bits.keep(cpu, "rms_norm_backward", &y)?;
     bits.keep(cpu, "dw", &dw)?;
 

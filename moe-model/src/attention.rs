@@ -198,8 +198,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
         let gradients = self.core.backward(m, d_o, core, cx)?;
         let h = self.norm.output(h, &norm, cx)?;
         let (dh, qkv) = self.qkv.backward_input(m, gradients, h, qkv, cx)?;
-        let mut dx = self.norm.backward(&dh, norm, cx)?;
-        device.add_assign(dx.view_mut()?, dy.view())?;
+        let dx = self.norm.backward(&dh, Some(&dy), norm, cx)?;
         Ok((dx, SelfAttentionDeferred { qkv, o, dy: dy_rows }))
     }
 

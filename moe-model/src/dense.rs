@@ -235,8 +235,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
         let DenseMlpSaved { norm, h, mlp } = saved;
         let h = self.norm.output(h, &norm, cx)?;
         let (dh, deferred) = self.mlp.backward_input(&dy, &h, mlp, cx)?;
-        let mut dx = self.norm.backward(&dh, norm, cx)?;
-        cx.device.add_assign(dx.view_mut()?, dy.view())?;
+        let dx = self.norm.backward(&dh, Some(&dy), norm, cx)?;
         Ok((dx, deferred))
     }
 

@@ -137,7 +137,7 @@ impl Head {
         let mut d_rows = Tensor::uninit(&device, n, rows.shape()[1])?;
         device.gemm(d_rows.view_mut()?, dlogits.view(), Op::N, cx.params.weight(self.weight)?, Op::N)?;
         let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
-        let dx = self.norm.backward(&dh, norm, cx)?;
+        let dx = self.norm.backward(&dh, None, norm, cx)?;
         Ok((dx, HeadDeferred { rows, dlogits }))
     }
 

@@ -244,10 +244,10 @@ impl LatentQkv {
         let down = Columns::new(self.dims.q_lora_rank.unwrap_or(0), &self.dims);
         let mut d_down = Tensor::uninit(&device, tokens, down.width)?;
         if let (Some(norm), Some(saved)) = (self.q_norm, q_norm) {
-            let dx = norm.backward(&d_own.columns(columns.q.clone())?, saved, cx)?;
+            let dx = norm.backward(&d_own.columns(columns.q.clone())?, None, saved, cx)?;
             device.copy_rows(d_down.view_mut()?.columns(down.q.clone())?, dx.view())?;
         }
-        let dx = self.kv_norm.backward(&d_own.columns(columns.kv)?, kv_norm, cx)?;
+        let dx = self.kv_norm.backward(&d_own.columns(columns.kv)?, None, kv_norm, cx)?;
         device.copy_rows(d_down.view_mut()?.columns(down.kv.clone())?, dx.view())?;
         let dk_pe = d_own.view().columns(columns.k_pe)?;
         device.copy_rows(d_down.view_mut()?.columns(down.k_pe)?, dk_pe)?;

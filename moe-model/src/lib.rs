@@ -83,6 +83,7 @@ pub mod expert_bias;
 pub mod expert_mlp_bias;
 pub mod forced;
 pub mod head;
+pub mod head_norm;
 pub mod hf;
 pub mod latent;
 pub mod layer;

@@ -485,8 +485,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
             }
             None => None,
         };
-        let mut dx = self.norm.backward(&dh, norm, cx)?;
-        device.add_assign(dx.view_mut()?, dy.view())?;
+        let dx = self.norm.backward(&dh, Some(&dy), norm, cx)?;
         Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared }))
     }
 

@@ -10,8 +10,8 @@ use crate::{Cx, Result};
 /// `y = x · rsqrt(mean(x²) + eps) · w`.
 #[derive(Debug, Clone, Copy)]
 pub struct RmsNorm {
-    weight: ParamId,
-    eps: f64,
+    pub(crate) weight: ParamId,
+    pub(crate) eps: f64,
 }
 
 /// What backward needs: the input and the inverse root mean squares.
@@ -72,10 +72,11 @@ impl RmsNorm {
         kept.map_or_else(|| Ok(self.forward(saved.x.clone(), cx)?.0), Ok)
     }
 
-    /// The gradient of the input; adds to that of the weight.
+    /// The gradient of the input, with that which reaches it `past` the norm; adds to that of the weight.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         dy: &Tensor<T, D>,
+        past: Option<&Tensor<T, D>>,
         saved: RmsNormSaved<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<Tensor<T, D>> {
@@ -83,7 +84,8 @@ impl RmsNorm {
         let mut dx = Tensor::uninit(&cx.device, tokens, hidden)?;
         let (weight, grad) = cx.params.weight_and_grad(self.weight)?;
         let (x, rstd) = (saved.x.view(), saved.rstd.view());
-        cx.device.rms_norm_backward(dx.view_mut()?, grad, dy.view(), x, weight, rstd)?;
+        let past = past.map(Tensor::view);
+        cx.device.rms_norm_backward(dx.view_mut()?, grad, dy.view(), x, weight, rstd, past)?;
         Ok(dx)
     }
 }

@@ -7,7 +7,8 @@ use moe_topology::{Attention, Owner, Placement};
 use crate::axes::{CP_DP, SHARED_KV};
 use crate::bias::{Bias, BiasPlace};
 use crate::config::{ModelConfig, QkNormScope};
-use crate::norm::{NormedPair, RmsNorm, RmsNormSaved};
+use crate::head_norm::HeadNorms;
+use crate::norm::RmsNormSaved;
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::projection_norm::ProjectionNorms;
 use crate::{Cx, Result};
@@ -35,11 +36,9 @@ struct Biases {
 
 #[derive(Debug, Clone, Copy)]
 enum Norms {
-    /// Of each head. Their weights `[head_dim]` are on every rank: each TP rank sees other heads, so their gradients are
-    /// partial over TP too. (Ranks that share a KV head see other queries of it: their gradients of the head are partial, so
-    /// these are as well.)
-    Heads { q: RmsNorm, k: RmsNorm, head_dim: usize },
-    /// Of all heads.
+    /// Of each head, as one with the rotation.
+    Heads(HeadNorms),
+    /// Of all heads, before the rotation.
     Projections(ProjectionNorms),
 }
 
@@ -98,14 +97,9 @@ impl Qkv {
             }),
             false => None,
         };
-        let mut norm = |name: &str| {
-            RmsNorm::new(params, format!("{prefix}.{name}.weight"), head_dim, config.rms_norm_eps, stage)
-        };
         let norms = match (config.use_qk_norm, config.qk_norm_scope) {
             (false, _) => None,
-            (true, QkNormScope::Head) => {
-                Some(Norms::Heads { q: norm("q_norm")?, k: norm("k_norm")?, head_dim })
-            }
+            (true, QkNormScope::Head) => Some(Norms::Heads(HeadNorms::new(params, config, prefix, stage)?)),
             (true, QkNormScope::Projection) => {
                 Some(Norms::Projections(ProjectionNorms::new(params, config, prefix, queries, keys)?))
             }
@@ -141,16 +135,21 @@ impl Qkv {
         project(k_raw.view_mut()?, kv_weight.rows(keys.clone())?, k_bias)?;
         project(kv.view_mut()?.columns(values.clone())?, kv_weight.rows(values)?, v_bias)?;
 
+        let (q_to, k_to) = (q.view_mut()?, kv.view_mut()?.columns(keys)?);
         let mut norms = None;
-        if let Some(norm) = self.norms {
-            let saved;
-            ([q_raw, k_raw], saved) = norm.forward([q_raw, k_raw], cx)?;
-            norms = Some(saved);
+        match self.norms {
+            Some(Norms::Heads(norm)) => norms = Some(norm.forward(m, [q_to, k_to], [q_raw, k_raw], cx)?),
+            other => {
+                if let Some(Norms::Projections(norm)) = other {
+                    let saved;
+                    ([q_raw, k_raw], saved) = norm.forward([q_raw, k_raw], cx)?;
+                    norms = Some(saved);
+                }
+                let batch = cx.batch(m)?;
+                cx.rope.apply(device, q_to, q_raw.view(), self.head_dim, batch, Rotation::Forward)?;
+                cx.rope.apply(device, k_to, k_raw.view(), self.head_dim, batch, Rotation::Forward)?;
+            }
         }
-        let batch = cx.batch(m)?;
-        cx.rope.apply(device, q.view_mut()?, q_raw.view(), self.head_dim, batch, Rotation::Forward)?;
-        let rotated = kv.view_mut()?.columns(keys)?;
-        cx.rope.apply(device, rotated, k_raw.view(), self.head_dim, batch, Rotation::Forward)?;
         Ok((q, kv, QkvSaved { norms }))
     }
 
@@ -167,16 +166,26 @@ impl Qkv {
         let QkvSaved { norms } = saved;
         let rows = cx.group(Attention::TP)?.start_all_gather_rows(&h)?;
         let ([n, q_width], kv_width, hidden) = (dq.shape(), dk.shape()[1], h.shape()[1]);
-        let (mut dq_raw, mut dk_raw) =
-            (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, kv_width)?);
-        let batch = cx.batch(m)?;
-        cx.rope.apply(&device, dq_raw.view_mut()?, dq.view(), self.head_dim, batch, Rotation::Backward)?;
-        cx.rope.apply(&device, dk_raw.view_mut()?, dk.view(), self.head_dim, batch, Rotation::Backward)?;
-        if let (Some(norm), Some(saved)) = (self.norms, norms) {
-            [dq_raw, dk_raw] = norm.backward([&dq_raw, &dk_raw], saved, cx)?;
+        let (mut dq_raw, mut dkv) =
+            (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, 2 * kv_width)?);
+        let (dq_to, dk_to) = (dq_raw.view_mut()?, dkv.view_mut()?.columns(0..kv_width)?);
+        match (self.norms, norms) {
+            (Some(Norms::Heads(norm)), Some(saved)) => {
+                norm.backward(m, [dq_to, dk_to], [dq.view(), dk.view()], saved, cx)?;
+            }
+            (other, saved) => {
+                let batch = cx.batch(m)?;
+                cx.rope.apply(&device, dq_to, dq.view(), self.head_dim, batch, Rotation::Backward)?;
+                cx.rope.apply(&device, dk_to, dk.view(), self.head_dim, batch, Rotation::Backward)?;
+                if let (Some(Norms::Projections(norm)), Some(saved)) = (other, saved) {
+                    let dk_turned = dkv.columns(0..kv_width)?;
+                    let dk_raw;
+                    [dq_raw, dk_raw] = norm.backward([&dq_raw, &dk_turned], saved, cx)?;
+                    drop(dk_turned);
+                    device.copy_rows(dkv.view_mut()?.columns(0..kv_width)?, dk_raw.view())?;
+                }
+            }
         }
-        let mut dkv = Tensor::uninit(&device, n, 2 * kv_width)?;
-        device.copy_rows(dkv.view_mut()?.columns(0..kv_width)?, dk_raw.view())?;
         device.copy_rows(dkv.view_mut()?.columns(kv_width..2 * kv_width)?, dv.view())?;
 
         let mut d_rows = Tensor::uninit(&device, n, hidden)?;
@@ -206,47 +215,4 @@ impl Qkv {
         }
         Ok(())
     }
-}
-
-impl Norms {
-    /// Normed queries and keys.
-    fn forward<T: Float, D: Backend<T>>(
-        &self,
-        [q, k]: [Tensor<T, D>; 2],
-        cx: &Cx<T, D>,
-    ) -> Result<NormedPair<T, D>> {
-        match *self {
-            Norms::Heads { q: q_norm, k: k_norm, head_dim } => {
-                let ([n, q_width], kv_width) = (q.shape(), k.shape()[1]);
-                let (q, q_saved) = q_norm.forward(by_head(&q, head_dim)?, cx)?;
-                let (k, k_saved) = k_norm.forward(by_head(&k, head_dim)?, cx)?;
-                Ok(([q.reshape(n, q_width)?, k.reshape(n, kv_width)?], [q_saved, k_saved]))
-            }
-            Norms::Projections(norms) => norms.forward([q, k], cx),
-        }
-    }
-
-    /// The gradients of what was normed; adds to those of the weights.
-    fn backward<T: Float, D: Backend<T>>(
-        &self,
-        [dq, dk]: [&Tensor<T, D>; 2],
-        saved: [RmsNormSaved<T, D>; 2],
-        cx: &mut Cx<T, D>,
-    ) -> Result<[Tensor<T, D>; 2]> {
-        match *self {
-            Norms::Heads { q, k, head_dim } => {
-                let ([n, q_width], kv_width, [q_saved, k_saved]) = (dq.shape(), dk.shape()[1], saved);
-                let dq = q.backward(&by_head(dq, head_dim)?, q_saved, cx)?;
-                let dk = k.backward(&by_head(dk, head_dim)?, k_saved, cx)?;
-                Ok([dq.reshape(n, q_width)?, dk.reshape(n, kv_width)?])
-            }
-            Norms::Projections(norms) => norms.backward([dq, dk], saved, cx),
-        }
-    }
-}
-
-/// A row for each head of each token.
-fn by_head<T: Float, D: Device>(x: &Tensor<T, D>, head_dim: usize) -> Result<Tensor<T, D>> {
-    let [n, width] = x.shape();
-    Ok(x.reshape(n * width / head_dim, head_dim)?)
 }

@@ -12,8 +12,8 @@ use crate::cx::MicroBatch;
 /// head that is rotated: all of it but with latent attention.
 #[derive(Debug)]
 pub struct RopeTable<T: Float, D: Device> {
-    cos: Tensor<T::Acc, D>,
-    sin: Tensor<T::Acc, D>,
+    pub(crate) cos: Tensor<T::Acc, D>,
+    pub(crate) sin: Tensor<T::Acc, D>,
     pairs: RotaryPairs,
 }
 
@@ -45,6 +45,12 @@ impl<T: Float, D: Backend<T>> RopeTable<T, D> {
         Self::new(device, positions, &config.rotary_frequencies(), config.rotary_pairs())
     }
 
+    /// What of a head is rotated: its last elements, as many as there are angles for.
+    pub fn head(&self, head_dim: usize) -> RotaryHead {
+        let first = head_dim.saturating_sub(2 * self.cos.shape()[1]);
+        RotaryHead { head_dim, first, pairs: self.pairs }
+    }
+
     /// `y = x` with the last `d` elements of each head rotated; `x, y: [tokens, heads · head_dim]`.
     pub fn apply(
         &self,
@@ -55,9 +61,7 @@ impl<T: Float, D: Backend<T>> RopeTable<T, D> {
         batch: &MicroBatch<T, D>,
         rotation: Rotation,
     ) -> Result<()> {
-        let first = head_dim.saturating_sub(2 * self.cos.shape()[1]);
-        let head = RotaryHead { head_dim, first, pairs: self.pairs };
-        let positions = batch.rotary_positions().view();
+        let (positions, head) = (batch.rotary_positions().view(), self.head(head_dim));
         device.rope(y, x, self.cos.view(), self.sin.view(), positions, head, rotation)?;
         Ok(())
     }

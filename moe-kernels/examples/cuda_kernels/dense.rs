@@ -18,6 +18,9 @@ pub fn run(bench: &Bench) -> Result<()> {
     for (n, heads) in [(32768, 32), (65536, 4)] {
         rope(bench, n, heads)?;
     }
+    for heads in [32, 4] {
+        norm_rope(bench, 32768, heads)?;
+    }
     for (n, width) in [(131_072, 768), (65536, 1024), (8192, 14336)] {
         swiglu(bench, n, width)?;
     }
@@ -36,25 +39,38 @@ fn zeros(bench: &Bench, rows: usize, cols: usize) -> Result<Tensor<f32, Cuda>> {
 
 fn norm(bench: &Bench, n: usize, h: usize) -> Result<()> {
     let (gpu, shape, one) = (&bench.gpu, format!("{n}x{h}"), n * h * BF16);
-    let (x, dy, w) = (bench.random::<bf16>(n, h)?, bench.random::<bf16>(n, h)?, bench.random::<bf16>(1, h)?);
+    let (x, dy, past) =
+        (bench.random::<bf16>(n, h)?, bench.random::<bf16>(n, h)?, bench.random::<bf16>(n, h)?);
+    let w = bench.random::<bf16>(1, h)?;
     let (mut y, mut rstd, mut dw) = (Tensor::uninit(gpu, n, h)?, zeros(bench, 1, n)?, zeros(bench, 1, h)?);
     bench.kernel("rms_norm", &shape, 2 * one, || {
         gpu.rms_norm(y.view_mut()?, rstd.view_mut()?, x.view(), w.view(), 1e-6)
     })?;
-    bench.kernel("rms_norm_backward", &shape, 3 * one, || {
-        gpu.rms_norm_backward(y.view_mut()?, dw.view_mut()?, dy.view(), x.view(), w.view(), rstd.view())
-    })
+    for (name, passes, past) in
+        [("rms_norm_backward", 3, None), ("rms_norm_backward_residual", 4, Some(past.view()))]
+    {
+        bench.kernel(name, &shape, passes * one, || {
+            let (dx, dw, dy) = (y.view_mut()?, dw.view_mut()?, dy.view());
+            gpu.rms_norm_backward(dx, dw, dy, x.view(), w.view(), rstd.view(), past)
+        })?;
+    }
+    Ok(())
+}
+
+const HEAD_DIM: usize = 128;
+const POSITIONS: usize = 8192;
+
+fn positions(bench: &Bench, n: usize) -> Result<Tensor<i32, Cuda>> {
+    let positions: Vec<i32> = (0..n).map(|i| (i % POSITIONS) as i32).collect();
+    Tensor::from_slice(&bench.gpu, 1, n, &positions)
 }
 
 fn rope(bench: &Bench, n: usize, heads: usize) -> Result<()> {
-    const HEAD_DIM: usize = 128;
-    const POSITIONS: usize = 8192;
     let (gpu, shape) = (&bench.gpu, format!("{n}x{heads}x{HEAD_DIM}"));
     let x = bench.random::<bf16>(n, heads * HEAD_DIM)?;
     let (cos, sin) =
         (bench.random::<f32>(POSITIONS, HEAD_DIM / 2)?, bench.random::<f32>(POSITIONS, HEAD_DIM / 2)?);
-    let positions: Vec<i32> = (0..n).map(|i| (i % POSITIONS) as i32).collect();
-    let positions = Tensor::from_slice(gpu, 1, n, &positions)?;
+    let positions = positions(bench, n)?;
     let mut y = Tensor::uninit(gpu, n, heads * HEAD_DIM)?;
     for (name, pairs) in [("rope_halves", RotaryPairs::Halves), ("rope_adjacent", RotaryPairs::Adjacent)] {
         let head = RotaryHead { head_dim: HEAD_DIM, first: 0, pairs };
@@ -64,6 +80,31 @@ fn rope(bench: &Bench, n: usize, heads: usize) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Queries or keys of a model with QK-norm.
+fn norm_rope(bench: &Bench, n: usize, heads: usize) -> Result<()> {
+    let (gpu, shape, width) = (&bench.gpu, format!("{n}x{heads}x{HEAD_DIM}"), heads * HEAD_DIM);
+    let (x, dy, w) = (
+        bench.random::<bf16>(n, width)?,
+        bench.random::<bf16>(n, width)?,
+        bench.random::<bf16>(1, HEAD_DIM)?,
+    );
+    let (cos, sin) =
+        (bench.random::<f32>(POSITIONS, HEAD_DIM / 2)?, bench.random::<f32>(POSITIONS, HEAD_DIM / 2)?);
+    let positions = positions(bench, n)?;
+    let (mut y, mut rstd, mut dw) =
+        (Tensor::uninit(gpu, n, width)?, zeros(bench, 1, n * heads)?, zeros(bench, 1, HEAD_DIM)?);
+    let head = RotaryHead { head_dim: HEAD_DIM, first: 0, pairs: RotaryPairs::Halves };
+    bench.kernel("qk_norm_rope", &shape, 2 * n * width * BF16, || {
+        let (y, rstd, cos, sin) = (y.view_mut()?, rstd.view_mut()?, cos.view(), sin.view());
+        gpu.rms_norm_rope(y, rstd, x.view(), w.view(), cos, sin, positions.view(), head, 1e-6)
+    })?;
+    bench.kernel("qk_norm_rope_backward", &shape, 3 * n * width * BF16, || {
+        let (dx, dw, dy, x, w) = (y.view_mut()?, dw.view_mut()?, dy.view(), x.view(), w.view());
+        let (rstd, cos, sin, positions) = (rstd.view(), cos.view(), sin.view(), positions.view());
+        gpu.rms_norm_rope_backward(dx, dw, dy, x, w, rstd, cos, sin, positions, head)
+    })
 }
 
 fn swiglu(bench: &Bench, n: usize, width: usize) -> Result<()> {

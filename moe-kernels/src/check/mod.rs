@@ -18,7 +18,7 @@ pub(crate) use gemm::{grouped_gemm, grouped_gemm_acc, groups, product};
 pub(crate) use loss::{cross_entropy, cross_entropy_backward};
 pub(crate) use norm::{rms_norm, rms_norm_backward, rms_norm_backward_sums};
 pub(crate) use optim::adamw;
-pub(crate) use rope::rope;
+pub(crate) use rope::{rms_norm_rope, rms_norm_rope_backward, rope};
 pub(crate) use routing::{drop_excess, jitter, route, route_backward, softmax_sums, sort_by_expert};
 pub(crate) use rows::{copy_column_blocks, gather_rows, gather_sum, sum_column_blocks};
 

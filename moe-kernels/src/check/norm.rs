@@ -32,6 +32,7 @@ pub(crate) fn rms_norm_backward<T: Float, D: Device>(
     x: View<'_, T, D>,
     w: View<'_, T, D>,
     rstd: View<'_, T::Acc, D>,
+    past: Option<View<'_, T, D>>,
     sums: Option<View<'_, T::Acc, D>>,
 ) -> Result<[usize; 2]> {
     let [n, h] = x.shape();
@@ -40,6 +41,9 @@ pub(crate) fn rms_norm_backward<T: Float, D: Device>(
     shape(kernel, "dy", [n, h], dy.shape())?;
     shape(kernel, "w", [1, h], w.shape())?;
     shape(kernel, "rstd", [1, n], rstd.shape())?;
+    if let Some(past) = past {
+        shape(kernel, "past", [n, h], past.shape())?;
+    }
     if let Some(sums) = sums {
         shape(kernel, "sums", [1, n], sums.shape())?;
     }

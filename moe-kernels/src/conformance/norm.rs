@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation.
 
 use super::GRADIENT;
-use super::host::{Matrix, Random, assert_close, assert_refused, gradient, output, place};
+use super::host::{Matrix, Placed, Random, assert_close, assert_refused, gradient, output, place};
 use crate::Float;
 use crate::family::Norm;
 
@@ -40,9 +40,11 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
         let (dy, dw) = (random.matrix::<T>(n, h), random.matrix::<T::Acc>(1, h));
         let pdy = place::<T, D>(device, &dy);
         let (mut dx, mut pdw) = (output::<T, D>(device, n, h), place::<T::Acc, D>(device, &dw));
-        device
-            .rms_norm_backward(dx.view_mut(), pdw.view_mut(), pdy.view(), px.view(), pw.view(), r.view())
-            .expect("rms_norm_backward");
+        let backward = |dx: &mut Placed<T, D>, dw: &mut Placed<T::Acc, D>, past: Option<&Placed<T, D>>| {
+            let (dy, x, w) = (pdy.view(), px.view(), pw.view());
+            device.rms_norm_backward(dx.view_mut(), dw.view_mut(), dy, x, w, r.view(), past.map(Placed::view))
+        };
+        backward(&mut dx, &mut pdw, None).expect("rms_norm_backward");
         let tolerance = tolerance.max(GRADIENT);
         let want = gradient(&x, |x| forward(x, &w).dot(&dy));
         // The row of zeros has a steep gradient: compare it alone.
@@ -62,16 +64,15 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
         );
         let want = dw.plus(&gradient(&w, |w| forward(&x, w).dot(&dy)));
         assert_close(&format!("dw {what}"), &pdw.read(), &want, tolerance);
+        let past = random.matrix::<T>(n, h);
+        let (mut added, mut again) = (output::<T, D>(device, n, h), place::<T::Acc, D>(device, &dw));
+        let result = backward(&mut added, &mut again, Some(&place::<T, D>(device, &past)));
+        result.expect("rms_norm_backward with a residual");
+        assert_close(&format!("dx and past {what}"), &added.read(), &got.plus(&past), tolerance);
+        assert_close(&format!("dw again {what}"), &again.read(), &pdw.read(), 0.0);
         let mut wrong = output::<T, D>(device, n + 1, h);
-        let refused = device.rms_norm_backward(
-            wrong.view_mut(),
-            pdw.view_mut(),
-            pdy.view(),
-            px.view(),
-            pw.view(),
-            r.view(),
-        );
-        assert_refused("dx", refused);
+        assert_refused("past", backward(&mut dx, &mut pdw, Some(&wrong)));
+        assert_refused("dx", backward(&mut wrong, &mut pdw, None));
     }
     parts::<T, D>(device, tolerance);
     // Sums over more rows than one piece of work: dw is exact where dy, x and rstd are powers of two.
@@ -84,7 +85,7 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
     let (pw, pr) = (place::<T, D>(device, &ones), place::<T::Acc, D>(device, &r));
     let (mut dx, mut dw) = (output::<T, D>(device, n, h), place::<T::Acc, D>(device, &ones));
     device
-        .rms_norm_backward(dx.view_mut(), dw.view_mut(), pdy.view(), px.view(), pw.view(), pr.view())
+        .rms_norm_backward(dx.view_mut(), dw.view_mut(), pdy.view(), px.view(), pw.view(), pr.view(), None)
         .expect("rms_norm_backward");
     let want =
         Matrix::from_fn(1, h, |_, c| 1.0 + (0..n).map(|i| 0.5 * dy.at(i, c) * x.at(i, c)).sum::<f64>());

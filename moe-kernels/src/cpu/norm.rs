@@ -20,6 +20,14 @@ fn scale<T: CpuFloat>(y: &mut [T], x: &[T], w: &[T], r: T) {
     }
 }
 
+/// `dx += past`.
+#[inline(always)]
+fn add_past<T: CpuFloat>(dx: &mut [T], past: &[T]) {
+    for (dx, &past) in dx.iter_mut().zip(past) {
+        *dx += past;
+    }
+}
+
 /// With `g = dy ⊙ w` and `mean` that of `g ⊙ x`: `dx = r · (g − x · r² · mean)`, `dw += dy ⊙ x · r`.
 #[inline(always)]
 fn scale_back<T: CpuFloat>(dx: &mut [T], dw: &mut [T], dy: &[T], x: &[T], w: &[T], r: T, mean: T) {
@@ -68,13 +76,24 @@ simd! {
     }
 
     /// `dw` is the sum over these rows.
-    fn backward<T>(dx: MatMut<'_, T>, dw: &mut [T], dy: Mat<'_, T>, x: Mat<'_, T>, w: &[T], rstd: &[T]) {
+    fn backward<T>(
+        dx: MatMut<'_, T>,
+        dw: &mut [T],
+        dy: Mat<'_, T>,
+        x: Mat<'_, T>,
+        w: &[T],
+        rstd: &[T],
+        past: Option<Mat<'_, T>>,
+    ) {
         let n = T::from_f64(w.len() as f64);
         dw.fill(T::ZERO);
         for (i, &r) in rstd.iter().enumerate() {
             let (dx, dy, x) = (dx.row(i), dy.row(i), x.row(i));
             let mean = lanes::sum_by3(dy, w, x, |dy, w, x| dy * w * x) / n;
             scale_back(dx, dw, dy, x, w, r, mean);
+            if let Some(past) = past {
+                add_past(dx, past.row(i));
+            }
         }
     }
 
@@ -131,12 +150,16 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         x: View<'_, T, Self>,
         w: View<'_, T, Self>,
         rstd: View<'_, T, Self>,
+        past: Option<View<'_, T, Self>>,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_backward";
-        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, None)?;
+        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, past, None)?;
         let (dy, x, w, rstd) = (Mat::from(dy), Mat::from(x), Mat::from(w).vector(), Mat::from(rstd).vector());
+        let past = past.map(Mat::from);
         self.backward_by_pieces(MatMut::from(&mut dx), MatMut::from(&mut dw), |dx, dw, rows| {
-            backward(dx, dw, dy.row_range(rows.clone()), x.row_range(rows.clone()), w, &rstd[rows]);
+            let (dy, x) = (dy.row_range(rows.clone()), x.row_range(rows.clone()));
+            let past = past.map(|past| past.row_range(rows.clone()));
+            backward(dx, dw, dy, x, w, &rstd[rows], past);
         })
     }
 
@@ -199,7 +222,7 @@ impl<T: CpuFloat> Norm<T> for Cpu {
         width: usize,
     ) -> Result<()> {
         const KERNEL: &str = "rms_norm_part_backward";
-        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, Some(sums))?;
+        check::rms_norm_backward(KERNEL, &dx, &dw, dy, x, w, rstd, None, Some(sums))?;
         let (dy, x, w) = (Mat::from(dy), Mat::from(x), Mat::from(w).vector());
         let (rstd, sums) = (Mat::from(rstd).vector(), Mat::from(sums).vector());
         let width = T::from_f64(width as f64);

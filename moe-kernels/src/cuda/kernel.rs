@@ -27,7 +27,7 @@ unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
 
-/// Dynamic shared memory that every kernel may use.
+/// Shared memory that every kernel may use without asking, what it declares itself included.
 const DEFAULT_SHARED: usize = 48 << 10;
 
 impl Kernel {
@@ -43,7 +43,11 @@ impl Kernel {
                 other => super::driver::check("cuFuncGetParamInfo", other)?,
             }
         }
-        Ok(Kernel { function, parameters, shared: AtomicUsize::new(DEFAULT_SHARED) })
+        let (mut declared, attribute) = (0, CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
+        // SAFETY: as above.
+        unsafe { cu!(cuFuncGetAttribute(&mut declared, attribute, function))? };
+        let shared = DEFAULT_SHARED.saturating_sub(declared as usize);
+        Ok(Kernel { function, parameters, shared: AtomicUsize::new(shared) })
     }
 
     /// Lets it use `bytes` of dynamic shared memory.

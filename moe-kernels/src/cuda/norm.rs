@@ -10,20 +10,43 @@ use crate::{Device, Float, Result, View, ViewMut, check};
 /// Threads of a block of a row of any size.
 const ANY: [usize; 3] = [256, 1, 1];
 
-/// Threads of a block of the backward kernels: `BACKWARD_THREADS` there.
-const BACKWARD_THREADS: usize = 512;
-/// Bytes of shared memory that hold a vector of both operands of each thread in each of the stages there.
-const fn backward_shared(vectors_of_lane: usize) -> usize {
-    let stages = match vectors_of_lane {
-        1 => 4,
-        2 => 3,
-        _ => 2,
-    };
-    stages * vectors_of_lane * 2 * 16 * BACKWARD_THREADS
+/// A build of the backward kernel: vectors of a lane, threads of a block at most.
+#[derive(Clone, Copy)]
+struct Build {
+    name: &'static str,
+    of_lane: usize,
+    threads: usize,
 }
-/// Pieces of the sum over rows: what two blocks on each multiprocessor of a Hopper GPU work on at once. A constant, so that
-/// other GPUs add in the same order.
-const PIECES: usize = 264;
+
+impl Build {
+    /// That for rows of so many vectors, if there is one.
+    fn of(vectors: usize) -> Option<Self> {
+        Some(match vectors {
+            0..=32 => Build { name: "rms_norm_backward_1_512", of_lane: 1, threads: 512 },
+            33..=512 => Build { name: "rms_norm_backward_2_256", of_lane: 2, threads: 256 },
+            513..=1024 => Build { name: "rms_norm_backward_4_256", of_lane: 4, threads: 256 },
+            1025..=2048 => Build { name: "rms_norm_backward_4_512", of_lane: 4, threads: 512 },
+            _ => return None,
+        })
+    }
+
+    /// How rows of so many vectors lie over a block.
+    fn lanes(self, vectors: usize) -> Lanes {
+        let lanes = vectors.div_ceil(self.of_lane);
+        let lanes = if lanes <= 32 { lanes.next_power_of_two() } else { lanes.next_multiple_of(32) };
+        Lanes { lanes, rows: self.threads / lanes }
+    }
+
+    /// Bytes of shared memory: two vectors of each operand for every vector of every thread.
+    fn shared(self, operands: usize) -> usize {
+        2 * operands * self.of_lane * self.threads * 16
+    }
+}
+
+/// Elements of one piece of the sum over rows, about; and pieces, at least, where rows suffice: more than what a Hopper GPU works on
+/// at once. Constants, so that other GPUs add in the same order.
+const PIECE: usize = 1 << 16;
+const PIECES: usize = 396;
 /// Rows of a piece, at least, and pieces, at most, of rows of any size.
 const ANY_PIECE: usize = 64;
 
@@ -72,50 +95,45 @@ struct Backward<'a, T: Float> {
     x: View<'a, T, Cuda>,
     w: View<'a, T, Cuda>,
     rstd: View<'a, T::Acc, Cuda>,
+    past: Option<View<'a, T, Cuda>>,
     sums: Option<View<'a, T::Acc, Cuda>>,
     width: usize,
 }
 
 impl<T: Float> Backward<'_, T> {
     fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
-        let Backward { dx, dw, dy, x, w, rstd, sums, .. } = &self;
-        let [n, h] = check::rms_norm_backward(kernel, dx, dw, *dy, *x, *w, *rstd, *sums)?;
+        let Backward { dx, dw, dy, x, w, rstd, past, sums, .. } = &self;
+        let [n, h] = check::rms_norm_backward(kernel, dx, dw, *dy, *x, *w, *rstd, *past, *sums)?;
         if n == 0 || h == 0 {
             return Ok(());
         }
+        let fits = [self.x, self.dy, self.w, self.dx.as_view()].into_iter().chain(self.past).all(in_vectors);
         let vectors = h / vector::<T>();
-        let fits = [self.x, self.dy, self.w, self.dx.as_view()].into_iter().all(in_vectors);
-        // Shared memory of 128 KiB is what GPUs of data centres have.
-        let large = matches!(gpu.compute_capability(), (8, 0) | (9 | 10, _));
-        let wide = |of_lane: usize| {
-            let lanes = vectors.div_ceil(of_lane).next_multiple_of(32);
-            Lanes { lanes, rows: BACKWARD_THREADS / lanes }
+        let shared = |build: Build| build.shared(2 + usize::from(self.past.is_some()));
+        let Some(build) = Build::of(vectors).filter(|&build| fits && shared(build) <= most_shared(gpu))
+        else {
+            return self.any(gpu);
         };
-        let narrow = vectors.next_power_of_two().min(32);
-        let (name, of_lane, lanes) = match vectors {
-            _ if !fits => return self.any(gpu),
-            0..=32 => ("rms_norm_backward_1", 1, Lanes { lanes: narrow, rows: BACKWARD_THREADS / narrow }),
-            33..=1024 => ("rms_norm_backward_2", 2, wide(2)),
-            1025..=2048 if large => ("rms_norm_backward_4", 4, wide(4)),
-            _ => return self.any(gpu),
-        };
-        let pieces = n.div_ceil(lanes.rows).min(PIECES);
+        let (lanes, shared) = (build.lanes(vectors), shared(build));
+        let each = (PIECE / h).min(n.div_ceil(PIECES)).max(1).next_multiple_of(lanes.rows);
+        let pieces = n.div_ceil(each);
         let partial = gpu.alloc(pieces * h * size_of::<T::Acc>())?;
-        let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid([pieces, 1, 1]).block(lanes.block());
-        let launch = launch.shared(backward_shared(of_lane)).mat_mut(&mut self.dx).scratch(&partial);
-        let launch = launch.mat(self.dy).mat(self.x).vector(self.w).vector(self.rstd);
-        let launch = launch.vector_or_null(self.sums).size(n).size(h).acc::<T>(1.0 / self.width as f64);
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), build.name)?.grid([pieces, 1, 1]).block(lanes.block());
+        let launch = launch.shared(shared).mat_mut(&mut self.dx).scratch(&partial);
+        let launch = launch.mat(self.dy).mat(self.x).mat_or_null(self.past).vector(self.w).vector(self.rstd);
+        let launch = launch.vector_or_null(self.sums).size(n).size(h);
         // SAFETY: the kernel touches `n` rows of `h` elements, whole vectors that the lanes hold, and writes a row of `partial`
         // for each block.
-        unsafe { launch.launch()? };
-        self.add_pieces(gpu, &partial, pieces)
+        unsafe { launch.acc::<T>(1.0 / self.width as f64).size(each).launch()? };
+        add_pieces::<T>(gpu, self.dw, &partial, pieces)
     }
 
     /// Rows of any size: `dx` by rows, then `dw` by columns.
     fn any(mut self, gpu: &Cuda) -> Result<()> {
         let [n, h] = self.x.shape();
         let launch = gpu.kernel(&NORM.of(T::DTYPE), "rms_norm_backward_any")?.grid([n, 1, 1]).block(ANY);
-        let launch = launch.mat_mut(&mut self.dx).mat(self.dy).mat(self.x).vector(self.w).vector(self.rstd);
+        let launch = launch.mat_mut(&mut self.dx).mat(self.dy).mat(self.x).mat_or_null(self.past);
+        let launch = launch.vector(self.w).vector(self.rstd);
         let launch = launch.vector_or_null(self.sums).size(n).size(h).acc::<T>(1.0 / self.width as f64);
         // SAFETY: the kernel touches `n` rows of `h` elements, which all shapes are.
         unsafe { launch.launch()? };
@@ -127,17 +145,31 @@ impl<T: Float> Backward<'_, T> {
         let launch = launch.mat(self.dy).mat(self.x).vector(self.rstd).size(n).size(h).size(rows);
         // SAFETY: as above; the kernel writes a row of `partial` for each piece.
         unsafe { launch.launch()? };
-        self.add_pieces(gpu, &partial, pieces)
+        add_pieces::<T>(gpu, self.dw, &partial, pieces)
     }
+}
 
-    /// Adds the rows of `partial: [pieces, h]` to `dw`, in order.
-    fn add_pieces(&mut self, gpu: &Cuda, partial: &<Cuda as Device>::Buf, pieces: usize) -> Result<()> {
-        let h = self.dw.shape()[1];
-        let launch =
-            gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(32), 1, 1]).block([32, 16, 1]);
-        let launch = launch.vector_mut(&mut self.dw).scratch(partial).size(pieces).size(h);
-        // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
-        unsafe { launch.launch() }
+/// Adds the rows of `partial: [pieces, h]` to `dw: [1, h]`, in order.
+pub(super) fn add_pieces<T: Float>(
+    gpu: &Cuda,
+    mut dw: ViewMut<'_, T::Acc, Cuda>,
+    partial: &<Cuda as Device>::Buf,
+    pieces: usize,
+) -> Result<()> {
+    let h = dw.shape()[1];
+    let launch = gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(32), 1, 1]);
+    let launch = launch.block([32, 32, 1]).vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
+    // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
+    unsafe { launch.launch() }
+}
+
+/// Bytes of shared memory that a block may have.
+fn most_shared(gpu: &Cuda) -> usize {
+    const KIB: usize = 1 << 10;
+    match gpu.compute_capability() {
+        (9 | 10, _) => 224 * KIB,
+        (8, 0 | 7) => 160 * KIB,
+        _ => 96 * KIB,
     }
 }
 
@@ -181,9 +213,10 @@ impl<T: Float> Norm<T> for Cuda {
         x: View<'_, T, Self>,
         w: View<'_, T, Self>,
         rstd: View<'_, T::Acc, Self>,
+        past: Option<View<'_, T, Self>>,
     ) -> Result<()> {
         let width = x.shape()[1];
-        Backward { dx, dw, dy, x, w, rstd, sums: None, width }.run(self, "rms_norm_backward")
+        Backward { dx, dw, dy, x, w, rstd, past, sums: None, width }.run(self, "rms_norm_backward")
     }
 
     fn rms_norm_sums(&self, sums: ViewMut<'_, T::Acc, Self>, x: View<'_, T, Self>) -> Result<()> {
@@ -227,6 +260,7 @@ impl<T: Float> Norm<T> for Cuda {
         sums: View<'_, T::Acc, Self>,
         width: usize,
     ) -> Result<()> {
-        Backward { dx, dw, dy, x, w, rstd, sums: Some(sums), width }.run(self, "rms_norm_part_backward")
+        Backward { dx, dw, dy, x, w, rstd, past: None, sums: Some(sums), width }
+            .run(self, "rms_norm_part_backward")
     }
 }

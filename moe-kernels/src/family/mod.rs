@@ -17,6 +17,7 @@ mod grouped;
 mod grouped_bias;
 mod loss;
 mod norm;
+pub(crate) mod norm_rope;
 mod optim;
 mod reduce;
 mod rope;

@@ -15,7 +15,9 @@ pub trait Norm<T: Float>: Device {
         eps: f64,
     ) -> Result<()>;
 
-    /// Overwrites `dx: [n, H]`, adds to `dw: [1, H]` in ascending rows.
+    /// Overwrites `dx: [n, H]`, adds to `dw: [1, H]` in ascending rows. `past: [n, H]` is the gradient that reaches `x` past the
+    /// norm, over a residual connection, and is added to `dx`.
+    #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn rms_norm_backward(
         &self,
         dx: ViewMut<'_, T, Self>,
@@ -24,6 +26,7 @@ pub trait Norm<T: Float>: Device {
         x: View<'_, T, Self>,
         w: View<'_, T, Self>,
         rstd: View<'_, T::Acc, Self>,
+        past: Option<View<'_, T, Self>>,
     ) -> Result<()>;
 
     /// `sums[i] = Σ_c x[i, c]²`. `x: [n, H]`, `sums: [1, n]`.
@@ -51,7 +54,7 @@ pub trait Norm<T: Float>: Device {
         w: View<'_, T, Self>,
     ) -> Result<()>;
 
-    /// [`rms_norm_backward`](Self::rms_norm_backward) of rows of which `x` is a part: `mean(dy ⊙ w ⊙ x)` is `sums / width`.
+    /// [`rms_norm_backward`](Self::rms_norm_backward), without a `past`, of rows of which `x` is a part: `mean(dy ⊙ w ⊙ x)` is `sums / width`.
     #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn rms_norm_part_backward(
         &self,

@@ -1,3 +1,5 @@
+use super::norm_rope::{norm_then_rope, norm_then_rope_backward};
+use super::{Norm, Rows};
 use crate::{Device, Float, Result, View, ViewMut};
 
 /// Direction of a rotation.
@@ -44,4 +46,47 @@ pub trait Rope<T: Float>: Device {
         head: RotaryHead,
         rotation: Rotation,
     ) -> Result<()>;
+
+    /// [`rms_norm`](Norm::rms_norm) of each head, then [`rope`](Rope::rope): queries or keys of models with QK-norm. `y, x: [n,
+    /// heads · head_dim]`, `w: [1, head_dim]`; `rstd: [1, n · heads]`, head by head of each token. As two kernels unless a device
+    /// has one for both.
+    #[allow(clippy::too_many_arguments)] // the operands of both
+    fn rms_norm_rope(
+        &self,
+        y: ViewMut<'_, T, Self>,
+        rstd: ViewMut<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        cos: View<'_, T::Acc, Self>,
+        sin: View<'_, T::Acc, Self>,
+        positions: View<'_, i32, Self>,
+        head: RotaryHead,
+        eps: f64,
+    ) -> Result<()>
+    where
+        Self: Norm<T> + Rows<T>,
+    {
+        norm_then_rope(self, y, rstd, x, w, cos, sin, positions, head, eps)
+    }
+
+    /// Overwrites `dx: [n, heads · head_dim]`, adds to `dw: [1, head_dim]`, in ascending tokens, heads of each.
+    #[allow(clippy::too_many_arguments)] // the operands of both
+    fn rms_norm_rope_backward(
+        &self,
+        dx: ViewMut<'_, T, Self>,
+        dw: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        rstd: View<'_, T::Acc, Self>,
+        cos: View<'_, T::Acc, Self>,
+        sin: View<'_, T::Acc, Self>,
+        positions: View<'_, i32, Self>,
+        head: RotaryHead,
+    ) -> Result<()>
+    where
+        Self: Norm<T> + Rows<T>,
+    {
+        norm_then_rope_backward(self, dx, dw, dy, x, w, rstd, cos, sin, positions, head)
+    }
 }

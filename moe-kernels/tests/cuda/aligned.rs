@@ -75,9 +75,18 @@ fn same<T: Float>(what: &str, gpu: &Cuda, a: &Tensor<T, Cuda>, b: &Tensor<T, Cud
 
 fn norm<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
     // Every way in which rows are spread over threads, the last more than registers hold; more rows than pieces of the sum.
-    for (n, h) in
-        [(1, 16), (700, 128), (37, 256), (35, 512), (9, 1024), (19, 2880), (600, 4096), (5, 8192), (3, 40960)]
-    {
+    for (n, h) in [
+        (1, 16),
+        (5000, 128),
+        (37, 256),
+        (35, 512),
+        (9, 1024),
+        (19, 2880),
+        (600, 4096),
+        (5, 8192),
+        (3, 16384),
+        (3, 40960),
+    ] {
         let what = format!("{n}x{h}");
         let (x, dy, w) = (case.operand::<T>(n, h)?, case.operand::<T>(n, h)?, case.operand::<T>(1, h)?);
         let (mut y, mut r) = (case.output::<T>(n, h)?, case.output::<T::Acc>(1, n)?);
@@ -88,14 +97,20 @@ fn norm<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
         case.compare(&format!("rstd {what}"), &r, tolerance)?;
         let (mut dx, mut dw) = (case.output::<T>(n, h)?, case.operand::<T::Acc>(1, h)?);
         let mut again = dw.gpu.copy(&gpu)?;
-        let backward = |dx: &mut Tensor<T, Cuda>, dw: &mut Tensor<T::Acc, Cuda>| {
+        let past = case.operand::<T>(n, h)?;
+        let backward = |dx: &mut Tensor<T, Cuda>, dw: &mut Tensor<T::Acc, Cuda>, past| {
             let (dx, dw) = (dx.view_mut()?, dw.view_mut()?);
-            gpu.rms_norm_backward(dx, dw, dy.gpu.view(), x.gpu.view(), w.gpu.view(), r.gpu.view())
+            gpu.rms_norm_backward(dx, dw, dy.gpu.view(), x.gpu.view(), w.gpu.view(), r.gpu.view(), past)
         };
-        backward(&mut dx.gpu, &mut dw.gpu)?;
-        backward(&mut dx.gpu, &mut again)?;
-        let (dx_cpu, dw_cpu) = (dx.cpu.view_mut()?, dw.cpu.view_mut()?);
-        cpu.rms_norm_backward(dx_cpu, dw_cpu, dy.cpu.view(), x.cpu.view(), w.cpu.view(), r.cpu.view())?;
+        let on_cpu = |dx: &mut Tensor<f64, Cpu>, dw: &mut Tensor<f64, Cpu>, past| {
+            let (dx, dw) = (dx.view_mut()?, dw.view_mut()?);
+            cpu.rms_norm_backward(dx, dw, dy.cpu.view(), x.cpu.view(), w.cpu.view(), r.cpu.view(), past)
+        };
+        backward(&mut dx.gpu, &mut dw.gpu, Some(past.gpu.view()))?;
+        on_cpu(&mut dx.cpu, &mut dw.cpu.copy(&cpu)?, Some(past.cpu.view()))?;
+        case.compare(&format!("dx and past {what}"), &dx, tolerance)?;
+        backward(&mut dx.gpu, &mut again, None)?;
+        on_cpu(&mut dx.cpu, &mut dw.cpu, None)?;
         case.compare(&format!("dx {what}"), &dx, tolerance)?;
         case.compare(&format!("dw {what}"), &dw, tolerance * 4.0)?;
         same("dw", &gpu, &dw.gpu, &again)?;
@@ -126,6 +141,44 @@ fn rope<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
             case.cpu.rope(y.cpu.view_mut()?, x.cpu.view(), c, s, on_cpu.view(), head, turn)?;
             case.compare(&format!("{n} of {heads} {head:?}"), &y, tolerance)?;
         }
+    }
+    Ok(())
+}
+
+fn norm_rope<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
+    // Fewer and more heads than threads take at once, more tokens than pieces of the sum.
+    for (n, heads, head_dim) in [(5, 32, 128), (1500, 4, 128), (7, 80, 64), (900, 3, 256), (3, 1, 512)] {
+        let what = format!("{n} of {heads} x {head_dim}");
+        let (x, dy) = (case.operand::<T>(n, heads * head_dim)?, case.operand::<T>(n, heads * head_dim)?);
+        let (w, mut y) = (case.operand::<T>(1, head_dim)?, case.output::<T>(n, heads * head_dim)?);
+        let (cos, sin) =
+            (case.operand::<T::Acc>(40, head_dim / 2)?, case.operand::<T::Acc>(40, head_dim / 2)?);
+        let (at, at_cpu) = case.integers(n, 40)?;
+        let head = RotaryHead { head_dim, first: 0, pairs: RotaryPairs::Halves };
+        let mut r = case.output::<T::Acc>(1, n * heads)?;
+        let (gpu, cpu) = (case.gpu.clone(), case.cpu.clone());
+        let (to, r_to, c, s) = (y.gpu.view_mut()?, r.gpu.view_mut()?, cos.gpu.view(), sin.gpu.view());
+        gpu.rms_norm_rope(to, r_to, x.gpu.view(), w.gpu.view(), c, s, at.view(), head, 1e-5)?;
+        let (to, r_to, c, s) = (y.cpu.view_mut()?, r.cpu.view_mut()?, cos.cpu.view(), sin.cpu.view());
+        cpu.rms_norm_rope(to, r_to, x.cpu.view(), w.cpu.view(), c, s, at_cpu.view(), head, 1e-5)?;
+        case.compare(&format!("y {what}"), &y, tolerance)?;
+        case.compare(&format!("rstd {what}"), &r, tolerance)?;
+
+        let (mut dx, mut dw) = (case.output::<T>(n, heads * head_dim)?, case.operand::<T::Acc>(1, head_dim)?);
+        let mut again = dw.gpu.copy(&gpu)?;
+        for dw in [&mut dw.gpu, &mut again] {
+            let (dx, dw, dy, x, w) =
+                (dx.gpu.view_mut()?, dw.view_mut()?, dy.gpu.view(), x.gpu.view(), w.gpu.view());
+            let (r, c, s) = (r.gpu.view(), cos.gpu.view(), sin.gpu.view());
+            gpu.rms_norm_rope_backward(dx, dw, dy, x, w, r, c, s, at.view(), head)?;
+        }
+        same("dw", &gpu, &dw.gpu, &again)?;
+        let (to, dw_to, dy, x, w) =
+            (dx.cpu.view_mut()?, dw.cpu.view_mut()?, dy.cpu.view(), x.cpu.view(), w.cpu.view());
+        let (r, c, s) = (r.cpu.view(), cos.cpu.view(), sin.cpu.view());
+        cpu.rms_norm_rope_backward(to, dw_to, dy, x, w, r, c, s, at_cpu.view(), head)?;
+        case.compare(&format!("dx {what}"), &dx, tolerance)?;
+        case.compare(&format!("dw {what}"), &dw, tolerance * 4.0)?;
     }
     Ok(())
 }
@@ -212,7 +265,7 @@ fn loss<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
 fn all<T: Float>(test: &str, tolerance: f64) {
     let Some(gpu) = gpu(test) else { return };
     let mut case = Case { gpu, cpu: Cpu::default(), state: 0 };
-    for family in [norm::<T>, rope::<T>, activation::<T>, embedding::<T>, loss::<T>] {
+    for family in [norm::<T>, rope::<T>, norm_rope::<T>, activation::<T>, embedding::<T>, loss::<T>] {
         family(&mut case, tolerance).expect("kernels of rows of vectors");
     }
 }
