@@ -244,6 +244,12 @@ pub enum Error {
         /// How many were given.
         got: usize,
     },
+    /// More memory than 64 bits count.
+    #[error("{at}: what the rank keeps is more than can be counted")]
+    MemoryOverflow {
+        /// The action that keeps too much.
+        at: At,
+    },
     /// A cost that is negative or not a number.
     #[error("the cost of {what} {index} is {value}; costs are finite and not negative")]
     Cost {

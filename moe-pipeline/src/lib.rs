@@ -36,7 +36,7 @@
 //! # Ok::<(), moe_pipeline::Error>(())
 //! ```
 //!
-//! `examples/threads.rs` trains a small network on plain `Vec<f32>` over channels between threads.
+//! [A tour](generate#a-tour) shows the schedules. `examples/threads.rs` trains a small network on plain `Vec<f32>` over channels between threads.
 //!
 //! # When not to use it
 //!
@@ -60,6 +60,7 @@ mod error;
 mod execute;
 pub mod generate;
 mod lower;
+mod memory;
 mod placement;
 mod schedule;
 mod simulate;
@@ -72,6 +73,7 @@ pub use action::{Action, Flow, Kind, Message};
 pub use error::{At, Error, Result};
 pub use execute::{ExecuteError, execute};
 pub use lower::{add_send_recv, add_waits, lower};
+pub use memory::StageMemory;
 pub use placement::Placement;
 pub use schedule::{Pass, Schedule};
 pub use simulate::{Costs, Idle, Link, Span, StageCost, Timeline, simulate};
