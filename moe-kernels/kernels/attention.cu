@@ -293,6 +293,16 @@ attention_delta(Acc* delta, const T* d_o, i64 d_o_stride, const T* o, i64 o_stri
     if (threadIdx.x % 32 == 0) delta[task] = sum;
 }
 
+// The log-sum-exps `[rows, heads]` as cuDNN reads them: `[batch, heads, q_len]` without gaps.
+extern "C" __global__ void __launch_bounds__(THREADS)
+attention_lse_by_head(Acc* by_head, const Acc* lse, i64 lse_stride, int batch, int q_len, int heads) {
+    i64 all = (i64)batch * heads * q_len;
+    for (i64 at = (i64)blockIdx.x * THREADS + threadIdx.x; at < all; at += (i64)gridDim.x * THREADS) {
+        i64 position = at % q_len, head = at / q_len % heads, sequence = at / q_len / heads;
+        by_head[at] = lse[(position * batch + sequence) * lse_stride + head];
+    }
+}
+
 // The statistics of the queries from `from` on, into shared memory.
 __device__ void load_statistics(Shared& sh, const Acc* lse, i64 lse_stride, const Acc* delta, int batch, int sequence,
                                 int heads, int head, int from, int q_len) {

@@ -72,6 +72,14 @@ suites! {
 }
 
 #[test]
+fn attention_in_any_order_bf16() {
+    if let Some(gpu) = gpu("attention_in_any_order_bf16") {
+        gpu.set_deterministic(false);
+        moe_kernels::conformance::attention::<bf16, Cuda>(&gpu, 2e-2);
+    }
+}
+
+#[test]
 fn cuda_is_a_whole_backend() {
     fn backend<T: Float, D: Backend<T>>() {}
     backend::<f32, Cuda>();

@@ -1,5 +1,6 @@
-//! Attention: in tiles of any kind, or on Hopper's tensor cores.
+//! Attention: by cuDNN, in tiles of any kind, or on Hopper's tensor cores.
 //!
+//! cuDNN runs the forward where it is there and takes the call, and the backward if that need not give the same bits twice. Of what is left,
 //! `attention_flash.cu` runs for `bf16` on compute capability 9.0 with heads of 64 or 128, keys and values alike, or of 192 with values of
 //! 128 (latent attention), a positive scale, and all matrices but the log-sum-exp at multiples of 16 bytes, their rows too. Everything else
 //! runs `attention.cu`, whose sums are plain arithmetic of the accumulation type. Both give the same bits twice.
@@ -79,6 +80,10 @@ impl<T: Float> Attention<T> for Cuda {
         check::attention(KERNEL, shape, &queries, &keys, &outputs, &values, lse.shape())?;
         check::first_keys(KERNEL, shape, first_keys.map(|f| f.shape()))?;
         let sizes = Sizes::new(KERNEL, shape)?;
+        // SAFETY: the shapes fit together.
+        if first_keys.is_none() && unsafe { self.cudnn_attention(&mut o, &mut lse, q, k, v, shape)? } {
+            return Ok(());
+        }
         if let Some(flash) = Flash::of(self, shape, &[o.as_view(), q, k, v]) {
             return flash.forward(&mut o, &mut lse, q, k, v, first_keys, &sizes);
         }
@@ -131,6 +136,13 @@ impl<T: Float> Attention<T> for Cuda {
         check::attention(KERNEL, shape, &queries, &keys, &outputs, &values, lse.shape())?;
         check::first_keys(KERNEL, shape, first_keys.map(|f| f.shape()))?;
         let sizes = Sizes::new(KERNEL, shape)?;
+        if first_keys.is_none() && !self.is_deterministic() {
+            let mut gradients = Backward { dq: dq.reborrow(), dk: dk.reborrow(), dv: dv.reborrow() };
+            // SAFETY: the shapes fit together.
+            if unsafe { self.cudnn_attention_backward(&mut gradients, d_o, q, k, v, o, lse, shape)? } {
+                return Ok(());
+            }
+        }
         let matrices = [dq.as_view(), dk.as_view(), dv.as_view(), d_o, q, k, v, o];
         if let Some(flash) = Flash::of(self, shape, &matrices) {
             let gradients = Backward { dq: dq.reborrow(), dk: dk.reborrow(), dv: dv.reborrow() };

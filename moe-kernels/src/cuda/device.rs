@@ -3,12 +3,14 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute, CUdeviceptr, CUstream, CUstream_flags};
 
 use super::allocator::Allocator;
 use super::cublaslt::Lt;
+use super::cudnn::Dnn;
 use super::driver::cu;
 use super::fault::Faults;
 use super::kernel::{Kernel, Kernels};
@@ -39,6 +41,8 @@ struct Gpu {
     faults: Mutex<Faults>,
     kernels: Kernels,
     cublaslt: OnceLock<Lt>,
+    cudnn: OnceLock<Result<Dnn>>,
+    deterministic: AtomicBool,
 }
 
 // SAFETY: handles of the driver may be used on any thread on which the context is current; everything else is behind locks.
@@ -119,6 +123,8 @@ impl Cuda {
             faults: Mutex::new(faults),
             kernels: Kernels::default(),
             cublaslt: OnceLock::new(),
+            cudnn: OnceLock::new(),
+            deterministic: AtomicBool::new(true),
         };
         Ok(Cuda { gpu: Arc::new(gpu) })
     }
@@ -142,6 +148,26 @@ impl Cuda {
     /// How many multiprocessors it has.
     pub fn multiprocessors(&self) -> usize {
         self.gpu.multiprocessors
+    }
+
+    /// The version of cuDNN, as in `9.19.0`, that computes attention.
+    ///
+    /// An error where attention is left to kernels of this crate alone: [`Error::Library`] where cuDNN is missing, [`Error::Unsupported`]
+    /// where the GPU is none of Hopper's, or the library too old.
+    pub fn cudnn_version(&self) -> Result<String> {
+        self.bind()?;
+        self.cudnn().map(Dnn::version)
+    }
+
+    /// Whether every result is the same bits each time, which is so unless this is called with `false`; clones share the setting.
+    ///
+    /// With `false`, the backward of attention may be cuDNN's, which is faster and adds up the gradient of queries in no fixed order.
+    pub fn set_deterministic(&self, deterministic: bool) {
+        self.gpu.deterministic.store(deterministic, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_deterministic(&self) -> bool {
+        self.gpu.deterministic.load(Ordering::Relaxed)
     }
 
     /// Makes the context current on this thread: before every call of the driver or of cuBLASLt.
@@ -169,6 +195,19 @@ impl Cuda {
         }
         let lt = Lt::new()?;
         Ok(self.gpu.cublaslt.get_or_init(|| lt))
+    }
+
+    /// cuDNN, from its first use on; the context is current. What is in its way does not change, and is remembered.
+    pub(super) fn cudnn(&self) -> Result<&Dnn> {
+        let open = || match self.compute_capability() {
+            (9, 0) => Dnn::new(self.gpu.stream.cast()),
+            (major, minor) => Err(Error::Unsupported {
+                what: format!(
+                    "attention by cuDNN on compute capability {major}.{minor}; it is used on 9.0 (Hopper)"
+                ),
+            }),
+        };
+        self.gpu.cudnn.get_or_init(open).as_ref().map_err(Clone::clone)
     }
 
     /// The faults of launches, to give the next one its code.
@@ -226,6 +265,7 @@ impl Drop for Gpu {
         unsafe {
             let _ = cu!(cuStreamSynchronize(self.stream));
             drop(self.cublaslt.take());
+            drop(self.cudnn.take());
             self.kernels.destroy();
             self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).destroy();
             self.memory.get_mut().unwrap_or_else(PoisonError::into_inner).destroy();

@@ -16,6 +16,8 @@ pub(super) enum Library {
     Nvrtc,
     /// Matrix products.
     CublasLt,
+    /// Attention.
+    Cudnn,
 }
 
 impl Library {
@@ -24,6 +26,7 @@ impl Library {
             Library::Driver => "the CUDA driver (libcuda)",
             Library::Nvrtc => "the CUDA run-time compiler (libnvrtc)",
             Library::CublasLt => "cuBLASLt (libcublasLt)",
+            Library::Cudnn => "cuDNN (libcudnn)",
         }
     }
 
@@ -32,10 +35,11 @@ impl Library {
             Library::Driver => "cuda",
             Library::Nvrtc => "nvrtc",
             Library::CublasLt => "cublasLt",
+            Library::Cudnn => "cudnn",
         }
     }
 
-    fn fix(self) -> &'static str {
+    pub(super) fn fix(self) -> &'static str {
         match self {
             Library::Driver => {
                 "it comes with NVIDIA's kernel driver, version 550 or later (in a container, start it with the GPU: `--gpus all`)"
@@ -46,17 +50,21 @@ impl Library {
             Library::CublasLt => {
                 "it comes with the CUDA toolkit, or by `pip install nvidia-cublas`; add its folder to LD_LIBRARY_PATH"
             }
+            Library::Cudnn => {
+                "it comes by `pip install nvidia-cudnn-cu13` (of CUDA 12: `nvidia-cudnn-cu12`); add its folder to LD_LIBRARY_PATH"
+            }
         }
     }
 
     fn is_present(self) -> bool {
-        static PRESENT: [OnceLock<bool>; 3] = [const { OnceLock::new() }; 3];
+        static PRESENT: [OnceLock<bool>; 4] = [const { OnceLock::new() }; 4];
         // SAFETY: loading a library of CUDA runs its initialisers, which have no requirements.
         let look = || unsafe {
             match self {
                 Library::Driver => cudarc::driver::sys::is_culib_present(),
                 Library::Nvrtc => cudarc::nvrtc::sys::is_culib_present(),
                 Library::CublasLt => cudarc::cublaslt::sys::is_culib_present(),
+                Library::Cudnn => cudarc::cudnn::sys::is_culib_present(),
             }
         };
         *PRESENT[self as usize].get_or_init(look)

@@ -4,7 +4,8 @@
 //! [`Device::download`](crate::Device::download) and [`Device::synchronize`](crate::Device::synchronize). Kernels are CUDA C++ inside this crate,
 //! compiled for the GPU at hand when they are first used and kept on disk ([`cache_dir`]); matrix products come from
 //! cuBLASLt. No CUDA is needed to build. At run time the driver (`libcuda`), NVRTC and cuBLASLt are loaded by name; where
-//! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it.
+//! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it. Attention comes from
+//! cuDNN where that is there ([`Cuda::cudnn_version`]); nothing needs it.
 //!
 //! # Faults
 //!
@@ -35,6 +36,8 @@ mod allocator;
 mod cache;
 mod compile;
 mod cublaslt;
+mod cudnn;
+mod cudnn_graph;
 mod device;
 mod driver;
 mod fault;
@@ -50,7 +53,9 @@ mod vectors;
 
 mod activation;
 mod attention;
+mod attention_cudnn;
 mod attention_flash;
+mod attention_graph;
 mod choices;
 mod elementwise;
 mod embedding;

@@ -273,6 +273,11 @@ impl RunConfig {
                     fix: "set it to 1, with all axes 1, or train.device = \"cpu\"".to_owned(),
                 });
             }
+            (DeviceKind::Cpu, _) if !train.deterministic => {
+                let (setting, problem) = ("train.deterministic = false", "has no meaning");
+                let (other, fix) = ("train.device = \"cpu\"".to_owned(), "remove it".to_owned());
+                return Err(ConfigError::Conflict { setting, problem, other, fix });
+            }
             _ => {}
         }
         for (setting, value) in [

@@ -115,6 +115,10 @@ pub struct TrainConfig {
     /// Type of weights and activations.
     #[serde(default)]
     pub dtype: TrainDType,
+    /// Whether the same run twice is the same bits. With `false` the backward of attention may be cuDNN's on a GPU, which is faster, and adds
+    /// up the gradient of queries in no fixed order.
+    #[serde(default = "yes")]
+    pub deterministic: bool,
     /// What a new run starts from: the weights of a checkpoint, of a run (its newest one) or of a Hugging Face folder,
     /// whatever folding wrote them and in whatever type, widened exactly or rounded to the nearest. At random unless given.
     /// `[model]` may then be left out, or give some keys only: the others are those of the weights' model. What is given must

@@ -433,6 +433,14 @@ fn a_gpu_trains_alone_and_bf16_needs_one() {
     let config = with(&on_gpu(&bf16)).unwrap();
     assert_eq!((config.train.device, config.train.dtype), (DeviceKind::Cuda, TrainDType::Bf16));
     assert_eq!(config.train.dtype.master().name(), "f32");
+    assert!(config.train.deterministic);
+    assert!(
+        !with(&on_gpu(&[&alone[..], &["train.deterministic=false"]].concat())).unwrap().train.deterministic
+    );
+    assert_eq!(
+        refusal(&["train.deterministic=false"]),
+        "train.deterministic = false has no meaning with train.device = \"cpu\": remove it"
+    );
     assert_eq!(RunConfig::parse(&config.to_toml().unwrap(), "resolved", &[] as &[&str]).unwrap(), config);
 }
 

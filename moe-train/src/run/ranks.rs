@@ -6,7 +6,7 @@ use moe_comm::{ThreadWorld, World};
 use moe_kernels::{Backend, Cpu, Float};
 
 use crate::Result;
-use crate::config::{ConfigError, DeviceKind, RunConfig, TrainDType};
+use crate::config::{ConfigError, DeviceKind, RunConfig, TrainConfig, TrainDType};
 
 /// What every rank does, on any device and in any type.
 pub(super) trait Job: Send + Sync + 'static {
@@ -42,7 +42,7 @@ impl Ranks {
                 world_size: config.folding()?.world_size(),
                 deadline: Duration::from_secs_f64(train.deadline_seconds),
             },
-            DeviceKind::Cuda => cuda()?,
+            DeviceKind::Cuda => cuda(train)?,
         };
         Ok(Ranks { devices, dtype: train.dtype })
     }
@@ -77,12 +77,19 @@ where
 }
 
 #[cfg(feature = "cuda")]
-fn cuda() -> Result<Devices> {
-    Ok(Devices::Cuda(moe_kernels::Cuda::new(0)?))
+fn cuda(train: &TrainConfig) -> Result<Devices> {
+    let device = moe_kernels::Cuda::new(0)?;
+    device.set_deterministic(train.deterministic);
+    if train.dtype == TrainDType::Bf16
+        && let Err(why) = device.cudnn_version()
+    {
+        eprintln!("warning: attention runs on kernels of moe-kernels alone: {why}");
+    }
+    Ok(Devices::Cuda(device))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn cuda() -> Result<Devices> {
+fn cuda(_: &TrainConfig) -> Result<Devices> {
     Err(ConfigError::Conflict {
         setting: "train.device = \"cuda\"",
         problem: "cannot be used",
