@@ -171,6 +171,18 @@ pub enum Error {
         /// The names.
         names: String,
     },
+    /// Less memory than one micro-batch needs.
+    #[error(
+        "rank {rank} has {stages} stages, so {most} activations cannot take a micro-batch through them: allow {stages} or more"
+    )]
+    TooFewActivations {
+        /// The rank.
+        rank: u32,
+        /// Its stages.
+        stages: u32,
+        /// Activations allowed.
+        most: u32,
+    },
 
     /// Lowering starts from less than it was given.
     #[error("{at}: the schedule already has such actions")]

@@ -1,5 +1,7 @@
 //! Who owns which stage.
 
+use std::ops::Range;
+
 use crate::{Error, Flow, Message, Result};
 
 /// Which rank owns which stage. One rank may own several (virtual stages), in any pattern.
@@ -124,6 +126,13 @@ impl Placement {
     /// The stages of `rank`, ascending; empty beyond the last rank.
     pub fn stages_of(&self, rank: u32) -> &[u32] {
         self.stages_of.get(rank as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// The share of `microbatches` that goes through a stage that is known to exist.
+    pub(crate) fn microbatches_of(&self, stage: u32, microbatches: u32) -> Range<u32> {
+        let copy = stage / (self.stages() / self.copies);
+        let share = |copy: u32| (u64::from(copy) * u64::from(microbatches) / u64::from(self.copies)) as u32;
+        share(copy)..share(copy + 1)
     }
 
     /// Whether a message crosses a boundary between two stages of one copy.

@@ -100,13 +100,10 @@ impl Schedule {
     /// The micro-batches that go through `stage`: all of them, or the share of the stage's copy of the pipeline. Copies take
     /// consecutive, equal shares, to within one micro-batch. Empty beyond the last stage.
     pub fn microbatches_of(&self, stage: u32) -> Range<u32> {
-        if stage >= self.placement.stages() {
-            return 0..0;
+        match stage < self.placement.stages() {
+            true => self.placement.microbatches_of(stage, self.microbatches),
+            false => 0..0,
         }
-        let copies = self.placement.copies();
-        let copy = stage / (self.placement.stages() / copies);
-        let share = |copy: u32| (u64::from(copy) * u64::from(self.microbatches) / u64::from(copies)) as u32;
-        share(copy)..share(copy + 1)
     }
 
     /// Training or evaluation.

@@ -50,7 +50,7 @@ impl Costs {
         Costs { stages: vec![stage; stages], links: vec![link; stages.saturating_sub(1)], overlap: 0.0 }
     }
 
-    fn check(&self, stages: usize) -> Result<()> {
+    pub(crate) fn check(&self, stages: usize) -> Result<()> {
         let count = |what, expected, got| match expected == got {
             true => Ok(()),
             false => Err(Error::CostCount { what, expected, got }),
@@ -75,7 +75,7 @@ impl Costs {
     }
 
     /// How long a compute action takes.
-    fn compute(&self, action: Action) -> f64 {
+    pub(crate) fn compute(&self, action: Action) -> f64 {
         let cost = &self.stages[action.stage as usize];
         match action.kind {
             Kind::Forward => cost.forward,
