@@ -4,6 +4,7 @@ use moe_kernels::family::{GateFunction, RotaryPairs};
 use moe_topology::{Attention, Constraints, Mapping};
 use serde::{Deserialize, Serialize};
 
+mod flops;
 mod latent;
 mod rope;
 mod routing;

@@ -79,6 +79,7 @@ impl Place {
             eval_interval = 3
             save_interval = 2
             deadline_seconds = 20
+            peak_tflops = 0.5
 
             [optimizer]
             lr = 1e-2
@@ -133,7 +134,9 @@ impl Place {
     fn timeless(&self, run: &str) -> Vec<Value> {
         let mut lines = self.metrics(run);
         for line in &mut lines {
-            line.as_object_mut().unwrap().remove("tokens_per_second");
+            for key in ["tokens_per_second", "tflops_per_rank", "mfu"] {
+                line.as_object_mut().unwrap().remove(key);
+            }
         }
         lines
     }
@@ -214,6 +217,14 @@ fn a_run_writes_metrics_checkpoints_and_a_sample() {
     for line in &steps {
         for key in ["loss", "grad_norm", "lr", "tokens_per_second", "aux_loss", "z_loss"] {
             assert!(line[key].as_f64().unwrap() > 0.0, "{key}: {line}");
+        }
+        // Of each of the four ranks: in a layer the projections of attention, scores and values of 16 keys on average, 2 experts of
+        // 3 matrices, and the head; 6 operations each.
+        let flops = 6.0 * (2.0 * (768.0 + 2.0 * 16.0 * 16.0 + 2.0 * 3.0 * 128.0) + 4096.0);
+        let tflops = flops * line["tokens_per_second"].as_f64().unwrap() / 4e12;
+        for (key, wanted) in [("tflops_per_rank", tflops), ("mfu", tflops / 0.5)] {
+            let found = line[key].as_f64().unwrap();
+            assert!((found - wanted).abs() <= 1e-12 * wanted, "{key}: {found}, not {wanted}");
         }
         assert_eq!(line["tokens"].as_u64().unwrap(), line["step"].as_u64().unwrap() * 4 * 32);
         assert_eq!(line["dropped_tokens"], 0);

@@ -300,6 +300,9 @@ impl RunConfig {
             (_, Some(limit)) => require("train.non_finite_limit", limit, limit >= 1, "at least 1")?,
             (_, None) => {}
         }
+        if let Some(peak) = train.peak_tflops {
+            require("train.peak_tflops", peak, peak > 0.0 && peak.is_finite(), "finite and above 0")?;
+        }
         let deadline = train.deadline_seconds;
         require(
             "train.deadline_seconds",

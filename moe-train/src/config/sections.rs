@@ -217,6 +217,10 @@ pub struct TrainConfig {
     /// Steps between lines of the log where it is no terminal.
     #[serde(default = "default_log_interval")]
     pub log_interval: u64,
+    /// Peak of one rank's device in TFLOP/s, for `mfu`; in `bf16`, that of the data sheet for GPUs that are known
+    /// ([`peak_bf16_tflops`](crate::metrics::peak_bf16_tflops)) unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
     /// Seconds after which a rank that waits for others gives up.
     #[serde(default = "default_deadline_seconds")]
     pub deadline_seconds: f64,

@@ -102,6 +102,8 @@ fn ranges() {
         ("train.steps=0", "train.steps = 0, but it must be at least 1"),
         ("train.micro_batch_size=0", "train.micro_batch_size = 0"),
         ("train.deadline_seconds=0", "train.deadline_seconds = 0"),
+        ("train.peak_tflops=0", "train.peak_tflops = 0, but it must be finite and above 0"),
+        ("train.peak_tflops=inf", "train.peak_tflops = inf"),
         ("optimizer.lr=nan", "optimizer.lr = NaN"),
         ("optimizer.min_lr=1.0", "optimizer.min_lr = 1, but it must be from 0 to optimizer.lr = 0.001"),
         (

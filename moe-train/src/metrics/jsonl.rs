@@ -141,6 +141,8 @@ mod tests {
             tokens: 512 * step,
             blend_tokens: Vec::new(),
             tokens_per_second: 1234.5,
+            tflops_per_rank: 0.75,
+            mfu: (step > 1).then_some(0.375),
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
             global_aux_loss: 1.0,

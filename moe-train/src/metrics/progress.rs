@@ -81,6 +81,9 @@ impl<W: Write> Progress<W> {
             number(record.grad_norm, 3),
             short(record.tokens_per_second),
         );
+        if let Some(mfu) = record.mfu {
+            line += &format!("  MFU {:.1}%", 100.0 * mfu);
+        }
         if let Some((low, high)) = record.load_spread() {
             line += &format!("  expert load {low:.2}-{high:.2}x");
         }
@@ -127,6 +130,8 @@ mod tests {
             tokens: 2048 * step,
             blend_tokens: Vec::new(),
             tokens_per_second: 4096.0,
+            tflops_per_rank: 0.25,
+            mfu: None,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
             global_aux_loss: 1.0,
@@ -180,6 +185,12 @@ mod tests {
         };
         let text = shown(true, &[record]);
         assert!(text.contains("step   2/300  loss -  grad norm -  0 tokens/s  ETA -"), "{text}");
+    }
+
+    #[test]
+    fn utilisation_is_shown_where_it_is_known() {
+        let text = shown(true, &[StepRecord { mfu: Some(0.4567), ..record(2) }]);
+        assert!(text.contains("  4.1k tokens/s  MFU 45.7%  expert load "), "{text}");
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub struct StepRecord {
     pub blend_tokens: Vec<u64>,
     /// Input tokens of the step by its wall time, without evaluation and saving.
     pub tokens_per_second: f64,
+    /// Operations that the model needs for them, in TFLOP/s of each rank: see [`Utilisation`](super::Utilisation).
+    pub tflops_per_rank: f64,
+    /// The same as a fraction of the device's peak, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1. That over all layers, if that
     /// is asked for; balanced is then K.
     pub aux_loss: f64,
@@ -68,6 +73,8 @@ impl StepRecord {
             ("train/lr", Some(self.lr)),
             ("train/tokens", Some(self.tokens as f64)),
             ("train/tokens_per_second", Some(self.tokens_per_second)),
+            ("train/tflops_per_rank", Some(self.tflops_per_rank)),
+            ("train/mfu", self.mfu),
             ("train/skipped_steps", Some(self.skipped_steps as f64)),
             ("moe/aux_loss", Some(self.aux_loss)),
             ("moe/sequence_aux_loss", Some(self.sequence_aux_loss)),
@@ -159,6 +166,8 @@ mod tests {
             tokens: 1,
             blend_tokens: Vec::new(),
             tokens_per_second: 1.0,
+            tflops_per_rank: 2.0,
+            mfu: Some(0.5),
             aux_loss: 1.1,
             sequence_aux_loss: 1.2,
             global_aux_loss: 1.3,
@@ -182,5 +191,9 @@ mod tests {
         ];
         assert_eq!(of_layer_3, wanted.each_ref());
         assert!(scalars.contains(&("moe/z_loss_layer_1".into(), 2.0)));
+        assert!(scalars.contains(&("train/tflops_per_rank".into(), 2.0)));
+        assert!(scalars.contains(&("train/mfu".into(), 0.5)));
+        let unknown = StepRecord { mfu: None, ..record };
+        assert!(unknown.scalars().iter().all(|(name, _)| name != "train/mfu"));
     }
 }

@@ -7,7 +7,7 @@ use crate::Result;
 use crate::config::RunConfig;
 use crate::data::BatchSizes;
 use crate::durable::Context;
-use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, SetLoss, StepRecord};
+use crate::metrics::{EvalRecord, EventFile, JsonLines, Progress, SetLoss, StepRecord, Utilisation};
 use crate::trainer::{SkippedSteps, StepReport};
 
 /// Writes on one rank what all ranks measured.
@@ -17,11 +17,17 @@ pub(super) struct Log {
     progress: Progress<Stdout>,
     batch_sizes: BatchSizes,
     sequence_length: u64,
+    utilisation: Utilisation,
 }
 
 impl Log {
-    /// For a run that starts, or goes on after step `resumed`.
-    pub fn open(config: &RunConfig, folder: &RunFolder, resumed: Option<u64>) -> Result<Self> {
+    /// For a run that starts, or goes on after step `resumed`, on devices of `peak_tflops`.
+    pub fn open(
+        config: &RunConfig,
+        folder: &RunFolder,
+        resumed: Option<u64>,
+        peak_tflops: Option<f64>,
+    ) -> Result<Self> {
         let lines = match resumed {
             None => JsonLines::create(&folder.metrics())?,
             Some(step) => JsonLines::resume(&folder.metrics(), step)?,
@@ -33,7 +39,9 @@ impl Log {
         let out = std::io::stdout();
         let terminal = out.is_terminal();
         let progress = Progress::new(out, terminal, train.steps, tokens, train.log_interval);
-        Ok(Log { lines, events, progress, batch_sizes, sequence_length })
+        let ranks = config.parallel.world_size;
+        let utilisation = Utilisation::new(&config.model, train.sequence_length, ranks, peak_tflops);
+        Ok(Log { lines, events, progress, batch_sizes, sequence_length, utilisation })
     }
 
     /// A step that took `seconds`, the steps that were skipped so far, and the tokens of each dataset of a blend.
@@ -45,6 +53,7 @@ impl Log {
         blend_tokens: Vec<u64>,
     ) -> Result<()> {
         let tokens_of_step = self.batch_sizes.of_step(report.step) as u64 * self.sequence_length;
+        let tokens_per_second = tokens_of_step as f64 / seconds;
         let record = StepRecord {
             step: report.step,
             loss: report.loss,
@@ -53,7 +62,9 @@ impl Log {
             lr: report.lr,
             tokens: self.batch_sizes.cursor(report.step + 1) * self.sequence_length,
             blend_tokens,
-            tokens_per_second: tokens_of_step as f64 / seconds,
+            tokens_per_second,
+            tflops_per_rank: self.utilisation.tflops_per_rank(tokens_per_second),
+            mfu: self.utilisation.mfu(tokens_per_second),
             aux_loss: report.aux_loss,
             sequence_aux_loss: report.sequence_aux_loss,
             global_aux_loss: report.global_aux_loss,

@@ -104,6 +104,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
         init: init.map(Arc::new),
         hub,
+        peak_tflops: config.train.peak_tflops.or(ranks.peak_tflops()),
         interrupted: interrupt::flag(),
     };
     let outcomes = ranks.run(plan)?;

@@ -32,6 +32,8 @@ pub(super) struct Plan {
     pub init: Option<Arc<Weights>>,
     /// The folder of the hub that either came from.
     pub hub: Option<HubOrigin>,
+    /// That of a rank's device, where it is known.
+    pub peak_tflops: Option<f64>,
     pub interrupted: Arc<AtomicBool>,
 }
 
@@ -82,7 +84,9 @@ fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) ->
     };
     let mut saved = plan.checkpoint.is_some().then_some(step);
     let mut evaluated = None;
-    let mut log = (world.rank() == 0).then(|| Log::open(&plan.config, &plan.folder, saved)).transpose()?;
+    let mut log = (world.rank() == 0)
+        .then(|| Log::open(&plan.config, &plan.folder, saved, plan.peak_tflops))
+        .transpose()?;
     let (last, eval_interval, save_interval) =
         (plan.config.train.steps, plan.config.train.eval_interval, plan.config.train.save_interval);
     let due = |interval: u64, step: u64| interval > 0 && step.is_multiple_of(interval);

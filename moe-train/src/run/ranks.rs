@@ -47,6 +47,15 @@ impl Ranks {
         Ok(Ranks { devices, dtype: train.dtype })
     }
 
+    /// What the data sheet says of each rank's device in the type that it computes in; none where it is not known.
+    pub fn peak_tflops(&self) -> Option<f64> {
+        match (&self.devices, self.dtype) {
+            #[cfg(feature = "cuda")]
+            (Devices::Cuda(device), TrainDType::Bf16) => crate::metrics::peak_bf16_tflops(device.name()),
+            _ => None,
+        }
+    }
+
     /// What all ranks come to, in their order.
     pub fn run<J: Job>(self, job: J) -> Result<Vec<J::Outcome>> {
         match self.devices {
