@@ -281,8 +281,12 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         Ok(pairs.flatten().collect())
     }
 
-    /// The elementwise reduction of all ranks' `x`. For small control data: it goes over the device and waits.
+    /// The elementwise reduction of all ranks' `x`. For small control data: it goes over the device and waits, unless the group is
+    /// of one rank.
     pub fn all_reduce_host<E: Element>(&self, x: &[E], reduction: Reduction) -> Result<Vec<E>> {
+        if self.size() == 1 {
+            return Ok(x.to_vec());
+        }
         let x = Tensor::from_slice(self.device, 1, x.len(), x)?;
         Ok(self.all_reduce(&x, reduction)?.to_vec(self.device)?)
     }

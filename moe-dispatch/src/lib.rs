@@ -89,8 +89,8 @@ pub mod router;
 pub use native::{NativeFabric, NativePending};
 #[cfg(feature = "native")]
 pub use router::{
-    Jitter, ModelUnit, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats,
-    RoutingOn, Sinkhorn, SumOverUnit,
+    Jitter, Margins, ModelUnit, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales,
+    RouterStats, RouterSum, RouterSums, RoutingOn, Sinkhorn, SumOverUnit,
 };
 
 #[cfg(all(doctest, feature = "native"))]

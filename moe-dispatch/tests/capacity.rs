@@ -86,9 +86,11 @@ impl Case {
         let slots = Tensor::from_slice(&device, 1, slots.len(), &slots)?;
         let spread = (group.size() > 1).then_some(Spread { group, tokens: &counts });
         let routing = self.routing(&device, tokens)?;
-        let (kept, dropped) =
-            drop_excess::<f64, Cpu>(&device, routing, self.policy, &slots, self.limit(), spread)?;
-        Ok((kept.experts.to_vec(&device)?, dropped))
+        let mut dropped = Tensor::<f64, Cpu>::zeros(&device, 1, 1)?;
+        let count = Some(dropped.view_mut()?);
+        let kept =
+            drop_excess::<f64, Cpu>(&device, routing, self.policy, &slots, self.limit(), spread, count)?;
+        Ok((kept.experts.to_vec(&device)?, dropped.to_vec(&device)?[0] as u64))
     }
 }
 
@@ -154,8 +156,8 @@ fn counts_of_other_tokens_than_a_rank_has_are_refused() {
         let routing = Routing { experts, weights, tokens: 2, top_k: 1, shapes: Shapes::Exact };
         let slots = Tensor::from_slice(&device, 1, 2, &[0, 1])?;
         let limit = DropLimit { num_experts: 2, unit_slots: 4, capacity: 1 };
-        let refused =
-            drop_excess::<f64, Cpu>(&device, routing, DropPolicy::Position, &slots, limit, Some(spread));
+        let policy = DropPolicy::Position;
+        let refused = drop_excess::<f64, Cpu>(&device, routing, policy, &slots, limit, Some(spread), None);
         Ok(matches!(refused, Err(Error::Comm(_))))
     };
     assert_eq!(ThreadWorld::run(2, Duration::from_secs(5), rank).unwrap(), [true, true]);

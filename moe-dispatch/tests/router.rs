@@ -1,22 +1,63 @@
 //! The router's gradients by finite differences in f64, and its edges.
 
-use moe_dispatch::{Error, Jitter, ModelUnit, Router, RouterConfig, RouterInput, RouterScales, Sinkhorn};
+use moe_dispatch::{
+    Error, Jitter, ModelUnit, Router, RouterConfig, RouterInput, RouterSaved, RouterScales, RouterStats,
+    RouterSums, RoutingOn, Sinkhorn,
+};
 use moe_kernels::family::{ExpertGroups, ScoreFunction, Scoring};
 use moe_kernels::random::uniform_pair;
-use moe_kernels::{Cpu, Tensor};
+use moe_kernels::{Backend, Cpu, Float, Tensor};
 use proptest::prelude::*;
 
 const HIDDEN: usize = 4;
 const NUM_EXPERTS: usize = 6;
-const SCALES: RouterScales<'static> = RouterScales {
-    micro_batches: 3,
-    sequences: 7,
-    valid_tokens: 29,
-    step_counts: &[9, 0, 21, 7, 4, 17],
-    model_counts: &[5, 12, 0, 8, 3, 10],
-    model_unit: ModelUnit::MicroBatch,
-    moe_layers: 3,
-};
+const STEP_COUNTS: [i64; NUM_EXPERTS] = [9, 0, 21, 7, 4, 17];
+const MODEL_COUNTS: [i64; NUM_EXPERTS] = [5, 12, 0, 8, 3, 10];
+const MICRO_BATCHES: u64 = 3;
+const SEQUENCES: u64 = 7;
+const VALID_TOKENS: u64 = 29;
+
+/// What the rest of the step and the other layers chose.
+struct Elsewhere {
+    step: Tensor<i64, Cpu>,
+    model: Tensor<i64, Cpu>,
+}
+
+impl Elsewhere {
+    fn new() -> Self {
+        let counts = |counts: &[i64]| Tensor::from_slice(&Cpu::poisoned(1), 1, counts.len(), counts).unwrap();
+        Elsewhere { step: counts(&STEP_COUNTS), model: counts(&MODEL_COUNTS) }
+    }
+
+    fn scales(&self) -> RouterScales<'_, Cpu> {
+        RouterScales {
+            micro_batches: MICRO_BATCHES,
+            sequences: SEQUENCES,
+            valid_tokens: VALID_TOKENS,
+            step_counts: Some(self.step.view()),
+            model_counts: Some(self.model.view()),
+            model_unit: ModelUnit::MicroBatch,
+            moe_layers: 3,
+        }
+    }
+}
+
+/// A forward pass with the statistics of it alone.
+fn run<T: Float>(
+    router: &Router,
+    device: &Cpu,
+    input: RouterInput<'_, T, Cpu>,
+    sum_over_unit: impl FnOnce(Tensor<i64, Cpu>) -> Result<Tensor<i64, Cpu>, Error>,
+) -> Result<(RoutingOn<T, Cpu>, RouterSaved<T, Cpu>, RouterStats), Error>
+where
+    Cpu: Backend<T>,
+{
+    let mut sums = RouterSums::zeros(device, 1, router.config().num_experts)?;
+    let (routing, saved, _) = router.forward(device, input, Some(sums.of(0)?), sum_over_unit)?;
+    let stats = sums.read(device)?.remove(0);
+    Ok((routing, saved, stats))
+}
+
 const SCORES: [ScoreFunction; 7] = [
     ScoreFunction::SoftmaxPost,
     ScoreFunction::SoftmaxPre { normalize: false },
@@ -48,13 +89,16 @@ fn config(scoring: impl Into<Scoring>, top_k: usize) -> RouterConfig {
 }
 
 /// Counts of the micro-batch: this rank's, and those of another one with 5 tokens of each sequence.
-fn with_another_rank(counts: &[i64]) -> Result<Vec<i64>, Error> {
+fn with_another_rank(counts: Tensor<i64, Cpu>) -> Result<Tensor<i64, Cpu>, Error> {
+    let (device, [sequences, width]) = (Cpu::poisoned(1), counts.shape());
     let other = [[4, 0, 3, 1, 1, 1, 5], [0, 2, 2, 2, 2, 2, 5]].concat();
-    Ok(counts.iter().zip(other.into_iter().cycle()).map(|(own, other)| own + other).collect())
+    let own = counts.to_vec(&device)?;
+    let sums: Vec<i64> = own.iter().zip(other.into_iter().cycle()).map(|(own, other)| own + other).collect();
+    Ok(Tensor::from_slice(&device, sequences, width, &sums)?)
 }
 
-fn alone(counts: &[i64]) -> Result<Vec<i64>, Error> {
-    Ok(counts.to_vec())
+fn alone(counts: Tensor<i64, Cpu>) -> Result<Tensor<i64, Cpu>, Error> {
+    Ok(counts)
 }
 
 fn tensor(rows: usize, cols: usize, values: &[f64]) -> Tensor<f64, Cpu> {
@@ -91,8 +135,8 @@ impl<'a> Extras<'a> {
         RouterInput { jitter, given, valid: valid.map(Tensor::view), ..with(x, weight, bias, 2) }
     }
 
-    fn scales(self) -> RouterScales<'static> {
-        RouterScales { model_unit: self.unit, ..SCALES }
+    fn scales(self, elsewhere: &Elsewhere) -> RouterScales<'_, Cpu> {
+        RouterScales { model_unit: self.unit, ..elsewhere.scales() }
     }
 }
 
@@ -108,7 +152,7 @@ fn objective(
     let x = tensor(x.len() / HIDDEN, HIDDEN, x);
     let weight = tensor(NUM_EXPERTS, HIDDEN, weight);
     let input = extras.input(&x, &weight);
-    let (routing, saved, stats) = router.forward(&device, input, with_another_rank).unwrap();
+    let (routing, saved, stats) = run(router, &device, input, with_another_rank).unwrap();
     let main: f64 = routing.weights.to_f64(&device).unwrap().iter().zip(dweights).map(|(w, g)| w * g).sum();
     let RouterConfig {
         aux_loss_coef,
@@ -118,23 +162,28 @@ fn objective(
         z_loss_coef,
         ..
     } = *router.config();
-    let of_step: f64 = SCALES.step_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
-    let of_model: f64 = SCALES.model_counts.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    let of_step: f64 = STEP_COUNTS.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
+    let of_model: f64 = MODEL_COUNTS.iter().zip(&stats.prob_sums).map(|(&c, p)| c as f64 * p).sum();
     // 4 tokens here (3 with padding), 5 of each of two sequences elsewhere, 3 layers.
     let tokens = if extras.valid.is_some() { 13.0 } else { 14.0 };
     let (unit, units) = match extras.unit {
-        ModelUnit::MicroBatch => (tokens, SCALES.micro_batches as f64),
+        ModelUnit::MicroBatch => (tokens, MICRO_BATCHES as f64),
         ModelUnit::Step => (29.0, 1.0),
     };
     let model_loss = NUM_EXPERTS as f64 * of_model / (3.0 * unit * 3.0 * unit);
-    assert!((router.model_aux_loss(&saved, extras.scales()) - model_loss).abs() < 1e-14);
+    let (elsewhere, mut sums) = (Elsewhere::new(), RouterSums::zeros(&device, 2, NUM_EXPERTS).unwrap());
+    let scales = extras.scales(&elsewhere);
+    router.add_model_aux_loss(&device, &saved, scales, sums.of(1).unwrap()).unwrap();
+    let model_losses: Vec<f64> = sums.read(&device).unwrap().iter().map(|sum| sum.model_aux_loss).collect();
+    assert_eq!(model_losses[0], 0.0);
+    assert!((model_losses[1] - model_loss).abs() < 1e-14);
     let divisor = (router.config().top_k * 29 * 29) as f64;
     let objective = main
         + global_aux_loss_coef * NUM_EXPERTS as f64 * of_step / divisor
         + model_aux_loss_coef * model_loss / units
-        + aux_loss_coef * stats.aux_loss / SCALES.micro_batches as f64
-        + sequence_aux_loss_coef * stats.sequence_aux_loss / SCALES.sequences as f64
-        + z_loss_coef * stats.z_loss_sum / SCALES.valid_tokens as f64;
+        + aux_loss_coef * stats.aux_loss / MICRO_BATCHES as f64
+        + sequence_aux_loss_coef * stats.sequence_aux_loss / SEQUENCES as f64
+        + z_loss_coef * stats.z_loss_sum / VALID_TOKENS as f64;
     (objective, routing.experts.to_vec(&device).unwrap())
 }
 
@@ -171,17 +220,20 @@ proptest! {
         };
         let (tokens, matrix) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let input = extras.input(&tokens, &matrix);
-        let (_, saved, _) = router.forward(&device, input, with_another_rank).unwrap();
+        let (_, saved, _) = router.forward(&device, input, None, with_another_rank).unwrap();
         // Gradients add to what is there.
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[10.0; NUM_EXPERTS * HIDDEN]);
-        let dx = router
+        let mut dx = tensor(4, HIDDEN, &[-3.0; 4 * HIDDEN]);
+        let elsewhere = Elsewhere::new();
+        router
             .backward(
                 &device,
                 extras.input(&tokens, &matrix),
                 &tensor(1, 4 * top_k, dweights),
                 saved,
+                dx.view_mut().unwrap(),
                 dweight.view_mut().unwrap(),
-                extras.scales(),
+                extras.scales(&elsewhere),
             )
             .unwrap();
         let (dx, dweight) = (dx.to_f64(&device).unwrap(), dweight.to_f64(&device).unwrap());
@@ -200,7 +252,7 @@ proptest! {
                 objective(&router, &x, &weight, extras, dweights)
             };
             if let Some(slope) = slope(&moved) {
-                prop_assert!((slope - dx[i]).abs() < 1e-7, "dx[{}]: {} by {}", i, dx[i], slope);
+                prop_assert!((slope - (dx[i] + 3.0)).abs() < 1e-7, "dx[{}]: {} by {}", i, dx[i], slope);
             }
         }
         for i in 0..weight.len() {
@@ -234,7 +286,7 @@ fn losses_count_the_plain_choice_and_the_load_the_actual_one() {
     let bias = [-0.5, -0.5, -0.5, -0.5, 0.0, 0.0];
     let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
     let (x, weight, bias) = (tensor(4, 6, &logits.concat()), tensor(6, 6, &identity), tensor(1, 6, &bias));
-    let (routing, _, stats) = router.forward(&device, with(&x, &weight, Some(&bias), 2), alone).unwrap();
+    let (routing, _, stats) = run(&router, &device, with(&x, &weight, Some(&bias), 2), alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [4, 5, 4, 5, 4, 5, 5, 4]);
     assert_eq!(stats.expert_counts, [0, 0, 0, 0, 4, 4]);
     assert_eq!(stats.plain_counts, [2, 1, 3, 1, 1, 0]);
@@ -290,11 +342,12 @@ fn scores_in_f64_of_tokens_in_f32() {
             jitter: Some(Jitter { epsilon: 0.3, key: 77, tokens: &ids }),
             ..RouterInput::new(&x32, w32.view())
         };
-        let (routing, saved, stats) = router.forward(&device, input(), with_another_rank).unwrap();
+        let (routing, saved, stats) = run(&router, &device, input(), with_another_rank).unwrap();
+        let (elsewhere, dweights32) = (Elsewhere::new(), single(1, 8, &dweights));
         let mut dw = single(NUM_EXPERTS, HIDDEN, &[0.5; NUM_EXPERTS * HIDDEN]);
-        let dx = router
-            .backward(&device, input(), &single(1, 8, &dweights), saved, dw.view_mut().unwrap(), SCALES)
-            .unwrap();
+        let mut dx = single(4, HIDDEN, &[0.25; 4 * HIDDEN]);
+        let (to, grad) = (dx.view_mut().unwrap(), dw.view_mut().unwrap());
+        router.backward(&device, input(), &dweights32, saved, to, grad, elsewhere.scales()).unwrap();
 
         let (x64, w64) = (tensor(4, HIDDEN, &x), tensor(NUM_EXPERTS, HIDDEN, &weight));
         let bias64 = bias.map(|bias| tensor(1, NUM_EXPERTS, bias));
@@ -306,11 +359,12 @@ fn scores_in_f64_of_tokens_in_f32() {
             unit: ModelUnit::MicroBatch,
         };
         let input = || extras.input(&x64, &w64);
-        let (want, saved, wanted) = router.forward(&device, input(), with_another_rank).unwrap();
+        let (want, saved, wanted) = run(&router, &device, input(), with_another_rank).unwrap();
+        let dweights64 = tensor(1, 8, &dweights);
         let mut dw64 = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
-        let dx64 = router
-            .backward(&device, input(), &tensor(1, 8, &dweights), saved, dw64.view_mut().unwrap(), SCALES)
-            .unwrap();
+        let mut dx64 = tensor(4, HIDDEN, &[0.0; 4 * HIDDEN]);
+        let (to, grad) = (dx64.view_mut().unwrap(), dw64.view_mut().unwrap());
+        router.backward(&device, input(), &dweights64, saved, to, grad, elsewhere.scales()).unwrap();
 
         assert_eq!(stats, wanted, "not a bit of the losses is lost");
         assert_eq!(routing.experts.to_vec(&device).unwrap(), want.experts.to_vec(&device).unwrap());
@@ -318,7 +372,9 @@ fn scores_in_f64_of_tokens_in_f32() {
             x.to_vec(&device).unwrap().into_iter().map(|x| x as f32).collect()
         };
         assert_eq!(routing.weights.to_vec(&device).unwrap(), once(&want.weights), "rounded once");
-        assert_eq!(dx.to_vec(&device).unwrap(), once(&dx64), "rounded once");
+        for (got, want) in dx.to_vec(&device).unwrap().into_iter().zip(once(&dx64)) {
+            assert_eq!(got, 0.25 + want, "rounded, then added");
+        }
         for (got, want) in dw.to_vec(&device).unwrap().into_iter().zip(once(&dw64)) {
             assert_eq!(got, 0.5 + want, "rounded, then added");
         }
@@ -349,9 +405,9 @@ fn noise_is_on_the_input_and_given_experts_have_present_weights() {
         valid: None,
         unit: ModelUnit::MicroBatch,
     };
-    let (got, _, stats) = router.forward(&device, extras.input(&x, &weight), alone).unwrap();
+    let (got, _, stats) = run(&router, &device, extras.input(&x, &weight), alone).unwrap();
     let extras = Extras { jitter: None, ..extras };
-    let (want, _, wanted) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();
+    let (want, _, wanted) = run(&router, &device, extras.input(&plain, &weight), alone).unwrap();
     let weights = |routing: &moe_dispatch::RoutingOn<f64, Cpu>| routing.weights.to_f64(&device).unwrap();
     assert!(weights(&got).iter().zip(weights(&want)).all(|(a, b)| (a - b).abs() < 1e-14));
     assert!((stats.z_loss_sum - wanted.z_loss_sum).abs() < 1e-13);
@@ -359,7 +415,7 @@ fn noise_is_on_the_input_and_given_experts_have_present_weights() {
     assert_eq!(got.experts.to_vec(&device).unwrap(), [5, 0, 3, 2]);
     assert_eq!(stats.expert_counts, [1, 0, 1, 1, 0, 1]);
     let extras = Extras { given: None, ..extras };
-    let (own, _, own_stats) = router.forward(&device, extras.input(&plain, &weight), alone).unwrap();
+    let (own, _, own_stats) = run(&router, &device, extras.input(&plain, &weight), alone).unwrap();
     assert_ne!(own.experts.to_vec(&device).unwrap(), [5, 0, 3, 2]);
     assert_eq!(
         (stats.plain_counts, own_stats.plain_counts),
@@ -397,16 +453,18 @@ fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
             })
             .collect();
         let sinkhorn = Some(Sinkhorn { iterations, sum_over_unit: &own });
+        let mut sums = RouterSums::zeros(&device, 1, 6).unwrap();
         let input = RouterInput { sinkhorn, margins: true, ..RouterInput::new(&whole, weight.view()) };
-        let (routing, _, stats) = router.forward(&device, input, alone).unwrap();
+        let (routing, _, margins) = router.forward(&device, input, Some(sums.of(0).unwrap()), alone).unwrap();
+        let stats = sums.read(&device).unwrap().remove(0);
         // The plan's scores as logarithms, and the choice that would be counted.
         let gap = |score: &dyn Fn(usize) -> f64| {
             let mut scores: Vec<f64> = (0..6).map(score).collect();
             scores.sort_by(|a, b| b.total_cmp(a));
             scores[top_k - 1] - scores[top_k]
         };
-        assert_eq!(stats.margins.as_ref().map(Vec::len), Some(tokens));
-        for (i, margin) in stats.margins.iter().flatten().enumerate() {
+        assert_eq!(margins.as_ref().map(Vec::len), Some(tokens));
+        for (i, margin) in margins.iter().flatten().enumerate() {
             let want = gap(&|e| (d[e] * x(i, e)).ln()).min(gap(&|e| logit(i, e)));
             assert!((margin - want).abs() < 1e-12, "margin {margin} of token {i}, and {want}");
         }
@@ -430,7 +488,7 @@ fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
         let sinkhorn = Some(Sinkhorn { iterations: 5, sum_over_unit: &own });
         let valid = padded.then(|| valid.view());
         let input = RouterInput { sinkhorn, valid, ..RouterInput::new(&lone, weight.view()) };
-        let (routing, _, _) = router.forward(&device, input, alone).unwrap();
+        let (routing, _, _) = run(&router, &device, input, alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap()[..top_k], [3, 5]);
     }
     // Without tokens it still takes part; a choice that is given needs no iteration.
@@ -441,9 +499,8 @@ fn sinkhorn_chooses_as_the_dense_formula_and_spreads_tokens() {
     };
     let sinkhorn = Some(Sinkhorn { iterations: 3, sum_over_unit: &counted });
     let none = tensor(0, 6, &[]);
-    router
-        .forward(&device, RouterInput { sinkhorn, ..RouterInput::new(&none, weight.view()) }, alone)
-        .unwrap();
+    let input = RouterInput { sinkhorn, ..RouterInput::new(&none, weight.view()) };
+    router.forward(&device, input, None, alone).unwrap();
     assert_eq!(calls.get(), 3);
 }
 
@@ -456,7 +513,7 @@ fn near_ties_are_told_apart_in_f64() {
     for (in_f64, chosen) in [(false, 0), (true, 1)] {
         let config = RouterConfig { num_experts: 2, in_f64, ..config(ScoreFunction::SoftmaxPost, 1) };
         let input = RouterInput::new(&x, weight.view());
-        let (routing, _, _) = Router::new(config).unwrap().forward(&device, input, alone).unwrap();
+        let (routing, _, _) = run(&Router::new(config).unwrap(), &device, input, alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap(), [chosen]);
     }
 }
@@ -480,7 +537,7 @@ fn padding_is_no_token() {
             let (x, valid) = (tensor(x.len() / HIDDEN, HIDDEN, x), valid.map(ints));
             let valid = valid.as_ref().map(Tensor::view);
             let input = RouterInput { valid, ..with(&x, &weight, None, sequences) };
-            let (routing, _, stats) = router.forward(&device, input, alone).unwrap();
+            let (routing, _, stats) = run(&router, &device, input, alone).unwrap();
             (routing.experts.to_vec(&device).unwrap(), routing.weights.to_vec(&device).unwrap(), stats)
         };
         let (experts, weights, padded) = run(&x, Some(&valid), 3);
@@ -509,15 +566,18 @@ fn padding_only() {
     let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
     let (x, valid) = (tensor(2, HIDDEN, &[0.5; 2 * HIDDEN]), ints(&[0, 0]));
     let input = RouterInput { valid: Some(valid.view()), ..RouterInput::new(&x, weight.view()) };
-    let (_, saved, stats) = router.forward(&device, input, alone).unwrap();
+    let (_, saved, stats) = run(&router, &device, input, alone).unwrap();
     assert_eq!(stats.expert_counts, [0; NUM_EXPERTS]);
     assert_eq!((stats.aux_loss, stats.sequence_aux_loss, stats.z_loss_sum), (0.0, 0.0, 0.0));
-    let scales = RouterScales { valid_tokens: 0, step_counts: &[0; NUM_EXPERTS], ..SCALES };
+    let elsewhere = Elsewhere::new();
+    let none = Tensor::zeros(&device, 1, NUM_EXPERTS).unwrap();
+    let scales = RouterScales { valid_tokens: 0, step_counts: Some(none.view()), ..elsewhere.scales() };
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[1.0; NUM_EXPERTS * HIDDEN]);
     let dweights = tensor(1, 4, &[0.0; 4]);
     let (input, grad) = (RouterInput::new(&x, weight.view()), dweight.view_mut().unwrap());
-    let dx = router.backward(&device, input, &dweights, saved, grad, scales).unwrap();
-    assert_eq!(dx.to_vec(&device).unwrap(), [0.0; 2 * HIDDEN]);
+    let mut dx = tensor(2, HIDDEN, &[2.0; 2 * HIDDEN]);
+    router.backward(&device, input, &dweights, saved, dx.view_mut().unwrap(), grad, scales).unwrap();
+    assert_eq!(dx.to_vec(&device).unwrap(), [2.0; 2 * HIDDEN]);
     assert_eq!(dweight.to_vec(&device).unwrap(), [1.0; NUM_EXPERTS * HIDDEN]);
 }
 
@@ -533,8 +593,7 @@ fn ties_go_to_the_smaller_expert() {
     for score in SCORES {
         let router = Router::new(config(score, 4)).unwrap();
         let x = tensor(1, HIDDEN, &[1.0; HIDDEN]);
-        let (routing, _, stats) =
-            router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
+        let (routing, _, stats) = run(&router, &device, RouterInput::new(&x, weight.view()), alone).unwrap();
         assert_eq!(routing.experts.to_vec(&device).unwrap(), [1, 2, 4, 0]);
         assert_eq!(stats.expert_counts, [1, 1, 1, 0, 1, 0]);
     }
@@ -553,7 +612,7 @@ fn a_balanced_routing_costs_one() {
     let identity: Vec<f64> = (0..36).map(|i| f64::from(u8::from(i % 7 == 0))).collect();
     // x · identityᵀ = logits
     let (x, weight) = (tensor(6, 6, &logits), tensor(6, 6, &identity));
-    let (routing, _, stats) = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap();
+    let (routing, _, stats) = run(&router, &device, RouterInput::new(&x, weight.view()), alone).unwrap();
     assert_eq!(routing.experts.to_vec(&device).unwrap(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0]);
     assert!((stats.aux_loss - 1.0).abs() < 1e-14, "{}", stats.aux_loss);
     let lse = (2f64.exp() + 1f64.exp() + 4.0).ln();
@@ -568,7 +627,7 @@ fn a_token_that_is_no_number_is_named() {
     x[2 * HIDDEN + 1] = f64::NAN;
     let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
     let x = tensor(3, HIDDEN, &x);
-    let error = router.forward(&device, RouterInput::new(&x, weight.view()), alone).unwrap_err();
+    let error = run(&router, &device, RouterInput::new(&x, weight.view()), alone).unwrap_err();
     assert!(matches!(error, Error::Device(moe_kernels::Error::NotANumber { row: 2, .. })), "{error}");
 }
 
@@ -578,26 +637,18 @@ fn no_tokens() {
     let router = Router::new(config(ScoreFunction::SoftmaxPost, 2)).unwrap();
     let weight = tensor(NUM_EXPERTS, HIDDEN, &[0.1; NUM_EXPERTS * HIDDEN]);
     let mut summed = 0;
-    let count = |counts: &[i64]| {
+    let count = |counts: Tensor<i64, Cpu>| {
         summed += 1;
         alone(counts)
     };
     let x = tensor(0, HIDDEN, &[]);
-    let (routing, saved, stats) =
-        router.forward(&device, RouterInput::new(&x, weight.view()), count).unwrap();
+    let (routing, saved, stats) = run(&router, &device, RouterInput::new(&x, weight.view()), count).unwrap();
     assert_eq!((summed, routing.tokens, stats.aux_loss, stats.z_loss_sum), (1, 0, 0.0, 0.0));
     let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; NUM_EXPERTS * HIDDEN]);
-    let dx = router
-        .backward(
-            &device,
-            RouterInput::new(&x, weight.view()),
-            &tensor(1, 0, &[]),
-            saved,
-            dweight.view_mut().unwrap(),
-            SCALES,
-        )
-        .unwrap();
-    assert_eq!(dx.shape(), [0, HIDDEN]);
+    let (input, elsewhere, mut dx) =
+        (RouterInput::new(&x, weight.view()), Elsewhere::new(), tensor(0, HIDDEN, &[]));
+    let (to, grad) = (dx.view_mut().unwrap(), dweight.view_mut().unwrap());
+    router.backward(&device, input, &tensor(1, 0, &[]), saved, to, grad, elsewhere.scales()).unwrap();
     assert_eq!(dweight.to_f64(&device).unwrap(), [0.0; NUM_EXPERTS * HIDDEN]);
 }
 
@@ -620,24 +671,26 @@ fn what_cannot_be_is_refused() {
     let device = Cpu::poisoned(1);
     let router = Router::new(good).unwrap();
     let (x, weight) = (tensor(1, HIDDEN, &[1.0; HIDDEN]), tensor(NUM_EXPERTS, HIDDEN, &[0.1; 24]));
-    let short = |counts: &[i64]| Ok(counts[1..].to_vec());
-    let short = router.forward(&device, RouterInput::new(&x, weight.view()), short);
+    let short = |counts: Tensor<i64, Cpu>| Ok(counts.columns(1..NUM_EXPERTS)?);
+    let short = run(&router, &device, RouterInput::new(&x, weight.view()), short);
     assert!(matches!(short, Err(Error::Router { .. })));
     for sequences in [0, 2] {
-        let uneven = router.forward(&device, with(&x, &weight, None, sequences), alone);
+        let uneven = run(&router, &device, with(&x, &weight, None, sequences), alone);
         assert!(matches!(uneven, Err(Error::Router { .. })), "{sequences} sequences of one token");
     }
+    let elsewhere = Elsewhere::new();
+    let few = elsewhere.model.columns(0..1).unwrap();
     for scales in [
-        RouterScales { valid_tokens: 0, ..SCALES },
-        RouterScales { step_counts: &[], ..SCALES },
-        RouterScales { model_counts: &[1], ..SCALES },
+        RouterScales { valid_tokens: 0, ..elsewhere.scales() },
+        RouterScales { step_counts: None, ..elsewhere.scales() },
+        RouterScales { model_counts: Some(few.view()), ..elsewhere.scales() },
     ] {
         let input = || RouterInput::new(&x, weight.view());
-        let (_, saved, _) = router.forward(&device, input(), alone).unwrap();
+        let (_, saved, _) = run(&router, &device, input(), alone).unwrap();
         let mut dweight = tensor(NUM_EXPERTS, HIDDEN, &[0.0; 24]);
-        let dweights = tensor(1, 2, &[1.0, 1.0]);
-        let refused =
-            router.backward(&device, input(), &dweights, saved, dweight.view_mut().unwrap(), scales);
+        let (dweights, mut dx) = (tensor(1, 2, &[1.0, 1.0]), tensor(1, HIDDEN, &[0.0; HIDDEN]));
+        let (to, grad) = (dx.view_mut().unwrap(), dweight.view_mut().unwrap());
+        let refused = router.backward(&device, input(), &dweights, saved, to, grad, scales);
         assert!(matches!(refused, Err(Error::Router { .. })), "{scales:?}");
     }
 }

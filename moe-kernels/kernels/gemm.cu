@@ -75,3 +75,56 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 gemm_acc(Acc *g, i64 gs, const T *a, i64 as, const T *b, i64 bs, i64 m, i64 n, i64 k, i32 ta, i32 tb) {
     gemm_tile<true>(g, gs, Operand(a, as, ta, m, k), Operand(b, bs, tb, k, n));
 }
+
+// y += op(a) op(b), rounded once.
+extern "C" __global__ void __launch_bounds__(THREADS)
+gemm_add(T *y, i64 ys, const T *a, i64 as, const T *b, i64 bs, i64 m, i64 n, i64 k, i32 ta, i32 tb) {
+    gemm_tile<true>(y, ys, Operand(a, as, ta, m, k), Operand(b, bs, tb, k, n));
+}
+
+#if defined(T_BF16)
+// A float is the sum of three bf16, each the nearest to what the ones before it leave: 24 bits of 8 each. With the parts of
+// a[m, k] side by side, each of `p` columns (a multiple of 8, zeros behind the last of `k`), a product of floats and bf16 is one
+// of bf16.
+
+// parts[r] = hi | mid | lo of a[r]. `vectors`: rows of `a` begin at multiples of 16 bytes.
+extern "C" __global__ void __launch_bounds__(THREADS)
+split(bf16 *parts, const float *a, i64 as, i64 m, i64 k, i64 p, i32 vectors) {
+    i64 per_row = p / 8;
+    for (i64 v = i64(blockIdx.x) * THREADS + threadIdx.x; v < m * per_row; v += i64(gridDim.x) * THREADS) {
+        i64 r = v / per_row, c = (v - r * per_row) * 8;
+        Words<float, 8> x = load_up_to<8>(a + r * as + c, int(max(i64(0), min(i64(8), k - c))), vectors);
+        Words<bf16, 8> hi = {}, mid = {}, lo = {};
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float rest = x.get(j);
+            bf16 first = bf16_from_f32(rest);
+            rest -= widen(first);
+            bf16 second = bf16_from_f32(rest);
+            hi.set(j, first);
+            mid.set(j, second);
+            lo.set(j, bf16_from_f32(rest - widen(second)));
+        }
+        bf16 *to = parts + r * 3 * p + c;
+        store_up_to(to, hi, 8, true);
+        store_up_to(to + p, mid, 8, true);
+        store_up_to(to + 2 * p, lo, 8, true);
+    }
+}
+
+// y[part · p + e] = b[e] for each of the three parts, zeros behind row `k`: [3p, n], n columns without gaps.
+extern "C" __global__ void __launch_bounds__(THREADS) stack(bf16 *y, const bf16 *b, i64 bs, i64 n, i64 k, i64 p) {
+    for (i64 v = i64(blockIdx.x) * THREADS + threadIdx.x; v < 3 * p * n; v += i64(gridDim.x) * THREADS) {
+        i64 e = v / n % p;
+        y[v] = e < k ? b[e * bs + v % n] : bf16{0};
+    }
+}
+
+// g[e] += Σ over parts of q[part · p + e], the smallest first. g: [k, n], q: [3p, n] without gaps.
+extern "C" __global__ void __launch_bounds__(THREADS) fold(float *g, i64 gs, const float *q, i64 n, i64 k, i64 p) {
+    for (i64 v = i64(blockIdx.x) * THREADS + threadIdx.x; v < k * n; v += i64(gridDim.x) * THREADS) {
+        i64 e = v / n, c = v - e * n;
+        g[e * gs + c] += (q[2 * p * n + v] + q[p * n + v]) + q[v];
+    }
+}
+#endif

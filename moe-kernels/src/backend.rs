@@ -2,8 +2,8 @@
 
 use crate::Float;
 use crate::family::{
-    Activation, Attention, Elementwise, Embedding, Gemm, GroupedBias, GroupedGemm, Loss, Norm, Optim, Reduce,
-    Rope, Routing, Rows,
+    Activation, Attention, Balance, Elementwise, Embedding, Gemm, GroupedBias, GroupedGemm, Loss, Norm,
+    Optim, Reduce, Rope, Routing, Rows,
 };
 
 macro_rules! backend {
@@ -21,6 +21,7 @@ backend! {
         + Rows<T> + Rows<T::Acc> + Rows<i32>
         + Elementwise<T> + Elementwise<T::Acc>
         + Norm<T> + Rope<T> + Attention<T> + Activation<T>
-        + Routing<T::Acc> + Routing<f64> + Embedding<T> + Loss<T> + Optim<T>
+        + Routing<T::Acc> + Routing<f64> + Balance<T::Acc> + Balance<f64>
+        + Embedding<T> + Loss<T> + Optim<T>
         + Reduce<T> + Reduce<T::Acc> + Reduce<f64>
 }

@@ -63,6 +63,8 @@ suites! {
     grouped_bias_bf16: grouped_bias::<bf16>(1e-2);
     routing_f32: routing::<f32>(1e-5);
     routing_f64: routing::<f64>(1e-12);
+    balance_f32: balance::<f32>(1e-5);
+    balance_f64: balance::<f64>(1e-12);
     optim_f32: optim::<f32>(1e-6);
     optim_f64: optim::<f64>(1e-14);
     optim_bf16: optim::<bf16>(1e-6);

@@ -15,7 +15,7 @@ use moe_model::axes::communicators;
 use moe_model::forced::ForcedRouting;
 use moe_model::moe::MoeMlp;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, Execution, Layer, MicroBatch, Mode, ModelConfig, Objective, RopeTable};
+use moe_model::{Cx, Execution, Layer, MicroBatch, Mode, ModelConfig, MoeStats, Objective, RopeTable};
 use moe_topology::{Folding, Mapping};
 
 const HIDDEN: usize = 128;
@@ -71,7 +71,7 @@ fn layer(world: &ThreadRank, tokens: usize, experts: usize, iterations: u64) -> 
     cx.forced_routing = Some(ForcedRouting::Balanced);
     let (ids, positions) = (vec![0; tokens], Vec::from_iter(0..tokens as i32));
     cx.batches = vec![MicroBatch::new(&device, 1, &ids, &positions, &ids, &vec![1.0; tokens], 1.0)?];
-    cx.stats.moe = vec![mlp.stats()];
+    cx.stats.moe = MoeStats::new(&device, vec![0], experts)?;
     cx.params.zero_grads(&device, false)?;
 
     let values: Vec<f32> = (0..tokens * HIDDEN).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
@@ -82,8 +82,9 @@ fn layer(world: &ThreadRank, tokens: usize, experts: usize, iterations: u64) -> 
         mlp.backward_weight(0, deferred, cx)
     };
     pass(&mut cx)?;
-    let rows = (tokens * TOP_K / experts) as u64;
-    assert!(cx.stats.moe[0].counts.iter().all(|&count| count == rows) && rows >= 256);
+    let rows = (tokens * TOP_K / experts) as i64;
+    let seen = cx.stats.moe.read(&device)?;
+    assert!(seen[&0].expert_counts.iter().all(|&count| count == rows) && rows >= 256);
     let start = Timer::start();
     for _ in 0..iterations {
         pass(&mut cx)?;

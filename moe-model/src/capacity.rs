@@ -1,7 +1,7 @@
 //! Dropping: which tokens compete for the places of an expert, and where each of them stands.
 
 use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity, expert_rank_budget};
-use moe_dispatch::{Routing, RoutingOn, Shapes};
+use moe_dispatch::{RouterSum, Routing, RoutingOn, Shapes};
 use moe_kernels::family::DropLimit;
 use moe_kernels::{Backend, Device, Element, Float, Tensor, View};
 use moe_topology::{Attention, Folding};
@@ -119,33 +119,37 @@ impl Place {
         Ok(all.view().columns(first..first + rows)?)
     }
 
-    /// A routing without the choices beyond the capacity of the context, and how many were dropped. Evaluation drops
-    /// nothing.
+    /// A routing without the choices beyond the capacity of the context; how many were dropped, the statistics of `layer` count.
+    /// Evaluation drops nothing.
     pub fn drop_excess<T: Float, D: Backend<T>>(
         self,
         m: u32,
+        layer: usize,
         routing: RoutingOn<T, D>,
         num_experts: usize,
-        cx: &Cx<T, D>,
-    ) -> Result<(RoutingOn<T, D>, u64)> {
+        cx: &mut Cx<T, D>,
+    ) -> Result<RoutingOn<T, D>> {
         let Some(ExpertCapacity { factor, policy, unit, pad }) =
             cx.capacity.filter(|_| cx.mode != Mode::Evaluate)
         else {
-            return Ok((routing, 0));
+            return Ok(routing);
         };
         let Slots { slots, unit_slots, units, spread } =
             self.slots(unit, routing.tokens, cx.batch(m)?.batch)?;
         let slots = Tensor::from_slice(&cx.device, 1, slots.len(), &slots)?;
         let capacity = expert_capacity(factor, unit_slots, routing.top_k, num_experts);
         let limit = DropLimit { num_experts, unit_slots, capacity };
-        let group = cx.group(TP_CP)?;
+        // Not `Cx::group`, which would hold the statistics too.
+        let group = cx.comms.group(TP_CP)?;
         let tokens = vec![routing.tokens; group.size()];
         let spread = spread.then_some(Spread { group, tokens: &tokens });
-        let (mut routing, dropped) = drop_excess::<T, D>(&cx.device, routing, policy, &slots, limit, spread)?;
+        let mut sums = cx.stats.moe.of(layer)?;
+        let dropped = sums.as_mut().map(RouterSum::dropped).transpose()?;
+        let mut routing = drop_excess::<T, D>(&cx.device, routing, policy, &slots, limit, spread, dropped)?;
         if pad {
             routing.shapes = Shapes::PerExpert((capacity * units).min(routing.tokens));
         }
-        Ok((routing, dropped))
+        Ok(routing)
     }
 
     /// The slots of this rank's `rows` rows of a micro-batch of `batch` sequences.

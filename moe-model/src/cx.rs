@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use moe_comm::{Comm, Comms};
-use moe_dispatch::ModelUnit;
+use moe_dispatch::{ModelUnit, RouterStats, RouterSum, RouterSums};
 use moe_kernels::{Device, Float, Tensor};
 use moe_topology::{Axes, View};
 
@@ -42,19 +42,19 @@ pub struct Cx<T: Float, D: Device> {
     pub batches: Vec<MicroBatch<T, D>>,
     /// The step's constants in the objective.
     pub objective: Objective,
-    /// Choices that the load-balancing loss of the whole step counts, of each expert by layer, over all micro-batches and all
+    /// Choices that the load-balancing loss of the whole step counts, `[1, experts]` by layer, over all micro-batches and all
     /// ranks of the stage; empty where every rank has one micro-batch, whose layers add up their own.
-    pub step_counts: BTreeMap<usize, Vec<i64>>,
-    /// Choices that the load-balancing loss over all layers counts, of each expert, of the micro-batch whose pass is being
-    /// made: in a forward pass of the layers so far, in a backward pass of all layers. Empty without that loss.
-    pub choices: Vec<i64>,
+    pub step_counts: BTreeMap<usize, Tensor<i64, D>>,
+    /// Choices that the load-balancing loss over all layers counts, `[1, experts]`, of the micro-batch whose pass is being
+    /// made: in a forward pass of the layers so far, in a backward pass of all layers. None without that loss.
+    pub choices: Option<Tensor<i64, D>>,
     /// What that loss takes together: [`Step`](ModelUnit::Step) asks for one micro-batch on every rank.
     pub model_unit: ModelUnit,
     /// This rank's blocks of the logits by micro-batch, `[positions · sequences, vocab block]`, where they are to be known
     /// beside the loss (last stage only).
     pub logits: Option<BTreeMap<u32, Tensor<T, D>>>,
     /// What the passes of this step saw.
-    pub stats: Stats,
+    pub stats: Stats<D>,
 }
 
 impl<T: Float, D: Device> Cx<T, D> {
@@ -82,7 +82,7 @@ impl<T: Float, D: Device> Cx<T, D> {
             batches,
             objective,
             step_counts: BTreeMap::new(),
-            choices: Vec::new(),
+            choices: None,
             model_unit: ModelUnit::default(),
             logits: None,
             stats,
@@ -122,7 +122,7 @@ pub struct RecordedRouting {
     pub experts: Vec<i32>,
     /// `tokens · K`: the weights of these experts.
     pub weights: Vec<f64>,
-    /// `tokens`: by how much each choice [stands](moe_dispatch::RouterStats::margins).
+    /// `tokens`: by how much each choice [stands](moe_dispatch::Margins).
     pub margins: Vec<f64>,
 }
 
@@ -216,36 +216,63 @@ impl<T: Float, D: Device> MicroBatch<T, D> {
 }
 
 /// Sums over the forward passes of one step on this rank.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Stats {
+#[derive(Debug)]
+pub struct Stats<D: Device> {
     /// Σ w·ce over this rank's tokens (last stage only; equal on all tensor-parallel ranks).
     pub loss: f64,
-    /// Per MoE layer of this stage, in order.
-    pub moe: Vec<MoeStats>,
+    /// What the MoE layers of this stage saw.
+    pub moe: MoeStats<D>,
     /// Whether experts would have received more rows than [`Cx::expert_rank_capacity`] allows: on any rank of the group, and
     /// all else is worth nothing.
     pub overflowed: bool,
 }
 
-/// What one MoE layer saw in a step, on this rank.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct MoeStats {
-    /// Global index of the layer.
-    pub layer: usize,
-    /// Choices per expert, before dropping.
-    pub counts: Vec<u64>,
-    /// Choices that were dropped.
-    pub dropped: u64,
-    /// Choices per expert that the load-balancing losses count: the K best without bias and groups.
-    pub plain_counts: Vec<i64>,
-    /// Sums over this rank's tokens of their share of the scores, per expert.
-    pub prob_sums: Vec<f64>,
-    /// This rank's part of Σ over micro-batches of A (the sum over tensor- and context-parallel ranks is whole).
-    pub aux: f64,
-    /// The same over sequences.
-    pub sequence_aux: f64,
-    /// This layer's and rank's part of Σ over units of the load-balancing loss over all layers; known after backward.
-    pub model_aux: f64,
-    /// Σ over this rank's tokens of logsumexp².
-    pub z: f64,
+impl<D: Device> Default for Stats<D> {
+    fn default() -> Self {
+        Stats { loss: 0.0, moe: MoeStats::default(), overflowed: false }
+    }
+}
+
+/// What the routers of some layers saw in a step, on this rank: added up on the device, where passes do not wait for it.
+#[derive(Debug)]
+pub struct MoeStats<D: Device> {
+    layers: Vec<usize>,
+    /// A row for each of the layers; nothing of none.
+    sums: Option<RouterSums<D>>,
+}
+
+impl<D: Device> Default for MoeStats<D> {
+    /// Of no layer.
+    fn default() -> Self {
+        MoeStats { layers: Vec::new(), sums: None }
+    }
+}
+
+impl<D: Device> MoeStats<D> {
+    /// Of layers with these global indices, which have as many experts; of nothing yet.
+    pub fn new(device: &D, layers: Vec<usize>, num_experts: usize) -> Result<Self> {
+        let sums = (!layers.is_empty()).then(|| RouterSums::zeros(device, layers.len(), num_experts));
+        Ok(MoeStats { layers, sums: sums.transpose()? })
+    }
+
+    /// The global indices of the layers.
+    pub fn layers(&self) -> &[usize] {
+        &self.layers
+    }
+
+    /// The sums of a layer, if it is one of these.
+    pub(crate) fn of(&mut self, layer: usize) -> Result<Option<RouterSum<'_, D>>> {
+        let row = self.layers.iter().position(|&l| l == layer);
+        let (Some(row), Some(sums)) = (row, &mut self.sums) else { return Ok(None) };
+        Ok(Some(sums.of(row)?))
+    }
+
+    /// What they are by now, by layer. Waits for the device, once.
+    ///
+    /// # Errors
+    /// What the device found until then.
+    pub fn read(&self, device: &D) -> Result<BTreeMap<usize, RouterStats>> {
+        let Some(sums) = &self.sums else { return Ok(BTreeMap::new()) };
+        Ok(self.layers.iter().copied().zip(sums.read(device)?).collect())
+    }
 }

@@ -3,7 +3,7 @@
 use moe_comm::Reduction;
 use moe_dispatch::{
     Batch, DispatchState, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput,
-    RouterSaved, RouterScales, RouterStats, Sinkhorn, TokenDispatcher, TokenDispatcherState,
+    RouterSaved, RouterScales, Sinkhorn, TokenDispatcher, TokenDispatcherState,
 };
 use moe_kernels::family::{GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
@@ -12,7 +12,7 @@ use moe_topology::{Expert, Owner, Placement};
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::{Place, within_budget};
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
-use crate::cx::{Mode, MoeStats, RecordedRouting};
+use crate::cx::{Mode, RecordedRouting};
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
 use crate::expert_mlp_bias::ExpertMlpBias;
@@ -58,8 +58,6 @@ pub struct MoeMlp {
 pub struct Routed<T: Float, D: Device> {
     router: RouterSaved<T, D>,
     noise: Option<Noise<D>>,
-    /// This rank's choices that the load-balancing losses count.
-    plain_counts: Vec<i64>,
     /// Weights of the choices, `[tokens, top_k]`.
     weights: Tensor<T::Acc, D>,
     state: TokenDispatcherState<Tensor<i32, D>>,
@@ -179,16 +177,9 @@ impl MoeMlp {
         })
     }
 
-    /// Fresh statistics for a step.
-    pub fn stats(&self) -> MoeStats {
-        let experts = self.router.config().num_experts;
-        MoeStats {
-            layer: self.layer,
-            counts: vec![0; experts],
-            plain_counts: vec![0; experts],
-            prob_sums: vec![0.0; experts],
-            ..MoeStats::default()
-        }
+    /// Experts of the layer.
+    pub fn num_experts(&self) -> usize {
+        self.router.config().num_experts
     }
 
     /// Its global index.
@@ -234,31 +225,33 @@ impl MoeMlp {
         noise.map(|(key, tokens)| Jitter { epsilon: self.jitter, key: *key, tokens })
     }
 
-    fn record(&self, stats: &mut [MoeStats], seen: &RouterStats, dropped: u64) {
-        if let Some(own) = stats.iter_mut().find(|s| s.layer == self.layer) {
-            for (sum, count) in own.counts.iter_mut().zip(&seen.expert_counts) {
-                *sum += *count as u64;
-            }
-            own.dropped += dropped;
-            own.plain_counts.iter_mut().zip(&seen.plain_counts).for_each(|(sum, count)| *sum += count);
-            own.prob_sums.iter_mut().zip(&seen.prob_sums).for_each(|(sum, p)| *sum += p);
-            own.aux += seen.aux_loss;
-            own.sequence_aux += seen.sequence_aux_loss;
-            own.z += seen.z_loss_sum;
+    /// Choices of the whole step, `[1, experts]`, where its load-balancing loss asks for them: counted beforehand, or, where every
+    /// rank has one micro-batch, its own added up now.
+    fn step_counts<T: Float, D: Backend<T>>(
+        &self,
+        router: &RouterSaved<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Option<Tensor<i64, D>>> {
+        let Some(own) = router.own_choices(&cx.device)? else { return Ok(None) };
+        match (cx.step_counts.get(&self.layer), cx.batches.len()) {
+            (Some(counts), _) => Ok(Some(counts.clone())),
+            (None, 1) => Ok(Some(cx.group(TP_CP_DP)?.all_reduce(&own, Reduction::Sum)?)),
+            (None, batches) => Err(Error::NotCounted { layer: self.layer, batches }),
         }
     }
 
-    /// Choices of the whole step, where its load-balancing loss asks for them: counted beforehand, or, where every rank has
-    /// one micro-batch, `own` added up now.
-    fn step_counts<T: Float, D: Device>(&self, own: &[i64], cx: &Cx<T, D>) -> Result<Vec<i64>> {
-        if self.router.config().global_aux_loss_coef == 0.0 {
-            return Ok(Vec::new());
+    /// Adds the micro-batch's choices to those over all layers, where these are counted.
+    fn count_choices<T: Float, D: Backend<T>>(
+        &self,
+        router: &RouterSaved<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        if let Some(choices) = &mut cx.choices {
+            let mut sums = choices.copy(&cx.device)?;
+            router.add_choices(&cx.device, sums.view_mut()?)?;
+            *choices = sums;
         }
-        match (cx.step_counts.get(&self.layer), cx.batches.len()) {
-            (Some(counts), _) => Ok(counts.clone()),
-            (None, 1) => Ok(cx.group(TP_CP_DP)?.all_reduce_host(own, Reduction::Sum)?),
-            (None, batches) => Err(Error::NotCounted { layer: self.layer, batches }),
-        }
+        Ok(())
     }
 
     fn keeps(&self, module: RecomputeModule) -> bool {
@@ -276,13 +269,16 @@ impl MoeMlp {
         h: &Tensor<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<Routed<T, D>> {
-        let unit = cx.group(TP_CP)?;
-        let sum_over_unit = |counts: &[i64]| Ok(unit.all_reduce_host(counts, Reduction::Sum)?);
-        let micro_batch = cx.batch(m)?;
+        // Not `Cx::group`, which would hold the statistics too.
+        let unit = cx.comms.group(TP_CP)?;
+        let sum_over_unit = |counts: Tensor<i64, D>| Ok(unit.all_reduce(&counts, Reduction::Sum)?);
+        let Drawn { noise, given } = self.draw(m, h.shape()[0], cx)?;
+        let sums = cx.stats.moe.of(self.layer)?;
+        let no_batch = Error::NoBatch { index: m as usize, batches: cx.batches.len() };
+        let micro_batch = cx.batches.get(m as usize).ok_or(no_batch)?;
         let (sequences, rows) = (micro_batch.batch, h.shape()[0]);
         let valid = micro_batch.valid.as_ref().map(|valid| self.place.own(valid, rows)).transpose()?;
         let bias = self.bias.map(|bias| bias.values(&cx.params).view());
-        let Drawn { noise, given } = self.draw(m, h.shape()[0], cx)?;
         let (jitter, weight) = (self.jitter(noise.as_ref()), cx.params.weight(self.gate)?);
         let given = given.as_ref();
         let sum_numbers = |numbers: &[f64]| Ok(unit.all_reduce_host(numbers, Reduction::Sum)?);
@@ -290,25 +286,22 @@ impl MoeMlp {
         let sinkhorn = iterations.map(|iterations| Sinkhorn { iterations, sum_over_unit: &sum_numbers });
         let margins = cx.recorded.is_some();
         let input = RouterInput { x: h, weight, bias, sequences, jitter, given, sinkhorn, valid, margins };
-        let (routing, router, seen) = self
+        let (routing, router, margins) = self
             .router
-            .forward(&cx.device, input, sum_over_unit)
+            .forward(&cx.device, input, sums, sum_over_unit)
             .map_err(|error| Error::in_router(self.layer, error))?;
         if let Some(recorded) = &mut cx.recorded {
             let experts = routing.experts.to_vec(&cx.device)?;
             let weights = routing.weights.to_f64(&cx.device)?;
-            let margins = seen.margins.clone().unwrap_or_default();
+            let margins = margins.unwrap_or_default();
             recorded.insert((m, self.layer), RecordedRouting { experts, weights, margins });
         }
-        let (routing, dropped) = self.place.drop_excess(m, routing, self.router.config().num_experts, cx)?;
-        self.record(&mut cx.stats.moe, &seen, dropped);
-        if !cx.choices.is_empty() {
-            cx.choices.iter_mut().zip(router.choices()).for_each(|(sum, count)| *sum += count);
-        }
+        let routing = self.place.drop_excess(m, self.layer, routing, self.num_experts(), cx)?;
+        self.count_choices(&router, cx)?;
         let routing = within_budget(routing, self.grid.etp_size(), cx);
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
         cx.stats.overflowed |= state.overflowed();
-        Ok(Routed { router, noise, plain_counts: seen.plain_counts, weights: routing.weights, state })
+        Ok(Routed { router, noise, weights: routing.weights, state })
     }
 
     /// Brings the rows of `h` to their experts, and runs `beside` with the shared expert while they are on their way, if it
@@ -417,7 +410,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let device = cx.device.clone();
         let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = saved;
-        let Routed { router, noise, plain_counts, state, .. } = routed;
+        let Routed { router, noise, state, .. } = routed;
         let flight = self.dispatcher.combine_backward_start(&self.fabric(cx)?, &dy, &state)?;
         let (mut h, mut shared, mut by_shared) = (h, shared, None);
         if let Some(expert) = self.overlapping() {
@@ -456,25 +449,24 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let (mut dh, dweights) = self.dispatcher.dispatch_backward(&fabric, dx_rows, d_probs, &state)?;
 
         let h = self.norm.output(h, &norm, cx)?;
-        let step_counts = self.step_counts(&plain_counts, cx)?;
+        let (step_counts, model_counts) = (self.step_counts(&router, cx)?, cx.choices.clone());
         let scales = RouterScales {
             micro_batches: cx.objective.micro_batches as u64,
             sequences: cx.objective.sequences as u64,
             valid_tokens: cx.objective.tokens as u64,
-            step_counts: &step_counts,
-            model_counts: &cx.choices,
+            step_counts: step_counts.as_ref().map(Tensor::view),
+            model_counts: model_counts.as_ref().map(Tensor::view),
             model_unit: cx.model_unit,
             moe_layers: self.moe_layers as u64,
         };
-        if let Some(own) = cx.stats.moe.iter_mut().find(|s| s.layer == self.layer) {
-            own.model_aux += self.router.model_aux_loss(&router, scales);
+        if let Some(sums) = cx.stats.moe.of(self.layer)? {
+            self.router.add_model_aux_loss(&device, &router, scales, sums)?;
         }
         let sequences = cx.batch(m)?.batch;
         let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
         let jitter = self.jitter(noise.as_ref());
         let input = RouterInput { sequences, jitter, ..RouterInput::new(&h, weight) };
-        let d_router = self.router.backward(&device, input, &dweights, router, grad, scales)?;
-        device.add_assign(dh.view_mut()?, d_router.view())?;
+        self.router.backward(&device, input, &dweights, router, dh.view_mut()?, grad, scales)?;
         if let (None, Some(expert)) = (&by_shared, &self.shared) {
             by_shared = Some(self.shared_backward(expert, &dy, &h, shared, cx)?);
         }

@@ -36,11 +36,14 @@ pub struct DecoderStage {
 
 type SavedBlock<T, D> = <Recompute<Block> as Layer<T, D>>::Saved;
 
+/// A micro-batch's choices of each expert over all layers, `[1, experts]`, where they are counted.
+type Counts<D> = Option<Tensor<i64, D>>;
+
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
     blocks: Vec<SavedBlock<T, D>>,
     /// With the micro-batch's choices over all layers.
-    head: Option<(HeadSaved<T, D>, Vec<i64>)>,
+    head: Option<(HeadSaved<T, D>, Counts<D>)>,
 }
 
 /// What the weight gradients need.
@@ -100,9 +103,14 @@ impl DecoderStage {
             .collect()
     }
 
-    /// Fresh statistics for a step.
-    pub fn moe_stats(&self) -> Vec<MoeStats> {
-        self.moe_layers().map(MoeMlp::stats).collect()
+    /// Fresh statistics for a step of a rank's stages.
+    pub fn moe_stats<'a, D: Device>(
+        stages: impl IntoIterator<Item = &'a DecoderStage>,
+        device: &D,
+    ) -> Result<MoeStats<D>> {
+        let layers = Vec::from_iter(stages.into_iter().flat_map(DecoderStage::moe_layers));
+        let num_experts = layers.first().map_or(0, |mlp| mlp.num_experts());
+        MoeStats::new(device, layers.into_iter().map(MoeMlp::layer).collect(), num_experts)
     }
 
     /// The biases of its routers, each with the global index of the layer.
@@ -126,7 +134,8 @@ impl DecoderStage {
     ) -> Result<Tensor<T, D>> {
         match (&self.embedding, x) {
             (Some(embedding), None) => {
-                cx.choices = vec![0; self.choices];
+                let choices = (self.choices > 0).then(|| Tensor::zeros(&cx.device, 1, self.choices));
+                cx.choices = choices.transpose()?;
                 embedding.forward(m, cx)
             }
             (None, Some(Activation { x, choices })) => {
@@ -152,7 +161,7 @@ impl DecoderStage {
             keep(saved);
             x = y;
         }
-        Ok(Activation { x, choices: std::mem::take(&mut cx.choices) })
+        Ok(Activation { x, choices: cx.choices.take() })
     }
 
     /// The gradient of the input, layer by layer, and what the weight gradients still need: nothing if they are added now.
@@ -189,7 +198,7 @@ impl DecoderStage {
             }
             dx = next;
         }
-        let choices = std::mem::take(&mut cx.choices);
+        let choices = cx.choices.take();
         let Some(embedding) = &self.embedding else { return Ok((Some(Activation { x: dx, choices }), rest)) };
         let rows = embedding.backward_input(&dx, cx)?;
         match weights {
@@ -268,7 +277,7 @@ impl DecoderStage {
             let last = x.shape()[0].saturating_sub(logits * batch)..x.shape()[0];
             x = head.logits(x.rows(last)?, cx)?;
         }
-        Ok(Activation { x, choices: std::mem::take(&mut cx.choices) })
+        Ok(Activation { x, choices: cx.choices.take() })
     }
 
     fn error(&self, what: &'static str) -> Error {
@@ -277,11 +286,11 @@ impl DecoderStage {
 }
 
 /// A micro-batch's choices over all layers, or those of the whole step where the load-balancing loss takes it together.
-fn unit_choices<T: Float, D: Device>(choices: Vec<i64>, cx: &Cx<T, D>) -> Result<Vec<i64>> {
+fn unit_choices<T: Float, D: Device>(choices: Counts<D>, cx: &Cx<T, D>) -> Result<Counts<D>> {
+    let Some(choices) = choices else { return Ok(None) };
     match (cx.model_unit, cx.batches.len()) {
-        _ if choices.is_empty() => Ok(choices),
-        (ModelUnit::MicroBatch, _) => Ok(choices),
-        (ModelUnit::Step, 1) => Ok(cx.group(Attention::DP)?.all_reduce_host(&choices, Reduction::Sum)?),
+        (ModelUnit::MicroBatch, _) => Ok(Some(choices)),
+        (ModelUnit::Step, 1) => Ok(Some(cx.group(Attention::DP)?.all_reduce(&choices, Reduction::Sum)?)),
         (ModelUnit::Step, batches) => Err(Error::StepOfSeveral { batches }),
     }
 }

@@ -12,16 +12,15 @@ use crate::{Error, Result};
 pub struct Activation<T: Float, D: Device> {
     /// An activation, or the gradient of one, `[tokens of a micro-batch on one rank, hidden]`.
     pub x: Tensor<T, D>,
-    /// With a load-balancing loss over all layers, how often each expert was chosen: forward by the layers so far, backward
-    /// by all of them. Empty without.
-    pub choices: Vec<i64>,
+    /// With a load-balancing loss over all layers, how often each expert was chosen, `[1, experts]`: forward by the layers so
+    /// far, backward by all of them. None without.
+    pub choices: Option<Tensor<i64, D>>,
 }
 
 /// A pipeline transport over the communicator of the pp group. All messages have one shape; choices, where there are any,
 /// follow their activation as a message of their own.
 pub struct CommTransport<D: Device> {
     comms: Comms<D>,
-    device: D,
     shape: [usize; 2],
     choices: usize,
 }
@@ -37,7 +36,7 @@ impl<D: Device> CommTransport<D> {
         choices: usize,
     ) -> Result<Self> {
         let comms = Comms::<D>::builder().attention(Attention::PP).build(world, device, folding)?;
-        Ok(CommTransport { comms, device: device.clone(), shape, choices })
+        Ok(CommTransport { comms, shape, choices })
     }
 }
 
@@ -54,8 +53,7 @@ impl<T: Float, D: Device> Transport<Activation<T, D>> for CommTransport<D> {
                     let (to, tag) = (to_rank as usize, message.tag());
                     directions.push(Direction::Send);
                     messages.push(Message::Send { to, tag, tensor: x });
-                    if self.choices > 0 {
-                        let tensor = Tensor::from_slice(&self.device, 1, self.choices, &counts)?;
+                    if let Some(tensor) = counts {
                         choices.push(Message::Send { to, tag, tensor });
                     }
                 }
@@ -85,11 +83,7 @@ impl<T: Float, D: Device> Transport<Activation<T, D>> for CommTransport<D> {
         let choices = ticket.choices.map(|choices| choices.wait()).transpose()?;
         Ok(match ticket.direction {
             Direction::Send => None,
-            Direction::Recv => {
-                let choices =
-                    choices.map_or_else(|| Ok(Vec::new()), |choices| choices.to_vec(&self.device))?;
-                Some(Activation { x, choices })
-            }
+            Direction::Recv => Some(Activation { x, choices }),
         })
     }
 

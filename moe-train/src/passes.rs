@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use moe_comm::World;
-use moe_kernels::{Backend, Float};
+use moe_kernels::{Backend, Device, Float};
 use moe_model::axes::communicators;
 use moe_model::config::ModelConfig;
 use moe_model::params::ParamLayoutBuilder;
@@ -75,6 +75,12 @@ pub(crate) struct LoadedRank<T: Float, D: Backend<T>> {
     pub cx: Cx<T, D>,
 }
 
+/// Statistics of a step that has seen nothing yet.
+pub(crate) fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>], device: &D) -> Result<Stats<D>> {
+    let moe = DecoderStage::moe_stats(stages.iter().map(|stage| &**stage), device)?;
+    Ok(Stats { moe, ..Stats::default() })
+}
+
 impl<T: Float, D: Backend<T>> LoadedRank<T, D> {
     /// Reads what this rank has of `weights`. Of the objective nothing is known yet. Collective over the world.
     ///
@@ -94,8 +100,7 @@ impl<T: Float, D: Backend<T>> LoadedRank<T, D> {
         let rope = RopeTable::of(&device, model, *length)?;
         let objective = Objective { micro_batches: 0, sequences: 0, tokens: 0 };
         let mut cx = Cx::new(device, comms, params, rope, objective);
-        let moe = stages.iter().flat_map(|stage| stage.moe_stats()).collect();
-        cx.stats = Stats { moe, ..Stats::default() };
+        cx.stats = fresh_stats(&stages, &cx.device)?;
         Ok(LoadedRank { stages, transport, cx })
     }
 }

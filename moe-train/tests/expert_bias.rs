@@ -234,7 +234,8 @@ fn evaluation_and_samples_use_the_biases_and_leave_them() {
             let before = pieces(&trainer)?;
             let loss = trainer.evaluate(4, |u| source(&setup).micro_batch(9, u))?;
             assert!(pieces(&trainer)? == before, "the state changed");
-            let seen: Vec<_> = trainer.cx().stats.moe.iter().map(|layer| layer.counts.clone()).collect();
+            let stats = trainer.cx().stats.moe.read(&trainer.cx().device)?;
+            let seen: Vec<_> = stats.into_values().map(|layer| layer.expert_counts).collect();
             Ok::<_, Error>((loss.unwrap(), seen))
         })
         .unwrap_or_else(|error| panic!("{error}"));

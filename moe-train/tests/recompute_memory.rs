@@ -138,7 +138,7 @@ impl Kept<'_> {
         }
         let (e, k) = (model.num_local_experts, model.num_experts_per_tok);
         let spread = folding.size(Expert::EP | Expert::ETP);
-        let choices = rows * (e * a + k * (a + 4));
+        let choices = rows * (e * a + k * (a + 4)) + 8 * BATCH * (e + 1);
         let routing = match (dispatcher, spread) {
             (_, 1) => choices + 4 * (3 * rows * k + e + 1),
             (AllToAll, _) => choices + 4 * (3 * rows * k + e + 1 + 2 * expert_rows + e / ep + 1),

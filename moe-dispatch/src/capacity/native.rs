@@ -1,6 +1,6 @@
 use moe_comm::Comm;
-use moe_kernels::family::DropLimit;
-use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_kernels::family::{Balance, DropLimit};
+use moe_kernels::{Backend, Device, Float, Tensor, ViewMut};
 use moe_topology::Attention;
 
 use super::DropPolicy;
@@ -14,7 +14,8 @@ pub struct Spread<'a, D: Device> {
     pub tokens: &'a [usize],
 }
 
-/// Drops the choices beyond `limit`; returns what is left and how many of this rank's choices were dropped.
+/// Drops the choices beyond `limit`; returns what is left, and adds to `dropped: [1, 1]`, if it is asked for, how many of this rank's
+/// choices were dropped.
 ///
 /// `slots: [1, n]` are the slots of this rank's tokens, which say what unit a token belongs to and who comes first, as for
 /// [`Routing::drop_excess`](moe_kernels::family::Routing::drop_excess) on a device. Where the tokens of a unit
@@ -29,7 +30,8 @@ pub fn drop_excess<T: Float, D: Backend<T>>(
     slots: &Tensor<i32, D>,
     limit: DropLimit,
     spread: Option<Spread<'_, D>>,
-) -> Result<(RoutingOn<T, D>, u64), Error> {
+    dropped: Option<ViewMut<'_, f64, D>>,
+) -> Result<RoutingOn<T, D>, Error> {
     let Routing { experts, weights, tokens, top_k, shapes } = routing;
     let own = experts.reshape(tokens, top_k)?;
     let by = match policy {
@@ -48,9 +50,10 @@ pub fn drop_excess<T: Float, D: Backend<T>>(
             all.rows(first..first + tokens)?
         }
     };
-    let (before, after) = (own.to_vec(device)?, kept.to_vec(device)?);
-    let dropped = before.iter().zip(&after).filter(|&(&before, &after)| before >= 0 && after < 0).count();
-    Ok((Routing { experts: kept, weights, tokens, top_k, shapes }, dropped as u64))
+    if let Some(dropped) = dropped {
+        Balance::<T::Acc>::count_dropped(device, dropped, own.view(), kept.view())?;
+    }
+    Ok(Routing { experts: kept, weights, tokens, top_k, shapes })
 }
 
 fn kept<T: Float, D: Backend<T>>(

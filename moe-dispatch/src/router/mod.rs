@@ -3,14 +3,16 @@
 mod backward;
 mod forward;
 mod sinkhorn;
+mod stats;
 mod types;
 
-use moe_kernels::family::{self, ExpertGroups, Scoring};
-use moe_kernels::{DType, Device, Element, Float, Tensor, View};
+use moe_kernels::family::{self, Balance, ExpertGroups, Scoring};
+use moe_kernels::{DType, Device, Element, Float, Tensor, View, ViewMut};
 
 use crate::{Error, Routing};
 
 pub use sinkhorn::{Sinkhorn, SumOverUnit};
+pub use stats::{RouterStats, RouterSum, RouterSums};
 
 /// What a router computes. Names in brackets are those of a Hugging Face `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -67,25 +69,32 @@ pub enum ModelUnit {
 }
 
 /// What the gradients of the losses take from the step as a whole; the same on all ranks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RouterScales<'a> {
+#[derive(Debug)]
+pub struct RouterScales<'a, D: Device> {
     /// Micro-batches of the step over all data-parallel ranks.
     pub micro_batches: u64,
     /// Sequences of the step over all data-parallel ranks.
     pub sequences: u64,
     /// Tokens of the step that are no padding, `T_v`.
     pub valid_tokens: u64,
-    /// Sum of [`RouterStats::plain_counts`] over the micro-batches of the step and all ranks of the stage; empty where
+    /// `[1, E]`: sum of [`RouterStats::plain_counts`] over the micro-batches of the step and all ranks of the stage; none where
     /// the whole step has no load-balancing loss.
-    pub step_counts: &'a [i64],
-    /// Choices of each expert in the `model_unit` over all layers, sums of [`RouterSaved::choices`]; empty where the layers
-    /// have no load-balancing loss together.
-    pub model_counts: &'a [i64],
+    pub step_counts: Option<View<'a, i64, D>>,
+    /// `[1, E]`: choices of each expert in the `model_unit` over all layers, sums of [`RouterSaved::add_choices`]; none where the
+    /// layers have no load-balancing loss together.
+    pub model_counts: Option<View<'a, i64, D>>,
     /// What that loss takes together.
     pub model_unit: ModelUnit,
     /// Layers with experts, M.
     pub moe_layers: u64,
 }
+
+impl<D: Device> Clone for RouterScales<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for RouterScales<'_, D> {}
 
 /// What [`Router::forward`] routes, and by what.
 ///
@@ -110,7 +119,7 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub valid: Option<View<'a, i32, D>>,
     /// A choice that spreads tokens evenly, unless it is given; none unless given.
     pub sinkhorn: Option<Sinkhorn<'a>>,
-    /// Whether [`RouterStats::margins`] are asked for; not unless given.
+    /// Whether [`Margins`] are asked for; not unless given.
     pub margins: bool,
 }
 
@@ -156,88 +165,64 @@ impl<'a, T: Float, D: Device> RouterInput<'a, T, D> {
 /// A routing on a device: `experts: [tokens, top_k]`, `weights: [tokens, top_k]`.
 pub type RoutingOn<T, D> = Routing<Tensor<i32, D>, Tensor<<T as Float>::Acc, D>>;
 
-/// What [`Router::forward`] returns: for the dispatcher, for the backward pass, for the metrics.
-pub type Routed<T, D> = (RoutingOn<T, D>, RouterSaved<T, D>, RouterStats);
+/// If asked for, the [margin](family::RouteOutput::margins) of each of this rank's tokens: the least by which the choice, and
+/// that which the load-balancing losses count, stand. Scores of a [`Sinkhorn`] choice are `ln(d_e·x_ie)`.
+pub type Margins = Option<Vec<f64>>;
+
+/// What [`Router::forward`] returns: for the dispatcher, and for the backward pass.
+pub type Routed<T, D> = (RoutingOn<T, D>, RouterSaved<T, D>, Margins);
 
 /// What the router keeps for its backward pass, besides its input.
 #[derive(Debug, Clone)]
 pub struct RouterSaved<T: Float, D: Device> {
     /// `[n, K]`.
     experts: Tensor<i32, D>,
-    /// `[n, E]`.
-    logits: Logits<T, D>,
-    unit: UnitCounts,
-    /// [`RouterStats::prob_sums`].
-    prob_sums: Vec<f64>,
+    scores: Scores<T, D>,
+    /// `[sequences, E + 1]`: what the load-balancing losses count of the micro-batch, on all its ranks.
+    unit: Tensor<i64, D>,
+    /// The same of this rank's tokens, where the whole step has a load-balancing loss.
+    own: Option<Tensor<i64, D>>,
+    /// Whether some tokens may be padding.
+    padded: bool,
 }
 
-impl<T: Float, D: Device> RouterSaved<T, D> {
-    /// How often each expert was among the K best of the tokens of the micro-batch, on all its ranks: what the
-    /// load-balancing losses count.
-    pub fn choices(&self) -> Vec<i64> {
-        self.unit.micro_batch().0
+impl<T: Float, D: Balance<T::Acc>> RouterSaved<T, D> {
+    /// Adds to `sums: [1, E]` how often each expert was among the K best of the tokens of the micro-batch, on all its ranks: what
+    /// the load-balancing losses count.
+    ///
+    /// # Errors
+    /// `sums` has another shape.
+    pub fn add_choices(&self, device: &D, sums: ViewMut<'_, i64, D>) -> Result<(), Error> {
+        Ok(Balance::<T::Acc>::sum_counts(device, sums, self.unit.view())?)
+    }
+
+    /// How often each expert was among the K best of this rank's tokens, `[1, E]`; none without a load-balancing loss of the
+    /// whole step.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn own_choices(&self, device: &D) -> Result<Option<Tensor<i64, D>>, Error> {
+        let Some(own) = &self.own else { return Ok(None) };
+        let mut sums = Tensor::zeros(device, 1, own.shape()[1] - 1)?;
+        Balance::<T::Acc>::sum_counts(device, sums.view_mut()?, own.view())?;
+        Ok(Some(sums))
     }
 }
 
-/// Logits in the router's type.
+/// What was computed in the router's type.
 #[derive(Debug, Clone)]
-enum Logits<T: Float, D: Device> {
-    Acc(Tensor<T::Acc, D>),
-    F64(Tensor<f64, D>),
+enum Scores<T: Float, D: Device> {
+    Acc(ScoresIn<T::Acc, D>),
+    F64(ScoresIn<f64, D>),
 }
 
-/// The choices that the load-balancing losses count, of a whole micro-batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct UnitCounts {
-    /// One row of E choices and the number of tokens for each sequence.
-    rows: Vec<i64>,
-    num_experts: usize,
-}
-
-impl UnitCounts {
-    /// Choices of each expert and tokens, by sequence.
-    fn sequences(&self) -> impl Iterator<Item = (&[i64], i64)> {
-        self.rows
-            .chunks_exact(self.num_experts + 1)
-            .map(|row| (&row[..self.num_experts], row[self.num_experts]))
-    }
-
-    /// Choices of each expert and tokens, of all sequences.
-    fn micro_batch(&self) -> (Vec<i64>, i64) {
-        let mut sums = vec![0; self.num_experts];
-        let mut tokens = 0;
-        for (counts, n) in self.sequences() {
-            sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-            tokens += n;
-        }
-        (sums, tokens)
-    }
-}
-
-/// Numbers for the metrics of one layer and micro-batch.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RouterStats {
-    /// How often this rank's tokens chose each expert. Tokens here and in what follows are the valid ones.
-    pub expert_counts: Vec<i64>,
-    /// How often each expert was among the K best of this rank's tokens without bias and groups: what the load-balancing
-    /// losses count.
-    pub plain_counts: Vec<i64>,
-    /// `P_e`, the sum over this rank's tokens of their share of the scores. The loss of the whole step is
-    /// `E/(K·T_v²) Σ_e C_e·P_e` with both summed over its micro-batches and all ranks of the stage.
-    pub prob_sums: Vec<f64>,
-    /// This rank's part of the micro-batch's load-balancing loss, `E/(K·T²) Σ_e C_e·P_e` with `P_e` over its own
-    /// tokens, without coefficient. The loss of the step is the sum over all ranks and micro-batches, divided by
-    /// the number of micro-batches.
-    pub aux_loss: f64,
-    /// The same for each sequence, summed over the sequences of the micro-batch. The loss of the step is the sum over
-    /// all ranks and micro-batches, divided by the number of sequences.
-    pub sequence_aux_loss: f64,
-    /// `Σ logsumexp²` over this rank's tokens. The z-loss of the step is the sum over all ranks and micro-batches,
-    /// divided by the number of tokens.
-    pub z_loss_sum: f64,
-    /// If asked for, the [margin](family::RouteOutput::margins) of each of this rank's tokens: the least by which the choice, and
-    /// that which the load-balancing losses count, stand. Scores of a [`Sinkhorn`] choice are `ln(d_e·x_ie)`.
-    pub margins: Option<Vec<f64>>,
+#[derive(Debug, Clone)]
+struct ScoresIn<R: Float, D: Device> {
+    /// `[n, E]`.
+    logits: Tensor<R, D>,
+    /// `[sequences, E]`: sums over this rank's tokens of their shares of the scores, where the layers have a load-balancing loss
+    /// together.
+    probs: Option<Tensor<R, D>>,
 }
 
 impl Router {

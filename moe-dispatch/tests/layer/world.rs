@@ -8,9 +8,9 @@ use moe_comm::{Comms, Reduction, ThreadRank, ThreadWorld};
 use moe_dispatch::capacity::{Spread, drop_excess, expert_capacity};
 use moe_dispatch::{
     DispatchState, Dispatcher, DispatcherKind, Error, Grid, ModelUnit, NativeFabric, Router, RouterConfig,
-    RouterInput, RouterScales, TokenDispatcher,
+    RouterInput, RouterScales, RouterSums, TokenDispatcher,
 };
-use moe_kernels::family::{Activation, DropLimit, Elementwise, GateFunction, GroupedGemm, Op};
+use moe_kernels::family::{Activation, DropLimit, GateFunction, GroupedGemm, Op};
 use moe_kernels::{Backend, Cpu, Float, Tensor};
 use moe_topology::{Attention, Expert, Folding};
 
@@ -140,12 +140,12 @@ where
         model_aux_loss_coef: 0.0,
         z_loss_coef: p.z_loss_coef,
     })?;
-    let (routing, saved, stats) =
-        router.forward(device, RouterInput::new(&x, router_weight.view()), |counts| {
-            Ok(unit.all_reduce_host(counts, Reduction::Sum)?)
-        })?;
-    let (routing, dropped) = match p.capacity {
-        None => (routing, 0),
+    let mut sums = RouterSums::zeros(device, 1, p.num_experts)?;
+    let input = RouterInput::new(&x, router_weight.view());
+    let (routing, saved, _) = router
+        .forward(device, input, Some(sums.of(0)?), |counts| Ok(unit.all_reduce(&counts, Reduction::Sum)?))?;
+    let routing = match p.capacity {
+        None => routing,
         Some((factor, policy)) => {
             let in_order = p.in_order(folding.coordinate(me, Attention::DP));
             let slot = |token| in_order.iter().position(|&t| t == token).expect("a token of the unit") as i32;
@@ -155,7 +155,9 @@ where
             let limit = DropLimit { num_experts: p.num_experts, unit_slots: in_order.len().max(1), capacity };
             let counts: Vec<usize> = unit.ranks().iter().map(|&rank| shares[rank].len()).collect();
             let spread = (unit.size() > 1).then_some(Spread { group: unit, tokens: &counts });
-            drop_excess::<T, Cpu>(device, routing, policy, &slots, limit, spread)?
+            let mut sums = sums.of(0)?;
+            let dropped = Some(sums.dropped()?);
+            drop_excess::<T, Cpu>(device, routing, policy, &slots, limit, spread, dropped)?
         }
     };
     let (batch, state) = dispatcher.dispatch(&fabric, &x, &routing)?;
@@ -190,22 +192,21 @@ where
     GroupedGemm::<T>::grouped_gemm_acc(device, dgate_up.view_mut()?, dpre.view(), batch.x.view(), offsets)?;
     let mut dx_rows = Tensor::uninit(device, rows, hidden)?;
     device.grouped_gemm(dx_rows.view_mut()?, dpre.view(), gate_up.view(), Op::N, offsets)?;
-    let (dx_experts, dweights) = dispatcher.dispatch_backward(&fabric, dx_rows, dprobs, &state)?;
+    let (mut dx, dweights) = dispatcher.dispatch_backward(&fabric, dx_rows, dprobs, &state)?;
     let mut drouter = Tensor::<T::Acc, Cpu>::zeros(device, p.num_experts, hidden)?;
     let (micro_batches, valid_tokens) = (p.num_units as u64, p.tokens() as u64);
     let scales = RouterScales {
         micro_batches,
         sequences: micro_batches,
         valid_tokens,
-        step_counts: &[],
-        model_counts: &[],
+        step_counts: None,
+        model_counts: None,
         model_unit: ModelUnit::MicroBatch,
         moe_layers: 1,
     };
     let input = RouterInput::new(&x, router_weight.view());
-    let dx_router = router.backward(device, input, &dweights, saved, drouter.view_mut()?, scales)?;
-    let mut dx = Tensor::<T, Cpu>::uninit(device, n, hidden)?;
-    Elementwise::<T>::add(device, dx.view_mut()?, dx_experts.view(), dx_router.view())?;
+    router.backward(device, input, &dweights, saved, dx.view_mut()?, drouter.view_mut()?, scales)?;
+    let stats = sums.read(device)?.remove(0);
 
     Ok(Part {
         tokens,
@@ -218,7 +219,7 @@ where
         aux_loss: stats.aux_loss,
         z_loss_sum: stats.z_loss_sum,
         expert_counts: stats.expert_counts,
-        dropped,
+        dropped: stats.dropped,
     })
 }
 

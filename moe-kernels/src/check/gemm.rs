@@ -10,6 +10,23 @@ pub(crate) fn product(kernel: &'static str, y: [usize; 2], a: [usize; 2], b: [us
     shape(kernel, "op(b)", [a[1], y[1]], b)
 }
 
+/// Operands of `gemm_backward`: `[m, n, k]`.
+pub(crate) fn gemm_backward<T: Float, D: Device>(
+    kernel: &'static str,
+    dx: &ViewMut<'_, T, D>,
+    dw: &ViewMut<'_, T::Acc, D>,
+    dy: View<'_, T::Acc, D>,
+    x: View<'_, T, D>,
+    w: View<'_, T, D>,
+) -> Result<[usize; 3]> {
+    let ([m, k], [_, n]) = (dy.shape(), x.shape());
+    shape(kernel, "x", [m, n], x.shape())?;
+    shape(kernel, "w", [k, n], w.shape())?;
+    shape(kernel, "dx", [m, n], dx.shape())?;
+    shape(kernel, "dw", [k, n], dw.shape())?;
+    Ok([m, n, k])
+}
+
 /// The number of groups that `offsets` are of.
 pub(crate) fn groups<D: Device>(kernel: &'static str, offsets: View<'_, i32, D>) -> Result<usize> {
     let entries = offsets.shape()[1].max(1);

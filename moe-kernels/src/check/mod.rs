@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod balance;
 mod gemm;
 mod loss;
 mod norm;
@@ -14,7 +15,10 @@ use std::ops::Range;
 
 pub(crate) use activation::{glu, glu_backward, sigmoid_gate};
 pub(crate) use attention::{attention, attention_merge, first_keys};
-pub(crate) use gemm::{grouped_gemm, grouped_gemm_acc, groups, product};
+pub(crate) use balance::{
+    balance_dot, balance_gradient, balance_sums, count_choices, count_dropped, sum_counts,
+};
+pub(crate) use gemm::{gemm_backward, grouped_gemm, grouped_gemm_acc, groups, product};
 pub(crate) use loss::{cross_entropy, cross_entropy_backward};
 pub(crate) use norm::{rms_norm, rms_norm_backward, rms_norm_backward_sums};
 pub(crate) use optim::adamw;

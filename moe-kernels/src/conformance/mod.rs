@@ -17,6 +17,7 @@
 
 mod activation;
 mod attention;
+mod balance;
 mod choices;
 mod elementwise;
 mod embedding;
@@ -36,6 +37,7 @@ mod rows;
 
 pub use activation::activation;
 pub use attention::attention;
+pub use balance::balance;
 pub use elementwise::elementwise;
 pub use embedding::embedding;
 pub use gemm::gemm;
@@ -71,6 +73,7 @@ pub fn all<T: Float, D: Backend<T>>(device: &D, tolerance: f64) {
     attention::<T, D>(device, tolerance);
     activation::<T, D>(device, tolerance);
     routing::<T::Acc, D>(device, tolerance);
+    balance::<T::Acc, D>(device, tolerance);
     embedding::<T, D>(device, tolerance);
     loss::<T, D>(device, tolerance);
     optim::<T, D>(device, tolerance);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::{Device, Error, MemoryStats, Result, check};
@@ -40,7 +41,7 @@ impl Cpu {
 
     fn build(threads: usize, poison: bool) -> Self {
         Cpu {
-            allocator: Arc::new(Allocator { poison, state: Mutex::default() }),
+            allocator: Arc::new(Allocator { poison, state: Mutex::default(), waits: AtomicU64::new(0) }),
             threads: Arc::new(Threads { count: threads.max(1), pool: OnceLock::new() }),
         }
     }
@@ -48,6 +49,12 @@ impl Cpu {
     /// Number of threads that kernels use.
     pub fn threads(&self) -> usize {
         self.threads.count
+    }
+
+    /// How often the host has read its memory as that of a device, or has waited for it: downloads and synchronisations of all
+    /// clones so far. They cost nothing here, but on a device whose calls do not wait each one does.
+    pub fn waits(&self) -> u64 {
+        self.allocator.waits.load(Ordering::Relaxed)
     }
 
     /// The threads beside the calling one; none with one thread.
@@ -150,6 +157,7 @@ impl Block {
 struct Allocator {
     poison: bool,
     state: Mutex<State>,
+    waits: AtomicU64,
 }
 
 #[derive(Default)]
@@ -236,6 +244,7 @@ impl Device for Cpu {
 
     fn download(&self, src: &CpuBuf, at: usize, dst: &mut [u8]) -> Result<()> {
         let range = check::bytes(at..at.saturating_add(dst.len()), src.bytes)?;
+        self.allocator.waits.fetch_add(1, Ordering::Relaxed);
         dst.copy_from_slice(&src.as_bytes()[range]);
         Ok(())
     }
@@ -248,6 +257,7 @@ impl Device for Cpu {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.allocator.waits.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -302,6 +312,17 @@ mod tests {
                 a.as_bytes_mut().fill(7);
             }
         }
+    }
+
+    #[test]
+    fn reads_are_counted() {
+        let cpu = Cpu::new(1);
+        let mut a = cpu.alloc(8).unwrap();
+        cpu.upload(&mut a, 0, &[1; 8]).unwrap();
+        assert_eq!(cpu.waits(), 0);
+        cpu.download(&a, 0, &mut [0; 8]).unwrap();
+        cpu.clone().synchronize().unwrap();
+        assert_eq!(cpu.waits(), 2);
     }
 
     #[test]

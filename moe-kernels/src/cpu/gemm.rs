@@ -96,4 +96,17 @@ impl<T: CpuFloat> Gemm<T> for Cpu {
     ) -> Result<()> {
         self.product("gemm_acc", (&mut g).into(), Accum::Add, op(a.into(), ta), op(b.into(), tb))
     }
+
+    fn gemm_backward(
+        &self,
+        dx: ViewMut<'_, T, Self>,
+        dw: ViewMut<'_, T, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+    ) -> Result<()> {
+        check::gemm_backward("gemm_backward", &dx, &dw, dy, x, w)?;
+        self.gemm_acc(dw, dy, Op::T, x, Op::N)?;
+        self.gemm_acc(dx, dy, Op::N, w, Op::N)
+    }
 }

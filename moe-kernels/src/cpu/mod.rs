@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod balance;
 mod choices;
 mod device;
 mod elementwise;

@@ -51,11 +51,12 @@ impl Operand {
     }
 }
 
-/// `y = op(a) · op(b)` with sums in `sums`, or `y += …` with `y` of that type.
+/// `y = op(a) · op(b)` with sums in `sums`, or `y += …`; `y` is of the type `out`, that of the operands or that of the sums.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Problem {
     pub(super) dtype: DType,
     pub(super) sums: DType,
+    pub(super) out: DType,
     /// `[m, n, k]`, all positive.
     pub(super) size: [usize; 3],
     pub(super) y: Operand,
@@ -68,6 +69,7 @@ pub(super) struct Problem {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     dtype: DType,
+    out: DType,
     add: bool,
     size: [usize; 3],
     transposed: [bool; 2],
@@ -80,6 +82,7 @@ impl From<&Problem> for Key {
         let operands = [&p.y, &p.a, &p.b];
         Key {
             dtype: p.dtype,
+            out: p.out,
             add: p.add,
             size: p.size,
             transposed: [p.a.op == Op::T, p.b.op == Op::T],
@@ -151,8 +154,7 @@ unsafe impl Sync for Plan {}
 
 impl Plan {
     fn new(handle: cublasLtHandle_t, p: &Problem) -> Result<Option<Self>> {
-        let (input, sums) = (data_type(p.dtype)?, data_type(p.sums)?);
-        let output = if p.add { sums } else { input };
+        let (input, sums, output) = (data_type(p.dtype)?, data_type(p.sums)?, data_type(p.out)?);
         let product = ProductDesc::new(p.sums, sums, p.b.op, p.a.op)?;
         let (y, a, b) = (Layout::new(output, &p.y)?, Layout::new(input, &p.a)?, Layout::new(input, &p.b)?);
         let preference = Preference::new(p)?;

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute, CUdeviceptr, CUstream, CUstream_flags};
@@ -43,6 +43,7 @@ struct Gpu {
     cublaslt: OnceLock<Lt>,
     cudnn: OnceLock<Result<Dnn>>,
     deterministic: AtomicBool,
+    waits: AtomicU64,
 }
 
 // SAFETY: handles of the driver may be used on any thread on which the context is current; everything else is behind locks.
@@ -125,6 +126,7 @@ impl Cuda {
             cublaslt: OnceLock::new(),
             cudnn: OnceLock::new(),
             deterministic: AtomicBool::new(true),
+            waits: AtomicU64::new(0),
         };
         Ok(Cuda { gpu: Arc::new(gpu) })
     }
@@ -168,6 +170,11 @@ impl Cuda {
 
     pub(super) fn is_deterministic(&self) -> bool {
         self.gpu.deterministic.load(Ordering::Relaxed)
+    }
+
+    /// How often the host has waited for the stream: downloads and synchronisations of all clones so far.
+    pub fn waits(&self) -> u64 {
+        self.gpu.waits.load(Ordering::Relaxed)
     }
 
     /// Makes the context current on this thread: before every call of the driver or of cuBLASLt.
@@ -221,6 +228,7 @@ impl Cuda {
     /// Waits for the stream, and returns the fault that a kernel found, if any. Launches that may find one wait for the lock meanwhile, so
     /// that none comes between the copy of the fault word and the look at it.
     fn wait(&self) -> Result<()> {
+        self.gpu.waits.fetch_add(1, Ordering::Relaxed);
         let mut faults = lock(&self.gpu.faults);
         faults.fetch(self.gpu.stream)?;
         // SAFETY: the stream is there as long as the handle.

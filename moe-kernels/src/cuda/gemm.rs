@@ -5,6 +5,7 @@
 
 use super::Cuda;
 use super::cublaslt::{Operand, Problem};
+use super::gemm_parts::Parts;
 use super::source::GEMM;
 use crate::family::{Gemm, Op};
 use crate::{Element, Float, Result, View, ViewMut, check};
@@ -35,11 +36,34 @@ impl<T: Float> Gemm<T> for Cuda {
     ) -> Result<()> {
         self.product("gemm_acc", &mut g, true, (a, ta), (b, tb))
     }
+
+    fn gemm_backward(
+        &self,
+        mut dx: ViewMut<'_, T, Self>,
+        mut dw: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+    ) -> Result<()> {
+        let [m, n, k] = check::gemm_backward("gemm_backward", &dx, &dw, dy, x, w)?;
+        if m == 0 || n == 0 || k == 0 {
+            return Ok(());
+        }
+        if T::is_acc() {
+            // `T` is its own accumulation type, so these are the same matrices.
+            let (x, w) = (View::new(x.buf(), x.layout())?, View::new(w.buf(), w.layout())?);
+            self.product::<T::Acc, _>("gemm_acc", &mut dw, true, (dy, Op::T), (x, Op::N))?;
+            return self.product::<T::Acc, _>("gemm_acc", &mut dx, true, (dy, Op::N), (w, Op::N));
+        }
+        let parts = Parts::<T>::of(self, dy)?;
+        parts.add_transposed_times(self, &mut dw, x)?;
+        parts.add_times(self, &mut dx, w)
+    }
 }
 
 impl Cuda {
     /// `y = op(a) · op(b)`, or `y += …`.
-    fn product<T: Float, Y: Float>(
+    pub(super) fn product<T: Float, Y: Float>(
         &self,
         kernel: &'static str,
         y: &mut ViewMut<'_, Y, Self>,
@@ -53,25 +77,36 @@ impl Cuda {
         if m == 0 || n == 0 || (k == 0 && add) {
             return Ok(());
         }
-        if k > 0 {
-            let problem = Problem {
-                dtype: T::DTYPE,
-                sums: T::Acc::DTYPE,
-                size: [m, n, k],
-                y: Operand::of(y.as_view(), Op::N),
-                a: Operand::of(a, ta),
-                b: Operand::of(b, tb),
-                add,
-            };
-            for buf in [y.as_view().buf(), a.buf(), b.buf()] {
-                self.require(buf)?;
-            }
-            // SAFETY: the shapes fit together, and every matrix lies inside its buffer, on this device.
-            if unsafe { self.multiply(&problem)? } {
-                return Ok(());
-            }
+        if k > 0 && self.by_library(y, add, (a, ta), (b, tb), [m, n, k])? {
+            return Ok(());
         }
         self.tiled(kernel, y, (a, ta), (b, tb), [m, n, k])
+    }
+
+    /// The product by cuBLASLt, of matrices that fit together, none of them empty; false where it has no algorithm.
+    pub(super) fn by_library<T: Float, Y: Float>(
+        &self,
+        y: &mut ViewMut<'_, Y, Self>,
+        add: bool,
+        (a, ta): (View<'_, T, Self>, Op),
+        (b, tb): (View<'_, T, Self>, Op),
+        size: [usize; 3],
+    ) -> Result<bool> {
+        let problem = Problem {
+            dtype: T::DTYPE,
+            sums: T::Acc::DTYPE,
+            out: Y::DTYPE,
+            size,
+            y: Operand::of(y.as_view(), Op::N),
+            a: Operand::of(a, ta),
+            b: Operand::of(b, tb),
+            add,
+        };
+        for buf in [y.as_view().buf(), a.buf(), b.buf()] {
+            self.require(buf)?;
+        }
+        // SAFETY: the shapes fit together, and every matrix lies inside its buffer, on this device.
+        unsafe { self.multiply(&problem) }
     }
 
     /// The product by `gemm.cu`; `kernel` says whether it adds.

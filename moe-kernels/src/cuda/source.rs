@@ -46,6 +46,7 @@ sources! {
         &[("HEAD_DIM", 128), ("V_HEAD_DIM", 128)],
         &[("HEAD_DIM", 192), ("V_HEAD_DIM", 128)],
     ];
+    BALANCE = "balance", &[DType::F64, DType::F32], &[];
     EMBEDDING = "embedding", FLOATS, &[];
     GEMM = "gemm", FLOATS, &[];
     GROUPED = "grouped", FLOATS, &[];

@@ -40,4 +40,15 @@ pub trait Gemm<T: Float>: Device {
         b: View<'_, T, Self>,
         tb: Op,
     ) -> Result<()>;
+
+    /// Backward of `y = x · wᵀ` whose result is of the accumulation type: `dx += dy · w`, each sum added and rounded once, and
+    /// `dw += dyᵀ · x`. `dy: [m, k]` is taken as it is, not rounded to `T`; `dx, x: [m, n]`, `dw, w: [k, n]`.
+    fn gemm_backward(
+        &self,
+        dx: ViewMut<'_, T, Self>,
+        dw: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+    ) -> Result<()>;
 }

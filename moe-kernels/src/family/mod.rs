@@ -10,6 +10,7 @@
 
 mod activation;
 mod attention;
+mod balance;
 mod elementwise;
 mod embedding;
 mod gemm;
@@ -26,6 +27,7 @@ mod rows;
 
 pub use activation::{Activation, GateFunction};
 pub use attention::{Attention, AttentionMask, AttentionShape};
+pub use balance::{Balance, BalanceInput, BalanceTerm, BalanceTerms};
 pub use elementwise::Elementwise;
 pub use embedding::Embedding;
 pub use gemm::{Gemm, Op};

@@ -8,7 +8,7 @@ use moe_kernels::{Backend, Device, Float, Layout, Tensor};
 use moe_model::axes::communicators;
 use moe_model::moe::{MoeMlp, MoeMlpSaved};
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, Execution, Layer, MicroBatch, Mode, ModelConfig, Objective, RopeTable};
+use moe_model::{Cx, Execution, Layer, MicroBatch, Mode, ModelConfig, MoeStats, Objective, RopeTable};
 use moe_topology::{Folding, Mapping};
 
 use crate::Error;
@@ -86,7 +86,7 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
         let (ids, positions) = (vec![0; tokens], Vec::from_iter(0..tokens as i32));
         let weights = vec![1.0; tokens];
         cx.batches = vec![MicroBatch::new(&cx.device, 1, &ids, &positions, &ids, &weights, tokens as f64)?];
-        cx.stats.moe = vec![mlp.stats()];
+        cx.stats.moe = MoeStats::new(&cx.device, vec![0], shape.experts)?;
         Ok(MoeLayer { mlp, cx })
     }
 
@@ -125,10 +125,10 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
     }
 
     /// The rows of the expert with the most, by the mean of all.
-    pub fn imbalance(&self) -> f64 {
-        let counts = &self.cx.stats.moe[0].counts;
+    pub fn imbalance(&self) -> Result<f64, Error> {
+        let counts = &self.cx.stats.moe.read(&self.cx.device)?[&0].expert_counts;
         let most = counts.iter().max().copied().unwrap_or_default();
-        (most * counts.len() as u64) as f64 / counts.iter().sum::<u64>() as f64
+        Ok((most * counts.len() as i64) as f64 / counts.iter().sum::<i64>() as f64)
     }
 }
 

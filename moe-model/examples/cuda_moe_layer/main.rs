@@ -59,7 +59,7 @@ fn whole(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
     for (call, seconds) in ["forward", "backward_input", "backward_weight"].iter().zip(calls) {
         shape.line(&format!("call {call}"), seconds, shape.flops());
     }
-    let (name, most) = (shape.name, layer.imbalance());
+    let (name, most) = (shape.name, layer.imbalance()?);
     println!("# {name}: the largest expert has {most:.2} times the mean; peak of memory {peak:.1} GiB");
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What the layer calls, each by itself, on operands of its sizes and rows sorted by a router's choice.
 
 use moe_dispatch::{
-    Dispatcher, DispatcherKind, NativeFabric, Router, RouterConfig, RouterInput, RouterScales,
+    Dispatcher, DispatcherKind, NativeFabric, Router, RouterConfig, RouterInput, RouterScales, RouterSums,
     TokenDispatcher,
 };
 use moe_kernels::family::{Activation, Elementwise, GateFunction, GroupedGemm, Norm, Op};
@@ -48,7 +48,8 @@ pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
         z_loss_coef: 0.0,
     })?;
     let input = || RouterInput::new(&h, gate.view());
-    let forward = || router.forward(gpu, input(), |counts| Ok(counts.to_vec()));
+    let mut sums = RouterSums::zeros(gpu, 1, experts)?;
+    let mut forward = || router.forward(gpu, input(), Some(sums.of(0)?), Ok);
     part("router", 0.0, &mut || Ok(forward().map(drop)?))?;
     let (routing, _, _) = forward()?;
     let dispatcher = TokenDispatcher { kind: DispatcherKind::AllToAll, num_experts: experts };
@@ -114,24 +115,21 @@ pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
         micro_batches: 1,
         sequences: 1,
         valid_tokens: tokens as u64,
-        step_counts: &[],
-        model_counts: &[],
+        step_counts: None,
+        model_counts: None,
         model_unit: Default::default(),
         moe_layers: 1,
     };
     let (_, saved, _) = forward()?;
     part("backward of router", 0.0, &mut || {
-        let (saved, d_gate) = (saved.clone(), d_gate.view_mut()?);
-        Ok(router.backward(gpu, input(), &d_weights, saved, d_gate, scales).map(drop)?)
+        let (saved, dh, d_gate) = (saved.clone(), y.view_mut()?, d_gate.view_mut()?);
+        Ok(router.backward(gpu, input(), &d_weights, saved, dh, d_gate, scales)?)
     })?;
     let mut d_norm = Tensor::<f32, Cuda>::zeros(gpu, 1, hidden)?;
     part("backward of rms_norm", 0.0, &mut || {
         let (dx, dw) = (y.view_mut()?, d_norm.view_mut()?);
         let past = Some(dy.view());
         Ok(gpu.rms_norm_backward(dx, dw, dy.view(), x.view(), ones.view(), rstd.view(), past)?)
-    })?;
-    part("addition of a gradient", 0.0, &mut || {
-        Ok(Elementwise::<bf16>::add_assign(gpu, y.view_mut()?, dy.view())?)
     })?;
     let mut g_gate_up = Tensor::<f32, Cuda>::zeros(gpu, experts * 2 * inner, hidden)?;
     part("weight gradient of gate_up", 2.0 * third, &mut || {

@@ -111,6 +111,7 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Pipeline(ExecuteError::Stage { source: RouterNotANumber { .. }, .. })
         // What a GPU found in a router's logits, returned by a later call.
         | Error::Device(NotANumber { .. })
+        | Error::Model(moe_model::Error::Device(NotANumber { .. }))
         | Error::Comm(moe_comm::Error::Device(NotANumber { .. })) => 6,
         Error::Interrupted { .. } => 130,
         // What the first rank to fail met is what went wrong.

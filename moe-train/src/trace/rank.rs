@@ -101,9 +101,9 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
         prob_sums: vec![0.0; experts],
         grads,
     };
-    for layer in &cx.stats.moe {
-        traced.choices.iter_mut().zip(&layer.plain_counts).for_each(|(sum, n)| *sum += n);
-        traced.prob_sums.iter_mut().zip(&layer.prob_sums).for_each(|(sum, p)| *sum += p);
+    for stats in cx.stats.moe.read(&cx.device)?.into_values() {
+        traced.choices.iter_mut().zip(&stats.plain_counts).for_each(|(sum, n)| *sum += n);
+        traced.prob_sums.iter_mut().zip(&stats.prob_sums).for_each(|(sum, p)| *sum += p);
     }
     if let Some(logits) = cx.logits.take().and_then(|logits| logits.into_values().next()) {
         let cp = (folding.size(Attention::CP), folding.coordinate(rank, Attention::CP));

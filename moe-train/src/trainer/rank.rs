@@ -1,7 +1,7 @@
 //! One rank of a training run.
 
 use moe_comm::{CommsBuilder, Reduction, World};
-use moe_kernels::{Backend, Device, Float, Tensor};
+use moe_kernels::{Backend, Float, Tensor};
 use moe_model::axes::{CP_DP, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP, communicators};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
@@ -18,6 +18,7 @@ use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
 use crate::data::BatchSizes;
 use crate::optim::{GradNorm, Optimizer, ParamGroups, ParamNames, model_tensors, reduce_gradients};
+use crate::passes::fresh_stats;
 
 /// A rank's slices of reduced gradients, by bucket.
 type Slices<T, D> = Vec<Tensor<<T as Float>::Acc, D>>;
@@ -128,7 +129,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         if overflowed {
             drop(grads);
             self.cx.expert_rank_capacity = None;
-            self.cx.stats = fresh_stats(&self.stages);
+            self.cx.stats = fresh_stats(&self.stages, &self.cx.device)?;
             (grads, totals) = self.passes(step, first)?;
         }
         self.end_trace(step, first)?;
@@ -162,9 +163,8 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Reads the choices of a step, where they are replayed, and starts to note them, where they are recorded.
     fn start_trace(&mut self, step: u64, first: u64) -> Result<()> {
         if let Some(root) = &self.setup.replay_routing {
-            let layers: Vec<usize> = self.cx.stats.moe.iter().map(|layer| layer.layer).collect();
             let trace = StepTrace { setup: &self.setup, rank: self.rank, step, first };
-            self.cx.replay = Some(trace.replay(root, &layers, &self.cx)?);
+            self.cx.replay = Some(trace.replay(root, self.cx.stats.moe.layers(), &self.cx)?);
         }
         self.cx.recorded = self.setup.record_routing.is_some().then(Recorded::new);
         Ok(())
@@ -228,13 +228,17 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let stages: Vec<_> = self.stages.iter().map(|stage| CountingStage::new(stage)).collect();
         execute(&program, self.pipeline_rank(), &stages, &mut self.transport, &mut self.cx)?;
 
-        let Stats { moe: counted, overflowed, .. } =
-            std::mem::replace(&mut self.cx.stats, fresh_stats(&self.stages));
+        let fresh = fresh_stats(&self.stages, &self.cx.device)?;
+        let Stats { moe: counted, overflowed, .. } = std::mem::replace(&mut self.cx.stats, fresh);
         self.cx.stats.overflowed = overflowed;
-        let own: Vec<i64> = counted.iter().flat_map(|layer| layer.plain_counts.iter().copied()).collect();
+        let counted = counted.read(&self.cx.device)?;
+        let own: Vec<i64> = counted.values().flat_map(|stats| stats.plain_counts.iter().copied()).collect();
         let sums = self.cx.comms.group(TP_CP_DP)?.all_reduce_host(&own, Reduction::Sum)?;
-        let sums = sums.chunks_exact(self.setup.model.num_local_experts).map(<[i64]>::to_vec);
-        self.cx.step_counts = counted.iter().map(|layer| layer.layer).zip(sums).collect();
+        let experts = self.setup.model.num_local_experts;
+        let sums =
+            sums.chunks_exact(experts).map(|sums| Tensor::from_slice(&self.cx.device, 1, experts, sums));
+        let sums = sums.collect::<moe_kernels::Result<Vec<_>>>()?;
+        self.cx.step_counts = counted.into_keys().zip(sums).collect();
         Ok(())
     }
 
@@ -267,13 +271,9 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         self.cx.objective.tokens = sums[1] as usize;
         let upload = |batch: &HostBatch| batch.upload(&self.cx.device, total, folding, self.rank);
         self.cx.batches = host.iter().map(upload).collect::<Result<_>>()?;
-        self.cx.stats = fresh_stats(&self.stages);
+        self.cx.stats = fresh_stats(&self.stages, &self.cx.device)?;
         Ok(total)
     }
-}
-
-fn fresh_stats<T: Float, D: Device>(stages: &[TypedStage<T, D>]) -> Stats {
-    Stats { moe: stages.iter().flat_map(|stage| stage.moe_stats()).collect(), ..Stats::default() }
 }
 
 /// The layers and parameters of one rank.

@@ -1,6 +1,7 @@
 //! What a step measured, summed over all ranks.
 
 use moe_comm::Reduction;
+use moe_dispatch::RouterStats;
 use moe_kernels::{Backend, Float};
 use moe_model::config::AuxLossScope;
 use moe_model::{Cx, Objective};
@@ -96,12 +97,13 @@ impl Totals {
             sums[0] = cx.stats.loss;
         }
         sums[1] = f64::from(u8::from(cx.stats.overflowed));
-        for layer in &cx.stats.moe {
-            let row = &mut sums[2 + layer.layer * width..][..width];
-            let counts = layer.counts.iter().map(|&count| count as f64);
-            let plain = layer.plain_counts.iter().map(|&count| count as f64);
-            let losses = [layer.aux, layer.sequence_aux, layer.z, layer.dropped as f64, layer.model_aux];
-            let all = counts.chain(plain).chain(layer.prob_sums.iter().copied()).chain(losses);
+        for (layer, stats) in cx.stats.moe.read(&cx.device)? {
+            let row = &mut sums[2 + layer * width..][..width];
+            let counts = stats.expert_counts.iter().map(|&count| count as f64);
+            let plain = stats.plain_counts.iter().map(|&count| count as f64);
+            let RouterStats { aux_loss, sequence_aux_loss, z_loss_sum, model_aux_loss, dropped, .. } = stats;
+            let losses = [aux_loss, sequence_aux_loss, z_loss_sum, dropped as f64, model_aux_loss];
+            let all = counts.chain(plain).chain(stats.prob_sums.iter().copied()).chain(losses);
             row.iter_mut().zip(all).for_each(|(sum, value)| *sum = value);
         }
         let sums = cx.comms.group(Attention::ALL)?.all_reduce_host(&sums, Reduction::Sum)?;

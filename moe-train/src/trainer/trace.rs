@@ -3,7 +3,7 @@
 //! A step is a folder in the format of checkpoints, with three matrices for each layer that has experts. Row `i·S + p` of
 //! `…gate.choices` holds the K experts of the token at position `p` of the step's `i`-th sequence, before dropping. So every
 //! rank writes what its tokens chose, and reads what its tokens are to choose, under any mapping. The same row of
-//! `…gate.margins`, one column of doubles, says by how much that choice [stands](moe_dispatch::RouterStats::margins): where it
+//! `…gate.margins`, one column of doubles, says by how much that choice [stands](moe_dispatch::Margins): where it
 //! is near 0 another precision may choose otherwise. `…gate.weights`, as wide as the choices, are their weights in doubles: where
 //! two of an expert's are near each other, dropping by weight may. Replay reads neither.
 
