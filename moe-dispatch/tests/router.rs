@@ -42,13 +42,15 @@ impl Elsewhere {
     }
 }
 
-/// A forward pass with the statistics of it alone.
+/// What a forward pass gives, and the statistics of it alone.
+type Seen<T> = (RoutingOn<T, Cpu>, RouterSaved<T, Cpu>, RouterStats);
+
 fn run<T: Float>(
     router: &Router,
     device: &Cpu,
     input: RouterInput<'_, T, Cpu>,
     sum_over_unit: impl FnOnce(Tensor<i64, Cpu>) -> Result<Tensor<i64, Cpu>, Error>,
-) -> Result<(RoutingOn<T, Cpu>, RouterSaved<T, Cpu>, RouterStats), Error>
+) -> Result<Seen<T>, Error>
 where
     Cpu: Backend<T>,
 {
