@@ -2,7 +2,7 @@
 
     python3 benchmarks/grouped_gemm.py [--cubins DIR] [--compile | --check] [--variants NAME[/OP],...]
 
-Compiles kernels/grouped_hopper.cu with NVRTC (with --compile, does only that, into DIR; no GPU is needed), checks every
+Compiles kernels/grouped_hopper.cu and what belongs to it with NVRTC (with --compile, does only that, into DIR; no GPU is needed), checks every
 variant against f64 on ragged groups with poisoned memory around the operands (--check does no more), then times forward and backward of the two
 products of an expert for five models, in turns with torch._grouped_mm and with one dense product of as many operations.
 Medians of CUDA events. Needs PyTorch 2.11 or later with CUDA 13.
@@ -17,6 +17,8 @@ import pathlib
 import sys
 
 KERNELS = pathlib.Path(__file__).resolve().parent.parent / "moe-kernels" / "kernels"
+# What moe-kernels puts together (src/cuda/source.rs).
+SOURCES = "prelude.cuh", "hopper.cuh", "grouped_tiles.cuh", "gate.cuh", "grouped_epilogue.cuh", "grouped_hopper.cu"
 FORWARD, DGRAD, WGRAD = 0, 1, 2
 OPS = {"forward": FORWARD, "dgrad": DGRAD, "wgrad": WGRAD}
 # How the kernel is built: columns of a tile, stages, buffers, blocks in a cluster, ping-pong.
@@ -57,12 +59,12 @@ def nvrtc():
     return ctypes.CDLL("libnvrtc.so.13")
 
 
-def compiled(op, variant, cache):
+def compiled(op, variant, cache, glu=0):
     bn, stages, buffers, cluster, pingpong = variant
-    defines = dict(OP=op, BN=bn, STAGES=stages, BUFFERS=buffers, CLUSTER=cluster, PINGPONG=pingpong)
+    defines = dict(OP=op, GLU=glu, BN=bn, STAGES=stages, BUFFERS=buffers, CLUSTER=cluster, PINGPONG=pingpong)
     # A wait without end becomes an error.
     options = [b"--gpu-architecture=sm_90a", b"-DT_BF16", b"-DSPIN_LIMIT=4000000"] + [f"-D{k}={v}".encode() for k, v in defines.items()]
-    source = ((KERNELS / "prelude.cuh").read_text() + (KERNELS / "grouped_hopper.cu").read_text()).encode()
+    source = "".join((KERNELS / file).read_text() for file in SOURCES).encode()
     file = cache / (hashlib.sha256(source + b"|".join(options)).hexdigest()[:16] + ".cubin")
     if file.exists():
         return file.read_bytes()
@@ -98,7 +100,7 @@ class TensorMap:
         code = driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(self.address), {2: 9, 4: 7}[size], rank, ctypes.c_void_p(pointer),
             (ctypes.c_uint64 * rank)(*dims), (ctypes.c_uint64 * max(rank - 1, 1))(*strides), (ctypes.c_uint32 * rank)(*box),
-            (ctypes.c_uint32 * rank)(*[1] * rank), 0, 3, 3, 0)
+            (ctypes.c_uint32 * rank)(*[1] * rank), 0, {128: 3, 64: 2}[size * box[0]], 3, 0)
         ok(code, f"cuTensorMapEncodeTiled {dims} {strides} {box}")
 
 
@@ -136,7 +138,7 @@ class Kernel:
         ok(driver().cuModuleLoadData(ctypes.byref(module), compiled(op, self.variant, cache)), "cuModuleLoadData")
         ok(driver().cuModuleGetFunction(ctypes.byref(self.function), module, b"grouped_hopper"), "cuModuleGetFunction")
         bn, stages, buffers = self.variant[:3]
-        self.fixed = stages * (128 + bn) * 128 + 2 * buffers * 8192 + stages * 16
+        self.fixed = stages * (128 + bn) * 128 + 2 * buffers * (8192 + 8) + stages * 16
         ok(driver().cuFuncSetAttribute(self.function, 8, 232448), "cuFuncSetAttribute")
         self.fault = torch.full((1,), -1, dtype=torch.int64, device="cuda")
 

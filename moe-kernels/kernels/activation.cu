@@ -2,22 +2,6 @@
 
 constexpr int N = 16 / sizeof(T);
 
-// Both functions of a gate are g · σ(v): SiLU with v = g, GELU's tanh approximation with v = 2·√(2/π)·(g + 0.044715·g³).
-constexpr Acc GELU = 1.5957691216057308;
-constexpr Acc GELU_CUBIC = 0.044715;
-
-__device__ __forceinline__ float sigmoid(float x) { return fast_inverse(1.0f + fast_exp(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-
-struct Silu {
-    static __device__ __forceinline__ Acc argument(Acc g) { return g; }
-    static __device__ __forceinline__ Acc slope(Acc) { return 1; }
-};
-struct GeluTanh {
-    static __device__ __forceinline__ Acc argument(Acc g) { return GELU * g * (1 + GELU_CUBIC * g * g); }
-    static __device__ __forceinline__ Acc slope(Acc g) { return GELU * (1 + 3 * GELU_CUBIC * g * g); }
-};
-
 template <typename F, int M>
 __device__ __forceinline__ void glu(T *y, i64 ys, const T *gate_up, i64 gs, const Acc *p, i64 n, i64 width) {
     i64 i = i64(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -30,14 +14,12 @@ __device__ __forceinline__ void glu(T *y, i64 ys, const T *gate_up, i64 gs, cons
         Vec<T, M> g = load<M>(gate + j), u = load<M>(up + j), out;
 #pragma unroll
         for (int e = 0; e < M; e++) {
-            Acc ge = widen(g.at[e]);
-            out.at[e] = narrow<T>(ge * sigmoid(F::argument(ge)) * widen(u.at[e]) * probability);
+            out.at[e] = narrow<T>(gated<F>(widen(g.at[e]), widen(u.at[e]), probability));
         }
         store<M>(y + j, out);
     }
 }
 
-// With s = σ(v(g)): dup = dy·p·g·s, dgate = dy·p·u·s·(1 + g·(1 − s)·v′(g)), dp = Σ dy·g·s·u.
 template <typename F, int M>
 __device__ __forceinline__ void glu_backward(T *dgate_up, i64 ds, Acc *dp, const T *dy, i64 dys, const T *gate_up, i64 gs,
                                              const Acc *p, i64 n, i64 width) {
@@ -52,13 +34,10 @@ __device__ __forceinline__ void glu_backward(T *dgate_up, i64 ds, Acc *dp, const
             Vec<T, M> d = load<M>(dy + j), g = load<M>(gate + j), u = load<M>(up + j), dg, du;
 #pragma unroll
             for (int e = 0; e < M; e++) {
-                Acc ge = widen(g.at[e]), ue = widen(u.at[e]);
-                Acc s = sigmoid(F::argument(ge));
-                Acc by_s = widen(d.at[e]) * s;
-                sum += by_s * ge * ue;
-                by_s *= probability;
-                du.at[e] = narrow<T>(by_s * ge);
-                dg.at[e] = narrow<T>(by_s * ue * (1 + ge * (1 - s) * F::slope(ge)));
+                Acc dgate_e, dup_e;
+                gated_backward<F>(widen(d.at[e]), widen(g.at[e]), widen(u.at[e]), probability, dgate_e, dup_e, sum);
+                dg.at[e] = narrow<T>(dgate_e);
+                du.at[e] = narrow<T>(dup_e);
             }
             store<M>(dgate + j, dg);
             store<M>(dup + j, du);

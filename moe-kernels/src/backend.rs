@@ -2,8 +2,8 @@
 
 use crate::Float;
 use crate::family::{
-    Activation, Attention, Balance, Elementwise, Embedding, Gemm, GroupedBias, GroupedGemm, Loss, Norm,
-    Optim, Reduce, Rope, Routing, Rows,
+    Activation, Attention, Balance, Elementwise, Embedding, Gemm, GroupedBias, GroupedGemm, GroupedGlu, Loss,
+    Norm, Optim, Reduce, Rope, Routing, Rows,
 };
 
 macro_rules! backend {
@@ -17,7 +17,7 @@ macro_rules! backend {
     };
 }
 backend! {
-    Gemm<T> + Gemm<T::Acc> + Gemm<f64> + GroupedGemm<T> + GroupedBias<T>
+    Gemm<T> + Gemm<T::Acc> + Gemm<f64> + GroupedGemm<T> + GroupedBias<T> + GroupedGlu<T>
         + Rows<T> + Rows<T::Acc> + Rows<i32>
         + Elementwise<T> + Elementwise<T::Acc>
         + Norm<T> + Rope<T> + Attention<T> + Activation<T>

@@ -7,6 +7,8 @@ mod aligned;
 mod gpu;
 #[path = "cuda/grouped.rs"]
 mod grouped;
+#[path = "cuda/grouped_glu.rs"]
+mod grouped_glu;
 
 use gpu::gpu;
 use moe_kernels::{Backend, Cuda, Error, Float, bf16, cuda};
@@ -58,6 +60,9 @@ suites! {
     elementwise_f32: elementwise::<f32>(1e-6);
     elementwise_f64: elementwise::<f64>(1e-14);
     elementwise_bf16: elementwise::<bf16>(1e-2);
+    grouped_glu_f32: grouped_glu::<f32>(1e-5);
+    grouped_glu_f64: grouped_glu::<f64>(1e-12);
+    grouped_glu_bf16: grouped_glu::<bf16>(2e-2);
     grouped_bias_f32: grouped_bias::<f32>(1e-5);
     grouped_bias_f64: grouped_bias::<f64>(1e-12);
     grouped_bias_bf16: grouped_bias::<bf16>(1e-2);

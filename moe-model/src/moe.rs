@@ -5,7 +5,7 @@ use moe_dispatch::{
     Batch, DispatchState, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput,
     RouterSaved, RouterScales, Sinkhorn, TokenDispatcher, TokenDispatcherState,
 };
-use moe_kernels::family::{GateFunction, Op};
+use moe_kernels::family::{Gate, GateFunction, GateGradients, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
@@ -337,16 +337,30 @@ impl MoeMlp {
         expert.backward_input(dy, h, saved, cx)
     }
 
-    /// The first product of the experts, `[rows, 2 · inner]`.
-    fn gate_up<T: Float, D: Backend<T>>(&self, rows: &Rows<T, D>, cx: &Cx<T, D>) -> Result<Tensor<T, D>> {
+    /// The first product of the experts, `[rows, 2 · inner]`, and what [`MoeMlp::activate`] makes of it.
+    fn gate_up<T: Float, D: Backend<T>>(
+        &self,
+        rows: &Rows<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<[Tensor<T, D>; 2]> {
         let (device, inner) = (&cx.device, cx.params.weight(self.down)?.shape()[1]);
         let mut gate_up = Tensor::uninit(device, rows.rows, 2 * inner)?;
-        let weight = cx.params.weight(self.gate_up)?;
-        device.grouped_gemm(gate_up.view_mut()?, rows.x.view(), weight, Op::T, rows.offsets.view())?;
+        let (x, weight, offsets) = (rows.x.view(), cx.params.weight(self.gate_up)?, rows.offsets.view());
         if let Some(bias) = self.mlp_bias {
+            device.grouped_gemm(gate_up.view_mut()?, x, weight, Op::T, offsets)?;
             bias.add_to_gate_up(gate_up.view_mut()?, &rows.offsets, cx)?;
+            let activated = self.activate(&gate_up, rows, cx)?;
+            return Ok([gate_up, activated]);
         }
-        Ok(gate_up)
+        let mut activated = Tensor::uninit(device, rows.rows, inner)?;
+        let (out, gate) = (activated.view_mut()?, self.between(rows));
+        device.grouped_gemm_glu(gate_up.view_mut()?, out, x, weight, &gate, offsets)?;
+        Ok([gate_up, activated])
+    }
+
+    /// What stands between the experts' products.
+    fn between<'a, T: Float, D: Device>(&self, rows: &'a Rows<T, D>) -> Gate<'a, T, D> {
+        Gate { function: self.function, p: Some(rows.probs.view()) }
     }
 
     /// The gated activation times the probabilities, `[rows, inner]`.
@@ -373,8 +387,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         let (h, norm) = self.norm.forward(x.clone(), cx)?;
         let routed = self.route(m, &h, cx)?;
         let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.forward(&h, cx))?;
-        let gate_up = self.gate_up(&rows, cx)?;
-        let activated = self.activate(&gate_up, &rows, cx)?;
+        let [gate_up, activated] = self.gate_up(&rows, cx)?;
         let [tokens, hidden] = x.shape();
         let mut out = Tensor::uninit(&device, rows.rows, hidden)?;
         let weight = cx.params.weight(self.down)?;
@@ -423,19 +436,11 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
 
         let weight = cx.params.weight(self.down)?;
         let inner = weight.shape()[1];
-        let mut d_activated = Tensor::uninit(&device, n, inner)?;
-        device.grouped_gemm(d_activated.view_mut()?, d_out.view(), weight, Op::N, rows.offsets.view())?;
         let mut d_gate_up = Tensor::uninit(&device, n, 2 * inner)?;
         let mut d_probs = Tensor::uninit(&device, 1, n)?;
-        device.glu_backward(
-            d_gate_up.view_mut()?,
-            Some(d_probs.view_mut()?),
-            d_activated.view(),
-            gate_up.view(),
-            Some(rows.probs.view()),
-            self.function,
-        )?;
-        drop(d_activated); // before more is made
+        let gradients = GateGradients { gate_up: d_gate_up.view_mut()?, p: Some(d_probs.view_mut()?) };
+        let (gate, offsets) = (self.between(&rows), rows.offsets.view());
+        device.grouped_gemm_glu_backward(gradients, d_out.view(), weight, gate_up.view(), &gate, offsets)?;
         let activated = activated.map_or_else(|| self.activate(&gate_up, &rows, cx), Ok)?;
         drop(gate_up);
         let Batch { x, probs, offsets, .. } = rows;
@@ -514,8 +519,8 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
     ) -> Result<Self::Saved> {
         let (h, norm) = self.norm.forward(x, cx)?;
         let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.rerun(&h, cx))?;
-        let gate_up = self.gate_up(&rows, cx)?;
-        let activated = Some(self.activate(&gate_up, &rows, cx)?);
+        let [gate_up, activated] = self.gate_up(&rows, cx)?;
+        let activated = Some(activated);
         if let (None, Some(expert)) = (&shared, &self.shared) {
             shared = Some(expert.rerun(&h, cx)?);
         }

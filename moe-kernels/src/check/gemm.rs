@@ -1,7 +1,7 @@
 //! Matrix products, dense and of row groups.
 
 use super::shape;
-use crate::family::Op;
+use crate::family::{Gate, GateGradients, Op};
 use crate::{Device, Float, Result, View, ViewMut};
 
 /// An error unless `op(a) · op(b)` has the shape of `y`; the shapes are those of `y`, `op(a)` and `op(b)`.
@@ -67,4 +67,25 @@ pub(crate) fn grouped_gemm_acc<T: Float, D: Device>(
     let groups = groups(kernel, offsets)?;
     shape(kernel, "g", [groups * out, input], g.shape())?;
     Ok((groups, [out, input]))
+}
+
+/// Operands of `grouped_gemm_glu_backward`: the number of groups, and `[n, out, I]`.
+pub(crate) fn grouped_glu_backward<T: Float, D: Device>(
+    kernel: &'static str,
+    gradients: &GateGradients<'_, T, D>,
+    dy: View<'_, T, D>,
+    w: View<'_, T, D>,
+    gate_up: View<'_, T, D>,
+    gate: &Gate<'_, T, D>,
+    offsets: View<'_, i32, D>,
+) -> Result<(usize, [usize; 3])> {
+    let ([n, out], [_, width]) = (dy.shape(), w.shape());
+    super::glu(kernel, [n, width], gate_up, gate.p)?;
+    shape(kernel, "gradient of gate_up", [n, 2 * width], gradients.gate_up.shape())?;
+    if let Some(p) = &gradients.p {
+        shape(kernel, "gradient of p", [1, n], p.shape())?;
+    }
+    let groups = groups(kernel, offsets)?;
+    shape(kernel, "w", [groups * out, width], w.shape())?;
+    Ok((groups, [n, out, width]))
 }

@@ -18,7 +18,7 @@ pub(crate) use attention::{attention, attention_merge, first_keys};
 pub(crate) use balance::{
     balance_dot, balance_gradient, balance_sums, count_choices, count_dropped, sum_counts,
 };
-pub(crate) use gemm::{gemm_backward, grouped_gemm, grouped_gemm_acc, groups, product};
+pub(crate) use gemm::{gemm_backward, grouped_gemm, grouped_gemm_acc, grouped_glu_backward, groups, product};
 pub(crate) use loss::{cross_entropy, cross_entropy_backward};
 pub(crate) use norm::{rms_norm, rms_norm_backward, rms_norm_backward_sums};
 pub(crate) use optim::adamw;

@@ -5,16 +5,20 @@ use super::host::{Matrix, Random, assert_close, assert_refused, gradient, output
 use crate::Float;
 use crate::family::{Activation, GateFunction};
 
-fn forward(gate_up: &Matrix, p: &Matrix, function: GateFunction) -> Matrix {
-    let width = gate_up.cols / 2;
-    let gated = |g: f64| match function {
+/// What a gate's function gives for one element.
+pub(super) fn of_gate(function: GateFunction, g: f64) -> f64 {
+    match function {
         GateFunction::Silu => g / (1.0 + (-g).exp()),
         GateFunction::GeluTanh => {
             0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh())
         }
-    };
+    }
+}
+
+fn forward(gate_up: &Matrix, p: &Matrix, function: GateFunction) -> Matrix {
+    let width = gate_up.cols / 2;
     Matrix::from_fn(gate_up.rows, width, |i, c| {
-        gated(gate_up.at(i, c)) * gate_up.at(i, width + c) * p.at(0, i)
+        of_gate(function, gate_up.at(i, c)) * gate_up.at(i, width + c) * p.at(0, i)
     })
 }
 

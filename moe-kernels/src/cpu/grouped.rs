@@ -8,7 +8,7 @@ use super::Cpu;
 use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks};
 use crate::check;
-use crate::family::{GroupedGemm, Op};
+use crate::family::{GroupedGemm, GroupedGlu, Op};
 use crate::{Result, View, ViewMut};
 
 /// Rows of one product: groups are cut so that threads share a large one.
@@ -87,3 +87,6 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         })
     }
 }
+
+/// One after the other.
+impl<T: CpuFloat> GroupedGlu<T> for Cpu {}

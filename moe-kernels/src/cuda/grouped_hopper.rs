@@ -3,7 +3,9 @@
 use super::Cuda;
 use super::launch::Launch;
 use super::source::GROUPED_HOPPER;
-use super::tensor_map::Tiled;
+use super::source::Variant;
+use super::tensor_map::{ROW, TensorMap, Tiled};
+use crate::family::GateFunction;
 use crate::{DType, Result, View};
 
 /// Which of the products: `OP` of the kernel.
@@ -15,13 +17,15 @@ pub(super) enum Product {
 }
 
 /// How the kernel is built for a product.
-struct Build {
+pub(super) struct Build {
     product: Product,
+    /// The gated activation that follows it, if one does: its own of the forward product, its backward of the input gradient.
+    gate: Option<GateFunction>,
     /// Columns of a tile.
     columns: usize,
     /// Blocks of k on their way through shared memory.
     stages: usize,
-    /// Slices of the result on their way out, for each warpgroup.
+    /// Sets of slices of the result on their way out, for each warpgroup.
     buffers: usize,
     /// Whether warpgroups take turns with tiles, else they share each.
     pingpong: bool,
@@ -29,16 +33,21 @@ struct Build {
 
 /// Turns hide the way out of results, which sums of a few thousand products need.
 const fn in_turns(product: Product) -> Build {
-    Build { product, columns: 192, stages: 4, buffers: 4, pingpong: true }
+    Build { product, gate: None, columns: 192, stages: 4, buffers: 4, pingpong: true }
 }
 
 /// The larger tile loads less for each product.
 const fn together(product: Product) -> Build {
-    Build { product, columns: 256, stages: 4, buffers: 2, pingpong: false }
+    Build { product, gate: None, columns: 256, stages: 4, buffers: 2, pingpong: false }
+}
+
+/// With the activation, whose slices are more.
+const fn gated_in_turns(product: Product, function: GateFunction) -> Build {
+    Build { gate: Some(function), buffers: 2, ..in_turns(product) }
 }
 
 /// Rows of a tile, bytes of a row of a stage: `BM` and `BK` of the kernel.
-const TILE_ROWS: usize = 128;
+pub(super) const TILE_ROWS: usize = 128;
 const STAGE_ROW: usize = 128;
 /// Rows of a slice of the result.
 const SLICE_ROWS: usize = 64;
@@ -49,12 +58,13 @@ const MOST_GROUPS: usize = 512;
 /// The kernel counts tiles in 32 bits.
 const MOST_TILES: usize = 1 << 30;
 
-type Definitions = [(&'static str, i64); 6];
+type Definitions = [(&'static str, i64); 7];
 
 impl Build {
     const fn definitions(&self) -> Definitions {
         [
             ("OP", self.product as i64),
+            ("GLU", self.glu()),
             ("BN", self.columns as i64),
             ("STAGES", self.stages as i64),
             ("BUFFERS", self.buffers as i64),
@@ -63,14 +73,56 @@ impl Build {
         ]
     }
 
-    /// Shared memory in bytes: stages, slices, two barriers a stage, and a count for each group.
+    const fn glu(&self) -> i64 {
+        match self.gate {
+            None => 0,
+            Some(GateFunction::Silu) => 1,
+            Some(GateFunction::GeluTanh) => 2,
+        }
+    }
+
+    /// Slices of a set, and bytes of a row of one: `SET` and `SLICE_ROW` of the kernel.
+    const fn set(&self) -> (usize, u32) {
+        match (self.gate, self.product) {
+            (None, _) => (1, ROW),
+            (Some(_), Product::Forward) => (3, ROW / 2),
+            (Some(_), _) => (2, ROW),
+        }
+    }
+
+    /// Shared memory in bytes: stages with two barriers each, sets of slices with one each, and a count for each group.
     fn shared(&self, groups: usize) -> usize {
+        let (slices, row) = self.set();
         let stage = (TILE_ROWS + self.columns) * STAGE_ROW + 16;
-        self.stages * stage + 2 * self.buffers * SLICE_ROWS * STAGE_ROW + 4 * groups
+        self.stages * stage + 2 * self.buffers * (slices * SLICE_ROWS * row as usize + 8) + 4 * groups
+    }
+
+    /// The kernel's variant.
+    pub(super) fn variant(&self) -> Variant {
+        let definitions = self.definitions().into_iter();
+        definitions.fold(GROUPED_HOPPER.of(DType::Bf16), |v, (name, value)| v.with(name, value))
+    }
+
+    /// Tiles beside each other in `n` columns of an input gradient.
+    pub(super) fn column_tiles(&self, n: usize) -> usize {
+        n.div_ceil(self.columns)
+    }
+
+    /// A slice of a result whose groups' ends only the device knows.
+    pub(super) fn slices(&self, matrix: Tiled) -> Result<TensorMap> {
+        matrix.ragged([self.set().1, SLICE_ROWS as u32])
+    }
+
+    /// A launch on all of the device, with no argument yet.
+    pub(super) fn begin<'a>(&self, device: &'a Cuda, groups: usize) -> Result<Launch<'a>> {
+        // Binds the device before the driver encodes maps.
+        let launch = device.kernel(&self.variant(), "grouped_hopper")?;
+        let blocks = device.multiprocessors() / CLUSTER * CLUSTER;
+        Ok(launch.grid([blocks, 1, 1]).block([384, 1, 1]).shared(self.shared(groups)))
     }
 
     /// Rows of what one load takes of `b`: `PIECE_ROWS` of the kernel.
-    const fn piece_rows(&self) -> u32 {
+    pub(super) const fn piece_rows(&self) -> u32 {
         let rows = match self.product {
             Product::Forward => self.columns / CLUSTER,
             Product::InputGradient | Product::WeightGradient => 64,
@@ -86,7 +138,36 @@ pub(super) const WAYS: &[&[(&str, i64)]] = &[
     &together(Product::InputGradient).definitions(),
     &in_turns(Product::WeightGradient).definitions(),
     &together(Product::WeightGradient).definitions(),
+    &gated_in_turns(Product::Forward, GateFunction::Silu).definitions(),
+    &gated_in_turns(Product::Forward, GateFunction::GeluTanh).definitions(),
+    &gated_in_turns(Product::InputGradient, GateFunction::Silu).definitions(),
+    &gated_in_turns(Product::InputGradient, GateFunction::GeluTanh).definitions(),
 ];
+
+/// Whether the kernel can take operands of so many groups: bf16 on compute capability 9.0; all rows begin at multiples of 16 bytes, and
+/// those of results are whole 16 bytes (the copy engine writes no less); at most [`MOST_GROUPS`] groups and [`MOST_TILES`] tiles; nothing
+/// is empty.
+pub(super) fn fit(device: &Cuda, operands: &[Tiled], results: &[Tiled], groups: usize) -> bool {
+    let tiles = |y: &Tiled| (y.rows() / TILE_ROWS + groups) * (y.cols() / 64 + 1);
+    device.compute_capability() == (9, 0)
+        && operands.iter().all(|x| x.dtype() == DType::Bf16)
+        && (1..=MOST_GROUPS).contains(&groups)
+        && operands.iter().chain(results).all(Tiled::is_addressable)
+        && results.iter().all(|y| (y.cols() * y.dtype().size()).is_multiple_of(16) && tiles(y) < MOST_TILES)
+}
+
+/// How the first product is built with the activation `function`: in turns always, which hide what it writes.
+pub(super) fn gated_forward(function: GateFunction) -> Build {
+    gated_in_turns(Product::Forward, function)
+}
+
+/// How the input gradient of the last product, `n` columns of sums of `k` products, is built with the activation's backward, if that is
+/// faster than one after the other (`benchmarks/grouped_glu.py`): not where sums are long, which leaves the multiprocessors no time for
+/// more at the power they have, nor where much of the last of few tiles is empty.
+pub(super) fn gated_backward(function: GateFunction, n: usize, k: usize) -> Option<Build> {
+    let turns = gated_in_turns(Product::InputGradient, function);
+    (k <= 4096 && (n >= 8192 || n.is_multiple_of(turns.columns))).then_some(turns)
+}
 
 /// Operands of a product: `y = a · b` of each group, as the kernel names them.
 #[derive(Debug, Clone, Copy)]
@@ -99,17 +180,9 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    /// Whether the kernel can take them: bf16 on compute capability 9.0; all rows begin at multiples of 16 bytes, and those
-    /// of `y` are whole 16 bytes (the copy engine writes no less); at most [`MOST_GROUPS`] groups and [`MOST_TILES`] tiles;
-    /// nothing is empty.
+    /// Whether the kernel can take them.
     pub(super) fn fit(&self, device: &Cuda) -> bool {
-        let tiles = (self.y.rows() / TILE_ROWS + self.groups) * (self.y.cols() / self.build().columns + 1);
-        device.compute_capability() == (9, 0)
-            && self.a.dtype() == DType::Bf16
-            && (self.y.cols() * self.y.dtype().size()).is_multiple_of(16)
-            && (1..=MOST_GROUPS).contains(&self.groups)
-            && [self.y, self.a, self.b].iter().all(Tiled::is_addressable)
-            && tiles < MOST_TILES
+        fit(device, &[self.a, self.b], &[self.y], self.groups)
     }
 
     /// What measured fastest (`benchmarks/grouped_gemm.py`): in turns, unless the sum is long, or the last of few tiles would have a
@@ -128,21 +201,15 @@ impl Tiles {
     pub(super) fn launch<'a>(&self, device: &'a Cuda, offsets: View<'_, i32, Cuda>) -> Result<Launch<'a>> {
         let Tiles { product, y, a, b, groups } = *self;
         let build = self.build();
-        let definitions = build.definitions().into_iter();
-        let variant =
-            definitions.fold(GROUPED_HOPPER.of(DType::Bf16), |v, (name, value)| v.with(name, value));
-        // Binds the device before the driver encodes maps.
-        let launch = device.kernel(&variant, "grouped_hopper")?;
-        let (slice, piece) = (SLICE_ROWS as u32, build.piece_rows());
+        let launch = build.begin(device, groups)?;
+        let (chunk, piece) = ([ROW, SLICE_ROWS as u32], build.piece_rows());
         // One group's product is [m, k] · [k, n]; of m and k the device knows one.
         let (maps, m, k) = match product {
             Product::WeightGradient => {
-                ([a.ragged(slice)?, b.ragged(piece)?, y.groups(groups, slice)?], a.cols(), 0)
+                ([a.ragged(chunk)?, b.ragged([ROW, piece])?, y.groups(groups, chunk[1])?], a.cols(), 0)
             }
-            _ => ([a.plain(TILE_ROWS as u32)?, b.groups(groups, piece)?, y.ragged(slice)?], 0, a.cols()),
+            _ => ([a.plain(TILE_ROWS as u32)?, b.groups(groups, piece)?, build.slices(y)?], 0, a.cols()),
         };
-        let blocks = device.multiprocessors() / CLUSTER * CLUSTER;
-        let launch = launch.grid([blocks, 1, 1]).block([384, 1, 1]).shared(build.shared(groups));
         let launch = maps.into_iter().fold(launch, Launch::value).vector(offsets);
         Ok(launch.size(groups).size(a.rows()).size(m).size(y.cols()).size(k))
     }

@@ -9,8 +9,8 @@ use super::kernel::Kernel;
 use super::source::Variant;
 use crate::{Element, Error, Float, Result, View, ViewMut};
 
-/// Words of all arguments of one launch: four tensor maps of 128 bytes, and 48 words besides.
-const WORDS: usize = 4 * 16 + 48;
+/// Words of all arguments of one launch: six tensor maps of 128 bytes, and 48 words besides.
+const WORDS: usize = 6 * 16 + 48;
 /// Most arguments of one launch.
 const ARGUMENTS: usize = 48;
 

@@ -19,6 +19,9 @@
 //! of 16 bytes (address and row stride), where the rows of the result are whole 16 bytes (8 columns, 4 of weight gradients), for
 //! up to 512 groups; everything else goes to a kernel that takes anything and is far slower.
 //!
+//! [`GroupedGlu`](crate::family::GroupedGlu) is one kernel for such operands, each way: the activation is applied, and its gradient taken, to
+//! sums before they leave the multiprocessor.
+//!
 //! # Example
 //!
 //! ```no_run
@@ -64,6 +67,7 @@ mod gemm;
 mod gemm_parts;
 mod grouped;
 mod grouped_bias;
+mod grouped_glu;
 mod grouped_hopper;
 mod loss;
 mod norm;

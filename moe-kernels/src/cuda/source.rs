@@ -9,7 +9,7 @@ use crate::DType;
 pub(super) struct Source {
     /// The file's name, without extension.
     pub(super) name: &'static str,
-    /// Its text, without the prelude.
+    /// Its text, with the headers that it asks for before it, without the prelude.
     pub(super) text: &'static str,
     /// What its `T` may be.
     pub(super) types: &'static [DType],
@@ -26,10 +26,13 @@ pub(super) const PRELUDE: &str = include_str!("../../kernels/prelude.cuh");
 pub(super) const FLOATS: &[DType] = &[DType::F64, DType::F32, DType::Bf16];
 
 macro_rules! sources {
-    ($($name:ident = $file:literal, $types:expr, $ways:expr;)*) => {
+    ($($name:ident = $file:literal $(after [$($header:literal),+])?, $types:expr, $ways:expr;)*) => {
         $(pub(super) static $name: Source = Source {
             name: $file,
-            text: include_str!(concat!("../../kernels/", $file, ".cu")),
+            text: concat!(
+                $($(include_str!(concat!("../../kernels/", $header, ".cuh")),)+)?
+                include_str!(concat!("../../kernels/", $file, ".cu")),
+            ),
             types: $types,
             ways: $ways,
         };)*
@@ -39,7 +42,7 @@ macro_rules! sources {
     };
 }
 sources! {
-    ACTIVATION = "activation", FLOATS, &[];
+    ACTIVATION = "activation" after ["gate"], FLOATS, &[];
     ATTENTION = "attention", FLOATS, &[];
     ATTENTION_FLASH = "attention_flash", &[DType::Bf16], &[
         &[("HEAD_DIM", 64), ("V_HEAD_DIM", 64)],
@@ -50,7 +53,8 @@ sources! {
     EMBEDDING = "embedding", FLOATS, &[];
     GEMM = "gemm", FLOATS, &[];
     GROUPED = "grouped", FLOATS, &[];
-    GROUPED_HOPPER = "grouped_hopper", &[DType::Bf16], super::grouped_hopper::WAYS;
+    GROUPED_HOPPER = "grouped_hopper" after ["hopper", "grouped_tiles", "gate", "grouped_epilogue"], &[DType::Bf16],
+        super::grouped_hopper::WAYS;
     LOSS = "loss", FLOATS, &[];
     NORM = "norm", FLOATS, &[];
     ROPE = "rope", FLOATS, &[];
@@ -64,7 +68,7 @@ sources! {
 }
 
 /// Most definitions of a [`Variant`].
-const DEFINITIONS: usize = 6;
+const DEFINITIONS: usize = 7;
 
 /// A file of kernels for one `T`, with definitions.
 #[derive(Debug, Clone, Copy)]

@@ -19,7 +19,10 @@ const RAGGED: u64 = 1 << 30;
 /// No index along a dimension comes here.
 const FAR: u64 = 0x7fff_0000;
 
-/// A matrix that tiles are moved from or to. A tile has 128 bytes of columns, swizzled in shared memory.
+/// Bytes that a tile has of a row, where nothing else is said.
+pub(super) const ROW: u32 = 128;
+
+/// A matrix that tiles are moved from or to. A tile has 128 bytes of columns, or 64, swizzled by as many in shared memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiled {
     dtype: DType,
@@ -72,24 +75,31 @@ impl Tiled {
             && (1..1 << 31).contains(&self.cols)
     }
 
+    /// Its columns' first and second half.
+    pub(super) fn halves(&self) -> [Tiled; 2] {
+        let first = Tiled { cols: self.cols / 2, ..*self };
+        [first, Tiled { address: self.address + first.cols * self.dtype.size() as u64, ..first }]
+    }
+
     /// As it is: coordinates (column, row).
     pub(super) fn plain(&self, tile_rows: u32) -> Result<TensorMap> {
-        self.encode(&[self.cols, self.rows], &[self.stride], tile_rows)
+        self.encode(&[self.cols, self.rows], &[self.stride], [ROW, tile_rows])
     }
 
     /// As equal groups of rows, past whose ends there is nothing: coordinates (column, row, group).
     pub(super) fn groups(&self, groups: usize, tile_rows: u32) -> Result<TensorMap> {
         let rows = self.rows / groups as u64;
-        self.encode(&[self.cols, rows, groups as u64], &[self.stride, self.stride * rows], tile_rows)
+        self.encode(&[self.cols, rows, groups as u64], &[self.stride, self.stride * rows], [ROW, tile_rows])
     }
 
-    /// As groups of rows whose ends only the device knows: coordinates (column, `RAGGED` − rows left, end of the group, `RAGGED`).
+    /// As groups of rows whose ends only the device knows: coordinates (column, `RAGGED` − rows left, end of the group, `RAGGED`). A tile
+    /// has so many bytes of so many rows.
     ///
     /// The second coordinate passes its dimension's end where the group ends. The address is that of the row all the same:
     /// `(2³⁰ − left)·s + end·s + 2³⁰·(2³⁴ − s)` is `(end − left)·s` modulo 2⁶⁴. (The form is that of Triton's ragged TMA.)
-    pub(super) fn ragged(&self, tile_rows: u32) -> Result<TensorMap> {
+    pub(super) fn ragged(&self, tile: [u32; 2]) -> Result<TensorMap> {
         let strides = [self.stride, self.stride, (1 << 34) - self.stride];
-        self.encode(&[self.cols, RAGGED, FAR, FAR], &strides, tile_rows)
+        self.encode(&[self.cols, RAGGED, FAR, FAR], &strides, tile)
     }
 
     /// As heads side by side in rows that are sequence-major: coordinates (column of the head, position, head, sequence).
@@ -97,16 +107,20 @@ impl Tiled {
         let (batch, heads) = (batch as u64, heads as u64);
         let dims = [self.cols / heads, self.rows / batch, heads, batch];
         let strides = [self.stride * batch, dims[0] * self.dtype.size() as u64, self.stride];
-        self.encode(&dims, &strides, tile_rows)
+        self.encode(&dims, &strides, [ROW, tile_rows])
     }
 
-    fn encode(&self, dims: &[u64], strides: &[u64], tile_rows: u32) -> Result<TensorMap> {
+    fn encode(&self, dims: &[u64], strides: &[u64], [row, rows]: [u32; 2]) -> Result<TensorMap> {
         let dtype = match self.dtype {
             DType::Bf16 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F32 => CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
             other => unreachable!("no kernel moves tiles of {other}"),
         };
-        let tile = [128 / self.dtype.size() as u32, tile_rows, 1, 1];
+        let tile = [row / self.dtype.size() as u32, rows, 1, 1];
+        let swizzle = match row {
+            ROW => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            _ => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        };
         let mut map = CUtensorMap { opaque: [0; 16] };
         // SAFETY: dimensions, strides and tile have as many entries as the rank says; the driver reads them and writes `map`.
         unsafe {
@@ -120,7 +134,7 @@ impl Tiled {
                 tile.as_ptr(),
                 [1u32; 4].as_ptr(),
                 CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             ))?;

@@ -4,14 +4,14 @@ use moe_dispatch::{
     Dispatcher, DispatcherKind, NativeFabric, Router, RouterConfig, RouterInput, RouterScales, RouterSums,
     TokenDispatcher,
 };
-use moe_kernels::family::{Activation, Elementwise, GateFunction, GroupedGemm, Norm, Op};
+use moe_kernels::family::{
+    Elementwise, Gate, GateFunction, GateGradients, GroupedGemm, GroupedGlu, Norm, Op,
+};
 use moe_kernels::{Cuda, Tensor, bf16};
 
 use crate::Error;
 use crate::layer::{Shape, normal};
 use crate::time::seconds;
-
-const SILU: GateFunction = GateFunction::Silu;
 
 /// Lines of the parts in the order of a pass, and their sum.
 pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
@@ -64,12 +64,11 @@ pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
     let offsets = rows.offsets.view();
     let w_gate_up = bf16(experts * 2 * inner, hidden, 0.02)?;
     let mut gate_up = Tensor::<bf16, Cuda>::uninit(gpu, n, 2 * inner)?;
-    part("gate_up", 2.0 * third, &mut || {
-        Ok(gpu.grouped_gemm(gate_up.view_mut()?, rows.x.view(), w_gate_up.view(), Op::T, offsets)?)
-    })?;
     let mut activated = Tensor::<bf16, Cuda>::uninit(gpu, n, inner)?;
-    part("glu", 0.0, &mut || {
-        Ok(gpu.glu(activated.view_mut()?, gate_up.view(), Some(rows.probs.view()), SILU)?)
+    let gate = Gate { function: GateFunction::Silu, p: Some(rows.probs.view()) };
+    part("gate_up with glu", 2.0 * third, &mut || {
+        let (product, out) = (gate_up.view_mut()?, activated.view_mut()?);
+        Ok(gpu.grouped_gemm_glu(product, out, rows.x.view(), w_gate_up.view(), &gate, offsets)?)
     })?;
     let w_down = bf16(experts * hidden, inner, 0.02)?;
     let mut out = Tensor::<bf16, Cuda>::uninit(gpu, n, hidden)?;
@@ -84,21 +83,12 @@ pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
         Ok(dispatcher.combine_backward(&fabric, &dy, &state).map(drop)?)
     })?;
     let d_out = dispatcher.combine_backward(&fabric, &dy, &state)?;
-    let mut d_activated = Tensor::<bf16, Cuda>::uninit(gpu, n, inner)?;
-    part("input gradient of down", third, &mut || {
-        Ok(gpu.grouped_gemm(d_activated.view_mut()?, d_out.view(), w_down.view(), Op::N, offsets)?)
-    })?;
     let mut d_gate_up = Tensor::<bf16, Cuda>::uninit(gpu, n, 2 * inner)?;
     let mut d_probs = Tensor::<f32, Cuda>::uninit(gpu, 1, n)?;
-    part("backward of glu", 0.0, &mut || {
-        Ok(gpu.glu_backward(
-            d_gate_up.view_mut()?,
-            Some(d_probs.view_mut()?),
-            d_activated.view(),
-            gate_up.view(),
-            Some(rows.probs.view()),
-            SILU,
-        )?)
+    part("input gradient of down with that of glu", third, &mut || {
+        let gradients = GateGradients { gate_up: d_gate_up.view_mut()?, p: Some(d_probs.view_mut()?) };
+        let (dy, w, product) = (d_out.view(), w_down.view(), gate_up.view());
+        Ok(gpu.grouped_gemm_glu_backward(gradients, dy, w, product, &gate, offsets)?)
     })?;
     let mut dx_rows = Tensor::<bf16, Cuda>::uninit(gpu, n, hidden)?;
     part("input gradient of gate_up", 2.0 * third, &mut || {
