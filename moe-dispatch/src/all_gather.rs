@@ -132,5 +132,5 @@ fn to_rows<F: Fabric>(
     sorted: &Sorted<F::Index>,
 ) -> Result<Arrived<F>, F::Error> {
     let weights = weights.map(|w| fabric.gather_weights(w, &sorted.choice)).transpose()?;
-    Ok((fabric.gather_rows(x, &sorted.token)?, weights))
+    Ok((fabric.to_sorted(x, sorted)?, weights))
 }

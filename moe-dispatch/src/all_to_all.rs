@@ -131,7 +131,7 @@ impl<F: Fabric> Dispatcher<F> for AllToAll {
         weights: Option<&F::Weights>,
         state: &Self::State,
     ) -> Result<FlightOf<F>, F::Error> {
-        let rows = fabric.gather_rows(x, &state.sorted.token)?;
+        let rows = fabric.to_sorted(x, &state.sorted)?;
         let weights = weights.map(|w| fabric.gather_weights(w, &state.sorted.choice)).transpose()?;
         let sorted = (rows, weights);
         let Some(exchange) = &state.exchange else { return Ok(Flight::Here(sorted)) };

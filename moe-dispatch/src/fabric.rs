@@ -85,6 +85,11 @@ pub trait Fabric {
     /// `y[i] = x[index[i]]`; a row of zeros where the index is negative.
     fn gather_rows(&self, x: &Self::Tensor, index: &Self::Index) -> Result<Self::Tensor, Self::Error>;
 
+    /// The rows of `x` by expert: `y[i] = x[sorted.token[i]]`; a row of zeros where that is negative.
+    fn to_sorted(&self, x: &Self::Tensor, sorted: &Sorted<Self::Index>) -> Result<Self::Tensor, Self::Error> {
+        self.gather_rows(x, &sorted.token)
+    }
+
     /// `y[i] = Σ_k x[index[i · top_k + k]]` in ascending `k`, summed in the accumulation type and rounded once.
     /// Negative entries are skipped.
     fn gather_sum(

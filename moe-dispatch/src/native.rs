@@ -168,6 +168,13 @@ impl<T: Float, D: Backend<T>> Fabric for NativeFabric<'_, T, D> {
         self.gather(x, index)
     }
 
+    fn to_sorted(&self, x: &Self::Tensor, sorted: &Sorted<Self::Index>) -> Result<Self::Tensor, Error> {
+        let index = row(&sorted.token)?;
+        let mut y = Tensor::uninit(self.device, index.shape()[1], x.shape()[1])?;
+        Rows::<T>::spread_rows(self.device, y.view_mut()?, x.view(), index.view(), sorted.position.view())?;
+        Ok(y)
+    }
+
     fn gather_sum(&self, x: &Self::Tensor, index: &Self::Index, top_k: usize) -> Result<Self::Tensor, Error> {
         let tokens = index.layout().len().checked_div(top_k).unwrap_or(0);
         let mut y = Tensor::uninit(self.device, tokens, x.shape()[1])?;

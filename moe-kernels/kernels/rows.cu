@@ -48,6 +48,45 @@ extern "C" __global__ void __launch_bounds__(256) gather_rows(T *y, i64 ys, cons
     for_tiles<N, ROWS>(tiles, Gather{y, ys, x, xs, index, end, outside});
 }
 
+// Each row is read once and written where it goes.
+struct Spread {
+    T *y;
+    i64 ys;
+    const T *x;
+    i64 xs;
+    const i32 *position;
+    i64 ps, k, end;
+    Fault outside;
+    typedef Words<T, N> In;
+
+    __device__ __forceinline__ In read(i64 i, i64 j, int n, bool vectors) const {
+        return load_up_to<N>(x + i * xs + j, n, vectors);
+    }
+    __device__ __forceinline__ void write(i64 i, i64 j, int n, bool vectors, const In &in) const {
+        for (i64 q = 0; q < k; q++) {
+            i32 to = position[i * ps + q];
+            if (to >= end && j == 0) outside.raise(i);
+            if (to >= 0 && to < end) store_up_to(y + to * ys + j, in, n, vectors);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(256) spread_rows(T *y, i64 ys, const T *x, i64 xs, const i32 *position, i64 ps, i64 k,
+                                                              i64 end, Fault outside, Tiles tiles) {
+    for_tiles<N, ROWS>(tiles, Spread{y, ys, x, xs, position, ps, k, end, outside});
+}
+
+// Zeros in the rows whose index is negative. A warp looks at 32 of them.
+extern "C" __global__ void __launch_bounds__(256) zero_rows(T *y, i64 ys, const i32 *index, i64 n, i64 cols) {
+    i64 first = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32 * 32;
+    i32 lane = threadIdx.x % 32;
+    u32 none = __ballot_sync(FULL_MASK, first + lane < n && index[first + lane] < 0);
+    for (; none; none &= none - 1) {
+        T *row = y + (first + __ffs(none) - 1) * ys;
+        for (i64 j = lane; j < cols; j += 32) row[j] = T{};
+    }
+}
+
 // All blocks of a row beside each other are the columns of the tiles: a vector lies within one of them.
 struct CopyBlocks {
     T *y;

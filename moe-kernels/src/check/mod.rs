@@ -24,7 +24,7 @@ pub(crate) use norm::{rms_norm, rms_norm_backward, rms_norm_backward_sums};
 pub(crate) use optim::adamw;
 pub(crate) use rope::{rms_norm_rope, rms_norm_rope_backward, rope};
 pub(crate) use routing::{drop_excess, jitter, route, route_backward, softmax_sums, sort_by_expert};
-pub(crate) use rows::{copy_column_blocks, gather_rows, gather_sum, sum_column_blocks};
+pub(crate) use rows::{copy_column_blocks, gather_rows, gather_sum, spread_rows, sum_column_blocks};
 
 use crate::{Error, Result};
 

@@ -63,6 +63,18 @@ pub(crate) fn gather_rows<E: Element, D: Device>(
     shape(kernel, "index", [1, n], index.shape())
 }
 
+/// Operands of `spread_rows`.
+pub(crate) fn spread_rows<E: Element, D: Device>(
+    kernel: &'static str,
+    y: &ViewMut<'_, E, D>,
+    x: View<'_, E, D>,
+    index: View<'_, i32, D>,
+    position: View<'_, i32, D>,
+) -> Result<()> {
+    gather_rows(kernel, y, x, index)?;
+    shape(kernel, "position", [x.shape()[0], position.shape()[1]], position.shape())
+}
+
 /// Operands of `gather_sum`.
 pub(crate) fn gather_sum<E: Element, D: Device>(
     kernel: &'static str,

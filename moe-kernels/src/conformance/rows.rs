@@ -49,6 +49,23 @@ pub fn rows<E: Element, D: Rows<E>>(device: &D) {
     let short = place_ints(device, 1, n - 1, &index[1..]);
     assert_refused("too few indices", device.gather_rows(y.view_mut(), x.view(), short.view()));
 
+    // One of the rows goes nowhere, and four come from nowhere.
+    let position = [-1, 7, 3, -3, 0, 10, 5, -1, -1, -1, 8, -1, 1, -1];
+    let mut index = vec![-1; n];
+    for (i, to) in position.iter().enumerate().filter(|(_, to)| **to >= 0) {
+        index[*to as usize] = i as i32 / 2;
+    }
+    let (placed, to) = (place_ints(device, 1, n, &index), place_ints(device, from, 2, &position));
+    let mut y = blank(n);
+    device.spread_rows(y.view_mut(), x.view(), placed.view(), to.view()).expect("spread_rows");
+    let want: Vec<E> = index.iter().flat_map(row).collect();
+    assert_eq!(y.elements(), want, "spread_rows of {}", E::DTYPE);
+    let short = place_ints(device, from - 1, 2, &position[2..]);
+    assert_refused(
+        "too few positions",
+        device.spread_rows(y.view_mut(), x.view(), placed.view(), short.view()),
+    );
+
     let (mut none, empty) = (blank(0), place_ints(device, 1, 0, &[]));
     device.gather_rows(none.view_mut(), x.view(), empty.view()).expect("no rows");
     column_blocks::<E, D>(device);

@@ -11,6 +11,9 @@ use crate::{Element, Result, View, ViewMut, check};
 /// Rows of a thread: `ROWS` of the kernels.
 const DOWN: usize = 4;
 
+/// Threads of a block that looks for rows without an index.
+const THREADS: usize = 256;
+
 impl<E: Element> Rows<E> for Cuda {
     fn copy_rows(&self, mut y: ViewMut<'_, E, Self>, x: View<'_, E, Self>) -> Result<()> {
         const KERNEL: &str = "copy_rows";
@@ -36,6 +39,29 @@ impl<E: Element> Rows<E> for Cuda {
         let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).vector(index).size(end);
         // SAFETY: the kernel writes `n` rows of `cols` elements, and reads only rows of `x` below `end`.
         unsafe { tiles.argument(launch.fault(Fault::Index { what: "index", end })).launch() }
+    }
+
+    fn spread_rows(
+        &self,
+        mut y: ViewMut<'_, E, Self>,
+        x: View<'_, E, Self>,
+        index: View<'_, i32, Self>,
+        position: View<'_, i32, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "spread_rows";
+        let [n, cols] = y.shape();
+        check::spread_rows(KERNEL, &y, x, index, position)?;
+        let launch = self.kernel(&ROWS.of(E::DTYPE), "zero_rows")?.grid([n.div_ceil(THREADS), 1, 1]);
+        let launch = launch.block([THREADS, 1, 1]).mat_mut(&mut y).vector(index).size(n).size(cols);
+        // SAFETY: the kernel writes rows of `y` alone, which are `n` of `cols` elements.
+        unsafe { launch.launch()? };
+        let tiles =
+            Tiles::new([x.shape()[0], cols], vector::<E>(), DOWN).with_other(y.as_view()).with_other(x);
+        let launch = self.kernel(&ROWS.of(E::DTYPE), KERNEL)?;
+        let launch = tiles.mat(tiles.mat_mut(launch, &mut y), x).mat(position).size(position.shape()[1]);
+        let outside = Fault::Index { what: "position", end: n };
+        // SAFETY: the kernel writes only rows of `y` below `n`, and reads as many rows of `x` as there are positions for.
+        unsafe { tiles.argument(launch.size(n).fault(outside)).launch() }
     }
 
     fn copy_column_blocks(
