@@ -796,6 +796,104 @@ fn topology_prints_the_groups_of_megatron() {
 }
 
 #[test]
+fn schedules_are_shown_checked_simulated_and_compared() {
+    let place = Place::new();
+    let run = |arguments: &str| place.run(&arguments.split(' ').collect::<Vec<_>>());
+    let torch =
+        |name: &str, sizes: &str| run(&format!("schedule show {name} --format torch-csv {sizes}")).ok().out;
+
+    // As torch 2.15.0 has it, without and with messages.
+    assert_eq!(
+        torch("InterleavedZeroBubble", "--pp 2 --vpp 1 --microbatches 4"),
+        "0F0,0F1,0I0,0W0,0F2,0I1,0W1,0F3,0I2,0W2,0I3,0W3\n1F0,1I0,1F1,1I1,1W0,1F2,1I2,1W1,1F3,1I3,1W2,1W3\n"
+    );
+    assert_eq!(
+        torch("InterleavedZeroBubble", "--pp 2 --vpp 1 --microbatches 4 --lowered"),
+        "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0I0,0W0,0RECV_B1,0F2,0SEND_F2,0I1,0W1,0RECV_B2,0F3,0SEND_F3,0I2,0W2,\
+         0RECV_B3,0I3,0W3\n\
+         1RECV_F0,1F0,1RECV_F1,1I0,1SEND_B0,1F1,1I1,1SEND_B1,1RECV_F2,1W0,1F2,1I2,1SEND_B2,1RECV_F3,1W1,1F3,1I3,\
+         1SEND_B3,1W2,1W3\n"
+    );
+    assert_eq!(
+        torch("zb-v", "--pp 2 --microbatches 3"),
+        torch("ZBVZeroBubble", "--pp 2 --vpp 2 --microbatches 3")
+    );
+
+    // Whatever is shown is checked, with messages or without.
+    for (name, lowered) in [("dual-pipe-v", ""), ("dual-pipe", " --lowered"), ("v-half", " --lowered")] {
+        for format in ["csv", "torch-csv"] {
+            let shown =
+                run(&format!("schedule show {name} --pp 4 --microbatches 8 --format {format}{lowered}"))
+                    .ok()
+                    .out;
+            fs::write(place.path("schedule.csv"), shown).unwrap();
+            let said = run("schedule check schedule.csv").ok().out;
+            assert!(
+                said.starts_with("valid: 4 ranks, 8 stages, 8 micro-batches forward and backward, "),
+                "{said}"
+            );
+        }
+    }
+    run("schedule check schedule.csv --budget 5").refused(2, &["rank 0", "6 activations", "the budget of 5"]);
+    fs::write(place.path("schedule.csv"), "0F0,0F1,0B1,0B0\n").unwrap();
+    run("schedule check schedule.csv")
+        .refused(2, &["0B1 (rank 0, index 2): micro-batch 0 of this stage comes first"]);
+
+    let picture = run("schedule show 1f1b --pp 3 --microbatches 4 --columns 54").ok().out;
+    assert_eq!(
+        picture,
+        "rank 0 0--1--2--............0=====3--1=====...2=====...3=====\n\
+         rank 1 ...0--1--......0=====2--1=====3--2=====...3=====......\n\
+         rank 2 ......0--0=====1--1=====2--2=====3--3=====............\n\
+         step 18, 33.3% idle; activations of a stage kept at most, by rank: 3 2 1\n"
+    );
+    let drawn = |format: &str| {
+        run(&format!("schedule show dual-pipe --pp 4 --microbatches 8 --format {format}")).ok().out
+    };
+    assert!(drawn("svg").starts_with("<svg") && drawn("svg").ends_with("</svg>\n"));
+    let trace: Value = serde_json::from_str(&drawn("trace")).unwrap();
+    let spans = trace["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X");
+    let first = spans.clone().find(|event| event["tid"] == 3).unwrap();
+    assert_eq!((&first["name"], &first["ts"], &first["dur"]), (&"4F4".into(), &0.into(), &1.into()));
+
+    // (p−1)(f+b) in halves of a rank's layers, and what a rank waits for.
+    let simulated = run("schedule simulate interleaved-1f1b --pp 2 --microbatches 4 --times 2,2,2").ok().out;
+    assert_eq!(
+        simulated,
+        "rank  busy  activation  gradient  link  send  drain  kept\n\
+         0       24           0         3     0     0      0     5\n\
+         1       24           1         0     0     0      2     3\n\
+         step 27, 11.1% idle; activations of a stage kept at most, by rank: 5 3\n"
+    );
+
+    let compared = run("schedule compare --pp 4 --microbatches 8").ok().out;
+    let rows: BTreeMap<&str, Vec<&str>> = compared
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .map(|row| (row[0], row[1..].to_vec()))
+        .collect();
+    assert_eq!(rows["1f1b"], ["1", "33", "27.3%", "4"]);
+    assert_eq!(rows["zb-h2"], ["1", "27", "11.1%", "7"]);
+    assert_eq!(rows["zb-v"], ["2", "25.5", "5.9%", "4"]);
+    assert_eq!(rows["v-half"], ["2", "26.5", "9.4%", "3"]);
+    assert_eq!(rows.len(), 1 + 13);
+    let compared = run("schedule compare --pp 3 --microbatches 3").ok().out;
+    assert!(
+        compared.ends_with(
+            "dual-pipe-v: DualPipeV on 3 ranks cannot take 3 micro-batches: it needs at least 6\n"
+        )
+    );
+
+    run("schedule show zb-v --pp 2 --vpp 3 --microbatches 2")
+        .refused(2, &["zb-v has 2 stage(s) per rank, not 3"]);
+    run("schedule show zbv --pp 2 --microbatches 2").refused(2, &["is no schedule", "zb-v", "dual-pipe"]);
+    run("schedule show 1f1b --pp 2 --microbatches 2 --times 1,2")
+        .refused(2, &["3 numbers separated by commas"]);
+    run("schedule show 1f1b --pp 2 --microbatches 2 --times 1,1,-1")
+        .refused(2, &["costs are finite and not negative"]);
+}
+
+#[test]
 fn illegal_mappings_say_the_equation_the_values_and_what_is_near() {
     let place = Place::new();
     let before = place.hashes();

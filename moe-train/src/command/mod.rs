@@ -9,6 +9,7 @@ mod eval;
 mod export;
 mod import;
 mod sample;
+mod schedule;
 mod topology;
 mod trace;
 mod train;
@@ -56,6 +57,9 @@ enum Command {
     /// Make tokens to train on.
     #[command(subcommand)]
     Data(data::Data),
+    /// Look into pipeline schedules.
+    #[command(subcommand)]
+    Schedule(schedule::Schedule),
 }
 
 impl Cli {
@@ -75,6 +79,7 @@ impl Cli {
             Command::Diff(command) => command.run(),
             Command::Checkpoint(command) => command.run(),
             Command::Data(command) => command.run(),
+            Command::Schedule(command) => command.run(),
         }
     }
 }
@@ -87,6 +92,7 @@ pub fn exit_status(error: &Error) -> u8 {
         Error::Diff(DiffError::Differ { .. }) => 1,
         Error::Config(_)
         | Error::Topology(_)
+        | Error::Schedule(_)
         | Error::RunExists { .. }
         | Error::Resume { .. }
         | Error::Replay { .. }

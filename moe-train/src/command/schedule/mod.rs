@@ -1,0 +1,129 @@
+//! `moe-train schedule`.
+
+mod report;
+mod sizes;
+
+use std::fs;
+use std::path::PathBuf;
+
+use clap::{Subcommand, ValueEnum};
+use moe_pipeline::generate::Named;
+use moe_pipeline::{Kind, add_send_recv, lower, validate};
+
+use self::sizes::{Chosen, Pipeline, Times};
+use crate::Result;
+use crate::durable::Context;
+
+/// Look into pipeline schedules.
+#[derive(Debug, Subcommand)]
+pub enum Schedule {
+    /// Print or draw a schedule.
+    Show {
+        #[command(flatten)]
+        chosen: Chosen,
+        #[command(flatten)]
+        times: Times,
+        /// What to print.
+        #[arg(long, value_enum, default_value_t = Format::Picture)]
+        format: Format,
+        /// With messages, in text; as torch has them without waits, or all that ours do.
+        #[arg(long)]
+        lowered: bool,
+        /// How many characters a picture's timeline is wide.
+        #[arg(long, default_value_t = 100)]
+        columns: u16,
+    },
+    /// Check a schedule in text: a line per rank, actions separated by commas, with or without messages.
+    Check {
+        /// The file, as `show --format csv` and torch write it.
+        file: PathBuf,
+        /// The most activations that a rank may keep.
+        #[arg(long)]
+        budget: Option<u32>,
+    },
+    /// Say how long a step takes, and why ranks idle.
+    Simulate {
+        #[command(flatten)]
+        chosen: Chosen,
+        #[command(flatten)]
+        times: Times,
+    },
+    /// Compare all schedules on the same ranks, micro-batches and times.
+    Compare {
+        #[command(flatten)]
+        pipeline: Pipeline,
+        #[command(flatten)]
+        times: Times,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A timeline of characters.
+    Picture,
+    /// A line per rank.
+    Csv,
+    /// The same as torch's pipelining has it: overlaps are taken apart before messages are added, waits are left out.
+    TorchCsv,
+    /// A drawing.
+    Svg,
+    /// A trace for Perfetto, a unit of time as a microsecond.
+    Trace,
+}
+
+impl Schedule {
+    pub fn run(self) -> Result<()> {
+        let text = match self {
+            Schedule::Show { chosen, times, format, lowered, columns } => {
+                let schedule = chosen.generate()?;
+                match format {
+                    Format::Csv if lowered => lower(&schedule)?.to_string(),
+                    Format::TorchCsv if lowered => add_send_recv(&schedule.serial()?)?.to_string(),
+                    Format::Csv | Format::TorchCsv => schedule.to_string(),
+                    Format::Picture | Format::Svg | Format::Trace => {
+                        let program = validate(lower(&schedule)?, None)?;
+                        let timeline = times.simulate(&program)?;
+                        match format {
+                            Format::Svg => timeline.svg(),
+                            Format::Trace => timeline.chrome_trace(),
+                            _ => timeline.draw(columns) + &report::summary(&program, &timeline),
+                        }
+                    }
+                }
+            }
+            Schedule::Check { file, budget } => {
+                let text = fs::read_to_string(&file).context("read", &file)?;
+                let schedule: moe_pipeline::Schedule = text.parse()?;
+                let bare = schedule.actions().all(|at| at.action.kind.is_compute());
+                let has_waits = schedule
+                    .actions()
+                    .any(|at| matches!(at.action.kind, Kind::WaitSend(_) | Kind::WaitRecv(_)));
+                let whole = match (bare, has_waits) {
+                    (true, _) => lower(&schedule)?,
+                    (false, false) => moe_pipeline::add_waits(&schedule)?,
+                    (false, true) => schedule,
+                };
+                report::checked(&validate(whole, budget)?)
+            }
+            Schedule::Simulate { chosen, times } => {
+                let program = validate(lower(&chosen.generate()?)?, None)?;
+                let timeline = times.simulate(&program)?;
+                report::ranks(&program, &timeline) + &report::summary(&program, &timeline)
+            }
+            Schedule::Compare { pipeline, times } => {
+                let mut rows = Vec::new();
+                for named in Named::ALL {
+                    let simulated = pipeline.generate(named).and_then(|schedule| {
+                        let program = validate(lower(&schedule)?, None)?;
+                        let timeline = times.simulate(&program)?;
+                        Ok((program, timeline))
+                    });
+                    rows.push((named, simulated));
+                }
+                report::comparison(rows)
+            }
+        };
+        print!("{text}");
+        Ok(())
+    }
+}
