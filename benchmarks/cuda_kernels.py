@@ -156,14 +156,26 @@ def converted(to, dtype):
     return lambda shape: [lambda x=random(int(shape), dtype=dtype), y=random(int(shape), dtype=to): y.copy_(x)]
 
 
-def adamw(shape, moments):
-    n = int(shape)
-    master, grad = random(n, dtype=f32), random(n, dtype=f32)
-    m, v = random(n, dtype=moments), random(n, dtype=moments).abs()
-    step = torch.ones((), device=device)
+def parameters(shape):
+    """One tensor of so many elements in f32, or all those of so many layers of a model."""
+    if shape.isdigit():
+        return [random(int(shape), dtype=f32)]
+    h, queries, keys, experts, width = 2048, 4096, 512, 128, 768
+    layer = [h * queries, h * keys, h * keys, h * queries, h * experts, h, h, 128, 128] + [h * width] * (3 * experts)
+    return [random(n, dtype=f32) for n in layer * int(shape.split(" ")[0])]
+
+
+def adamw(shape):
+    master, grad, m = (parameters(shape) for _ in range(3))
+    v, steps = [x.abs() for x in m], [torch.ones((), device=device) for _ in m]
     settings = dict(lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False)
     # Without the weights in bf16, which cost PyTorch a copy more.
-    return [lambda: torch._fused_adamw_([master], [grad], [m], [v], [], [step], **settings)]
+    return [lambda: torch._fused_adamw_(master, grad, m, v, [], steps, **settings)]
+
+
+def sums_of_squares(shape):
+    grads = parameters(shape)
+    return [lambda: torch.nn.utils.get_total_norm(grads, foreach=True)]
 
 
 # By the names of our table; of embed_backward there is no equal (PyTorch's writes the whole table's gradient).
@@ -190,7 +202,8 @@ PEERS = {
     "add": lambda shape: [lambda a=random(int(shape)), b=random(int(shape)), y=random(int(shape)): torch.add(a, b, out=y)],
     "widen": converted(f32, bf16),
     "narrow": converted(bf16, f32),
-    "adamw": lambda shape: adamw(shape, f32),
+    "adamw": adamw,
+    "sums_of_squares": sums_of_squares,
 }
 
 

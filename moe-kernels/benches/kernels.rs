@@ -7,9 +7,9 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moe_kernels::family::{
-    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation, RouteInput,
-    RouteOutput, Routing, Rows, ScoreFunction, SortOutput,
+    Activation, AdamW, AdamWRun, AdamWSlice, Attention, AttentionMask, AttentionShape, Elementwise,
+    GateFunction, Gemm, GroupedGemm, Loss, Norm, Op, Optim, Reduce, Rope, RotaryHead, RotaryPairs, Rotation,
+    RouteInput, RouteOutput, Routing, Rows, ScoreFunction, SortOutput,
 };
 use moe_kernels::{Cpu, Tensor};
 
@@ -250,20 +250,14 @@ fn vocabulary_and_update(c: &mut Criterion) {
     let parameters = EXPERTS * 3 * FFN * HIDDEN;
     measure(c, "adamw", parameters, |cpu| {
         let [mut master, mut m, mut v, g] = [2, 3, 4, 5].map(|_| matrix(cpu, 1, parameters));
-        let hyper = AdamW {
-            lr: 1e-4,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: 10,
-            grad_scale: black_box(1.0),
-        };
+        let update =
+            AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: 10, grad_scale: black_box(1.0) };
+        let runs = [AdamWRun { elements: 0..parameters, lr_scale: 1.0, weight_decay: 0.1 }];
         let cpu = cpu.clone();
         Box::new(move || {
-            let master = mutable!(master);
-            let (m, v) = (mutable!(m).into(), mutable!(v).into());
-            Optim::<f32>::adamw(&cpu, None, master, m, v, g.view(), &hyper).expect("adamw");
+            let (master, m, v) = (mutable!(master), mutable!(m).into(), mutable!(v).into());
+            let slice = AdamWSlice { weight: None, master, m, v, grad: g.clone(), runs: &runs };
+            Optim::<f32>::adamw(&cpu, vec![slice], &update).expect("adamw");
         })
     });
     measure(c, "dot", parameters, |cpu| {

@@ -2,10 +2,26 @@
 
 constexpr int N = 16 / sizeof(Acc);
 
-// The factors of one update, rounded to the type of the master weights.
+// Vectors of `N` elements that a thread updates, at most: enough that finding the run costs nothing beside them.
+constexpr int VECTORS = 4;
+constexpr int THREADS = 256;
+
+// The factors that all elements have in common, rounded to the type of the master weights; `correction2` = 1 / (1 − β2^step).
 struct Factors {
-    // `step_size` = lr / (1 − β1^step), `correction2` = 1 / (1 − β2^step), `keep` = 1 − lr · λ.
-    Acc grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, correction2, eps, keep;
+    Acc grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps;
+};
+
+// Elements of one slice that are updated alike. All that is kept of them begins at these addresses; `weight` may be null.
+struct Run {
+    T *weight;
+    Acc *master;
+    void *m, *v;
+    const Acc *grad;
+    i64 n;
+    // The first block of the launch that has elements of it, and whether vectors may be moved at once.
+    i64 first, vectors;
+    // lr / (1 − β1^step), and 1 − lr · λ.
+    double step_size, keep;
 };
 
 // Products and sums are rounded each, never fused: the update is the same on every device.
@@ -18,16 +34,15 @@ __device__ __forceinline__ double root(double x) { return __dsqrt_rn(x); }
 __device__ __forceinline__ float over(float x, float y) { return __fdiv_rn(x, y); }
 __device__ __forceinline__ double over(double x, double y) { return __ddiv_rn(x, y); }
 
-// A thread has `N` elements, or fewer at the end. `weight` may be null.
+// Updates `count` elements from the `j`-th of a run on.
 template <typename M, typename V>
-__device__ __forceinline__ void adamw(T *weight, Acc *master, M *m, V *v, const Acc *grad, i64 n, const Factors &f,
-                                      bool vectors) {
-    i64 j = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-    int count = int(min(i64(N), n - j));
-    if (count <= 0) return;
-    Words<Acc, N> masters = load_up_to<N>(master + j, count, vectors), grads = load_up_to<N>(grad + j, count, vectors);
-    Words<M, N> ms = load_up_to<N>(m + j, count, vectors);
-    Words<V, N> vs = load_up_to<N>(v + j, count, vectors);
+__device__ __forceinline__ void update(const Run &run, i64 j, int count, const Factors &f, Acc step_size, Acc keep) {
+    bool vectors = run.vectors;
+    M *m = static_cast<M *>(run.m) + j;
+    V *v = static_cast<V *>(run.v) + j;
+    Words<Acc, N> masters = load_up_to<N>(run.master + j, count, vectors), grads = load_up_to<N>(run.grad + j, count, vectors);
+    Words<M, N> ms = load_up_to<N>(m, count, vectors);
+    Words<V, N> vs = load_up_to<N>(v, count, vectors);
     Words<Acc, N> new_masters = {};
     Words<M, N> new_ms = {};
     Words<V, N> new_vs = {};
@@ -37,33 +52,50 @@ __device__ __forceinline__ void adamw(T *weight, Acc *master, M *m, V *v, const 
         Acc g = times(grads.get(k), f.grad_scale);
         Acc mean = plus(times(f.beta1, Acc(widen(ms.get(k)))), times(f.one_minus_beta1, g));
         Acc square = plus(times(f.beta2, Acc(widen(vs.get(k)))), times(f.one_minus_beta2, times(g, g)));
-        Acc step = over(times(f.step_size, mean), plus(root(times(square, f.correction2)), f.eps));
-        Acc updated = plus(times(f.keep, masters.get(k)), -step);
+        Acc step = over(times(step_size, mean), plus(root(times(square, f.correction2)), f.eps));
+        Acc updated = plus(times(keep, masters.get(k)), -step);
         new_masters.set(k, updated);
         new_ms.set(k, narrow<M>(mean));
         new_vs.set(k, narrow<V>(square));
         weights.set(k, narrow<T>(updated));
     }
-    store_up_to(master + j, new_masters, count, vectors);
-    store_up_to(m + j, new_ms, count, vectors);
-    store_up_to(v + j, new_vs, count, vectors);
-    if (weight) store_up_to(weight + j, weights, count, vectors);
+    store_up_to(run.master + j, new_masters, count, vectors);
+    store_up_to(m, new_ms, count, vectors);
+    store_up_to(v, new_vs, count, vectors);
+    if (run.weight) store_up_to(run.weight + j, weights, count, vectors);
+}
+
+// A block has `THREADS` · `VECTORS` vectors of one run, of which there is at least one; `first` of the first run is 0.
+template <typename M, typename V>
+__device__ __forceinline__ void adamw(const Run *runs, i64 count, const Factors &f) {
+    // Shared, since addresses in registers would leave room for fewer threads.
+    __shared__ Run run;
+    if (threadIdx.x == 0) {
+        i64 at = 0;
+        for (i64 end = count; end - at > 1;) {
+            i64 middle = (at + end) / 2;
+            (runs[middle].first <= blockIdx.x ? at : end) = middle;
+        }
+        run = runs[at];
+    }
+    __syncthreads();
+    Acc step_size = narrow<Acc>(run.step_size), keep = narrow<Acc>(run.keep);
+    i64 j = ((i64(blockIdx.x) - run.first) * VECTORS * THREADS + threadIdx.x) * N;
+#pragma unroll 1
+    for (int i = 0; i < VECTORS && j < run.n; i++, j += THREADS * N)
+        update<M, V>(run, j, int(min(i64(N), run.n - j)), f, step_size, keep);
 }
 
 // By the types in which the two moments are kept.
-extern "C" __global__ void __launch_bounds__(256) adamw_acc_acc(T *weight, Acc *master, Acc *m, Acc *v, const Acc *grad, i64 n,
-                                                                Factors f, i32 vectors) {
-    adamw(weight, master, m, v, grad, n, f, vectors);
+extern "C" __global__ void __launch_bounds__(THREADS) adamw_acc_acc(const Run *runs, i64 count, Factors f) {
+    adamw<Acc, Acc>(runs, count, f);
 }
-extern "C" __global__ void __launch_bounds__(256) adamw_bf16_acc(T *weight, Acc *master, bf16 *m, Acc *v, const Acc *grad,
-                                                                 i64 n, Factors f, i32 vectors) {
-    adamw(weight, master, m, v, grad, n, f, vectors);
+extern "C" __global__ void __launch_bounds__(THREADS) adamw_bf16_acc(const Run *runs, i64 count, Factors f) {
+    adamw<bf16, Acc>(runs, count, f);
 }
-extern "C" __global__ void __launch_bounds__(256) adamw_acc_bf16(T *weight, Acc *master, Acc *m, bf16 *v, const Acc *grad,
-                                                                 i64 n, Factors f, i32 vectors) {
-    adamw(weight, master, m, v, grad, n, f, vectors);
+extern "C" __global__ void __launch_bounds__(THREADS) adamw_acc_bf16(const Run *runs, i64 count, Factors f) {
+    adamw<Acc, bf16>(runs, count, f);
 }
-extern "C" __global__ void __launch_bounds__(256) adamw_bf16_bf16(T *weight, Acc *master, bf16 *m, bf16 *v, const Acc *grad,
-                                                                  i64 n, Factors f, i32 vectors) {
-    adamw(weight, master, m, v, grad, n, f, vectors);
+extern "C" __global__ void __launch_bounds__(THREADS) adamw_bf16_bf16(const Run *runs, i64 count, Factors f) {
+    adamw<bf16, bf16>(runs, count, f);
 }

@@ -38,6 +38,63 @@ extern "C" __global__ void __launch_bounds__(THREADS) dot(double *parts, const T
     if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
+// A row of elements, whose squares are added to `out[i]`.
+struct Piece {
+    const T *x;
+    i64 n;
+    // The first of the parts that its squares are summed in, and whether vectors may be moved at once.
+    i64 first, vectors;
+};
+
+// parts[p] = Σ x² over `WARP_VECTORS` vectors for each lane, or fewer at the end of a piece: one warp for each part. There is at least
+// one piece, and each has at least one part.
+constexpr int WARP_VECTORS = 64;
+
+extern "C" __global__ void __launch_bounds__(THREADS) squares(double *parts, i64 count, const Piece *pieces, i64 piece_count) {
+    i64 part = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (part >= count) return;
+    i64 at = 0;
+    for (i64 end = piece_count; end - at > 1;) {
+        i64 middle = (at + end) / 2;
+        (pieces[middle].first <= part ? at : end) = middle;
+    }
+    const Piece piece = pieces[at];
+    i64 first = (part - piece.first) * WARP_VECTORS * 32 * N;
+    const T *x = piece.x + first;
+    i32 n = i32(min(i64(WARP_VECTORS * 32 * N), piece.n - first)), v = threadIdx.x % 32, whole = piece.vectors ? n / N : 0;
+    double sum[N] = {};
+    auto add = [&](const Words<T, N> &x) {
+#pragma unroll
+        for (int k = 0; k < N; k++) sum[k] += to_f64(x.get(k)) * to_f64(x.get(k));
+    };
+    // Whole vectors first: a loop without branches, so that many reads are under way.
+#pragma unroll 8
+    for (; v < whole; v += 32) add(load_up_to<N>(x + v * N, N, true));
+    for (; v * N < n; v += 32) add(load_up_to<N>(x + v * N, min(N, n - v * N), false));
+    double total = 0;
+#pragma unroll
+    for (int k = 0; k < N; k++) total += sum[k];
+    total = warp_sum(total);
+    if (threadIdx.x % 32 == 0) parts[part] = total;
+}
+
+// Parts that are added to one element of `out`.
+struct Total {
+    i64 i, first, end;
+};
+
+// One warp for each total.
+extern "C" __global__ void __launch_bounds__(THREADS) add_squares(double *out, const double *parts, const Total *totals,
+                                                                  i64 count) {
+    i64 at = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= count) return;
+    const Total total = totals[at];
+    double sum = 0;
+    for (i64 p = total.first + threadIdx.x % 32; p < total.end; p += 32) sum += parts[p];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) out[total.i] += sum;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) add_parts(double *out, const double *parts, i64 n) {
     __shared__ double warps[THREADS / 32];
     double sum = 0;

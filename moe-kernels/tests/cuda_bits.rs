@@ -7,8 +7,8 @@ mod gpu;
 
 use gpu::gpu;
 use moe_kernels::family::{
-    AdamW, DropLimit, Elementwise, ExpertGroups, GroupedBias, MomentMut, Optim, Reduce, RouteInput,
-    RouteOutput, Routing, Rows, ScoreFunction, Scoring, SortOutput,
+    AdamW, AdamWRun, AdamWSlice, DropLimit, Elementwise, ExpertGroups, GroupedBias, MomentMut, Optim, Reduce,
+    RouteInput, RouteOutput, Routing, Rows, ScoreFunction, Scoring, SortOutput,
 };
 use moe_kernels::random::uniform_pair;
 use moe_kernels::{Cpu, Cuda, Device, Element, Float, Tensor, bf16};
@@ -189,21 +189,15 @@ fn updates<A: Float<Acc = A>, D: Optim<A>>(device: &D) -> Results {
     let mut results = Vec::new();
     for in_bf16 in [[false, false], [true, false], [false, true], [true, true]] {
         let mut master = tensor(device, [1, n], &random::<A>(1, n));
-        let mut weight = blank::<A, D>(device, [1, n]);
+        let mut weight = Tensor::<A, D>::zeros(device, 1, n).expect("zeros");
         let [mut m, mut v] = [(); 2].map(|()| Tensor::<A, D>::zeros(device, 1, n).expect("zeros"));
         let [mut small_m, mut small_v] =
             [(); 2].map(|()| Tensor::<bf16, D>::zeros(device, 1, n).expect("zeros"));
         for step in 1..4 {
             let grad = tensor(device, [1, n], &random::<A>(step + 7, n));
-            let hyper = AdamW {
-                lr: 1e-3,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                weight_decay: 0.1,
-                step,
-                grad_scale: 0.37,
-            };
+            let update = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, grad_scale: 0.37 };
+            let run = |elements, lr_scale, weight_decay| AdamWRun { elements, lr_scale, weight_decay };
+            let runs = [run(0..n / 2, 1.0, 0.1), run(n / 2..n - 1, 0.3, 0.0)];
             let moment = |small, wide, in_bf16| match in_bf16 {
                 true => MomentMut::Bf16(small),
                 false => MomentMut::Acc(wide),
@@ -211,7 +205,9 @@ fn updates<A: Float<Acc = A>, D: Optim<A>>(device: &D) -> Results {
             let m = moment(small_m.view_mut().expect("own"), m.view_mut().expect("own"), in_bf16[0]);
             let v = moment(small_v.view_mut().expect("own"), v.view_mut().expect("own"), in_bf16[1]);
             let weight = Some(weight.view_mut().expect("own"));
-            device.adamw(weight, master.view_mut().expect("own"), m, v, grad.view(), &hyper).expect("adamw");
+            let master = master.view_mut().expect("own");
+            let slice = AdamWSlice { weight, master, m, v, grad, runs: &runs };
+            device.adamw(vec![slice], &update).expect("adamw");
         }
         let what = format!("with moments in bf16 {in_bf16:?}");
         results.push((format!("weights {what}"), bytes(device, &[&master, &weight, &m, &v])));

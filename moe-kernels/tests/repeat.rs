@@ -1,8 +1,9 @@
 //! The same call gives the same bits: again, and on any number of threads.
 
 use moe_kernels::family::{
-    Activation, AdamW, Attention, AttentionMask, AttentionShape, Elementwise, Embedding, GateFunction, Gemm,
-    GroupedGemm, Loss, Norm, Op, Optim, Reduce, RouteInput, RouteOutput, Routing, ScoreFunction,
+    Activation, AdamW, AdamWRun, AdamWSlice, Attention, AttentionMask, AttentionShape, Elementwise,
+    Embedding, GateFunction, Gemm, GroupedGemm, Loss, Norm, Op, Optim, Reduce, RouteInput, RouteOutput,
+    Routing, ScoreFunction,
 };
 use moe_kernels::{Cpu, Element, Result, Tensor};
 
@@ -150,10 +151,16 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     let (mut weight, mut master) = (matrix(cpu, 1, flat, 18)?, matrix(cpu, 1, flat, 19)?);
     let (mut m, mut v) = (matrix(cpu, 1, flat, 20)?, Tensor::<f32, Cpu>::zeros(cpu, 1, flat)?);
     let grad = matrix(cpu, 1, flat, 21)?;
-    let hyper =
-        AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5 };
-    let (weight_view, master_view) = (Some(weight.view_mut()?), master.view_mut()?);
-    cpu.adamw(weight_view, master_view, m.view_mut()?.into(), v.view_mut()?.into(), grad.view(), &hyper)?;
+    let update = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: 3, grad_scale: 0.5 };
+    let slice = AdamWSlice {
+        weight: Some(weight.view_mut()?),
+        master: master.view_mut()?,
+        m: m.view_mut()?.into(),
+        v: v.view_mut()?.into(),
+        grad: grad.clone(),
+        runs: &[AdamWRun { elements: 0..flat, lr_scale: 1.0, weight_decay: 0.1 }],
+    };
+    cpu.adamw(vec![slice], &update)?;
     bits.keep(cpu, "adamw", &weight)?;
 
     let mut out = Tensor::<f64, Cpu>::zeros(cpu, 1, 1)?;

@@ -11,11 +11,13 @@
 mod bench;
 mod dense;
 mod moe;
+mod optim;
 
 use moe_kernels::{Cuda, Result};
 
 fn main() -> Result<()> {
     let bench = bench::Bench::new(Cuda::new(0)?, std::env::args().nth(1).unwrap_or_default())?;
     dense::run(&bench)?;
-    moe::run(&bench)
+    moe::run(&bench)?;
+    optim::run(&bench)
 }

@@ -1,8 +1,8 @@
-//! What an MoE layer moves, the router, and the optimizer.
+//! What an MoE layer moves, and the router.
 
 use moe_kernels::family::{
-    AdamW, DropLimit, Elementwise, ExpertGroups, MomentMut, Optim, Reduce, RouteInput, RouteOutput, Routing,
-    Rows, ScoreFunction, Scoring, SortOutput,
+    DropLimit, Elementwise, ExpertGroups, Reduce, RouteInput, RouteOutput, Routing, Rows, ScoreFunction,
+    Scoring, SortOutput,
 };
 use moe_kernels::{Cuda, Element, Result, Tensor, bf16};
 
@@ -19,8 +19,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     for (tokens, h, k) in [(32768, 2048, 8), (8192, 7168, 8), (16384, 4096, 2)] {
         exchange(bench, tokens, h, k)?;
     }
-    elementwise(bench, 1 << 28)?;
-    optimizer(bench, 1 << 28)
+    elementwise(bench, 1 << 28)
 }
 
 fn blank<E: Element>(bench: &Bench, rows: usize, cols: usize) -> Result<Tensor<E, Cuda>> {
@@ -121,22 +120,4 @@ fn elementwise(bench: &Bench, n: usize) -> Result<()> {
     bench.kernel("narrow", &shape, n * (BF16 + F32), || gpu.narrow(y.view_mut()?, wide.view()))?;
     let mut sum = Tensor::<f64, Cuda>::zeros(gpu, 1, 1)?;
     bench.kernel("sum_of_squares", &shape, n * F32, || gpu.dot(sum.view_mut()?, wide.view(), wide.view()))
-}
-
-fn optimizer(bench: &Bench, n: usize) -> Result<()> {
-    let (gpu, shape) = (&bench.gpu, format!("{n}"));
-    let hyper =
-        AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 10, grad_scale: 1.0 };
-    let (grad, mut master) = (bench.random::<f32>(1, n)?, bench.random::<f32>(1, n)?);
-    let mut weight = blank::<bf16>(bench, 1, n)?;
-    let [mut m, mut v] = [Tensor::<f32, Cuda>::zeros(gpu, 1, n)?, Tensor::<f32, Cuda>::zeros(gpu, 1, n)?];
-    bench.kernel("adamw", &shape, n * (7 * F32 + BF16), || {
-        let (weight, master) = (Some(weight.view_mut()?), master.view_mut()?);
-        gpu.adamw(weight, master, m.view_mut()?.into(), v.view_mut()?.into(), grad.view(), &hyper)
-    })?;
-    let [mut m, mut v] = [Tensor::<bf16, Cuda>::zeros(gpu, 1, n)?, Tensor::<bf16, Cuda>::zeros(gpu, 1, n)?];
-    bench.kernel("adamw_moments_in_bf16", &shape, n * (3 * F32 + 5 * BF16), || {
-        let (m, v) = (MomentMut::Bf16(m.view_mut()?), MomentMut::Bf16(v.view_mut()?));
-        gpu.adamw(Some(weight.view_mut()?), master.view_mut()?, m, v, grad.view(), &hyper)
-    })
 }

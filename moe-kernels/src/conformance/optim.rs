@@ -1,15 +1,17 @@
 //! Optimizer updates.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::host::{Matrix, Placed, Random, assert_close, assert_refused, place};
-use crate::family::{AdamW, MomentMut, Optim};
-use crate::{Device, Float};
+use crate::family::{AdamW, AdamWRun, AdamWSlice, MomentMut, Optim};
+use crate::{Device, Float, Tensor};
 
-/// [`Optim`] over several steps, moments kept in either type.
+/// [`Optim`] over several steps, moments kept in either type, elements in several runs and slices.
 pub fn optim<T: Float, D: Optim<T>>(device: &D, tolerance: f64) {
     for bf16 in [[false, false], [true, false], [false, true], [true, true]] {
-        for n in [0, 1, 37, 40_000] {
+        for n in [0, 1, 37, 320, 10_007, 40_000] {
             several_steps::<T, D>(device, n, bf16, tolerance);
         }
     }
@@ -66,74 +68,129 @@ fn nearest_bf16(x: f64) -> f64 {
     (x / unit).round_ties_even() * unit
 }
 
+/// A slice on the device: its weights, of which some have a master, and what is kept of them.
+struct Slice<T: Float, D: Device> {
+    weight: Option<Placed<T, D>>,
+    master: Placed<T::Acc, D>,
+    m: Kept<T::Acc, D>,
+    v: Kept<T::Acc, D>,
+}
+
+impl<T: Float, D: Device> Slice<T, D> {
+    fn new(device: &D, master: &Matrix, has_master: bool, bf16: [bool; 2]) -> Self {
+        let n = master.cols;
+        let nan = Matrix::from_fn(1, n, |_, _| f64::NAN);
+        let [m, v] = bf16.map(|bf16| Kept::zeros(device, n, bf16));
+        Slice { weight: has_master.then(|| place(device, &nan)), master: place(device, master), m, v }
+    }
+
+    fn with<'a>(&'a mut self, grad: Tensor<T::Acc, D>, runs: &'a [AdamWRun]) -> AdamWSlice<'a, T, D> {
+        AdamWSlice {
+            weight: self.weight.as_mut().map(Placed::view_mut),
+            master: self.master.view_mut(),
+            m: self.m.view_mut(),
+            v: self.v.view_mut(),
+            grad,
+            runs,
+        }
+    }
+}
+
+/// A gradient in the middle of NaN.
+fn gradient<A: Float, D: Device>(device: &D, grad: &Matrix) -> Tensor<A, D> {
+    let around = [f64::NAN; 16];
+    let all = [&around[..], &grad.data, &around].concat();
+    let all = Tensor::from_f64(device, 1, all.len(), &all).expect("a gradient");
+    all.columns(16..16 + grad.cols).expect("it lies inside")
+}
+
+/// Of `n` elements: those of two runs with others that are not updated beside them; all, where they are few. Runs begin at
+/// even addresses where `n` is of whole 64.
+fn runs(n: usize) -> Vec<AdamWRun> {
+    let run = |elements, lr_scale, weight_decay| AdamWRun { elements, lr_scale, weight_decay };
+    match n {
+        0..10 => vec![run(0..n, 1.0, 0.1)],
+        _ if n.is_multiple_of(320) => vec![run(0..n / 5 * 2, 1.0, 0.1), run(n / 5 * 2..n - 4, 0.5, 0.0)],
+        _ => vec![run(1..n / 3, 1.0, 0.1), run(n / 3..n / 3, 1.0, 0.0), run(n / 3..n - 4, 0.5, 0.0)],
+    }
+}
+
+/// The same elements as weights that have a master, as their own master, and cut into two slices of one call.
 fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], tolerance: f64) {
     let mut random = Random::new(11);
     let mut master = random.matrix::<T::Acc>(1, n);
-    let mut weight = place::<T, D>(device, &Matrix::from_fn(1, n, |_, _| f64::NAN));
-    let mut pmaster = place::<T::Acc, D>(device, &master);
-    let [mut pm, mut pv] = bf16.map(|bf16| Kept::<T::Acc, D>::zeros(device, n, bf16));
+    let first = master.clone();
     let [mut m, mut v] = [(); 2].map(|()| Matrix::from_fn(1, n, |_, _| 0.0));
-    let mut own = place::<T::Acc, D>(device, &master);
-    let [mut own_m, mut own_v] = bf16.map(|bf16| Kept::<T::Acc, D>::zeros(device, n, bf16));
+    let cut = n / 2;
+    let part = |all: &Matrix, range: Range<usize>| Matrix::row(&all.data[range]);
+    let mut whole = Slice::<T, D>::new(device, &master, true, bf16);
+    let mut own = Slice::<T, D>::new(device, &master, false, bf16);
+    let mut halves =
+        [0..cut, cut..n].map(|half| Slice::<T, D>::new(device, &part(&master, half), true, bf16));
+    let runs = runs(n);
+    let runs_of_halves = [0..cut, cut..n].map(|half| {
+        let inside = runs.iter().map(|run| {
+            let [start, end] =
+                [run.elements.start, run.elements.end].map(|at| at.clamp(half.start, half.end) - half.start);
+            AdamWRun { elements: start..end, ..run.clone() }
+        });
+        inside.collect::<Vec<_>>()
+    });
     for step in 1..4 {
-        let h = AdamW {
-            lr: 0.01 * step as f64,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-3,
-            weight_decay: 0.1,
-            step,
-            grad_scale: 0.7,
-        };
+        let update =
+            AdamW { lr: 0.01 * step as f64, beta1: 0.9, beta2: 0.95, eps: 1e-3, step, grad_scale: 0.7 };
         let mut grad = random.matrix::<T::Acc>(1, n);
         if n > 3 {
             grad.data[3] = 0.0;
         }
-        let pg = place::<T::Acc, D>(device, &grad);
-        device
-            .adamw(Some(weight.view_mut()), pmaster.view_mut(), pm.view_mut(), pv.view_mut(), pg.view(), &h)
-            .expect("adamw");
-        for i in 0..n {
-            let g = grad.data[i] * h.grad_scale;
-            m.data[i] = h.beta1 * m.data[i] + (1.0 - h.beta1) * g;
-            v.data[i] = h.beta2 * v.data[i] + (1.0 - h.beta2) * g * g;
-            let m_hat = m.data[i] / (1.0 - h.beta1.powi(step as i32));
-            let v_hat = v.data[i] / (1.0 - h.beta2.powi(step as i32));
-            let direction = m_hat / (v_hat.sqrt() + h.eps) + h.weight_decay * master.data[i];
-            master.data[i] -= h.lr * direction;
+        let given = || gradient::<T::Acc, D>(device, &grad);
+        device.adamw(vec![whole.with(given(), &runs)], &update).expect("adamw");
+        for AdamWRun { elements, lr_scale, weight_decay } in &runs {
+            for i in elements.clone() {
+                let g = grad.data[i] * update.grad_scale;
+                m.data[i] = update.beta1 * m.data[i] + (1.0 - update.beta1) * g;
+                v.data[i] = update.beta2 * v.data[i] + (1.0 - update.beta2) * g * g;
+                let m_hat = m.data[i] / (1.0 - update.beta1.powi(step as i32));
+                let v_hat = v.data[i] / (1.0 - update.beta2.powi(step as i32));
+                let direction = m_hat / (v_hat.sqrt() + update.eps) + weight_decay * master.data[i];
+                master.data[i] -= update.lr * lr_scale * direction;
+            }
         }
         let what = |of: &str| format!("{of} of {n} after step {step}, in bf16: {bf16:?}");
-        m = pm.check(&what("m"), &m, tolerance);
-        v = pv.check(&what("v"), &v, tolerance);
-        assert_close(&what("master"), &pmaster.read(), &master, tolerance);
-        let rounded =
-            Matrix::row(&pmaster.read().data.iter().map(|&x| T::from_f64(x).to_f64()).collect::<Vec<_>>());
-        assert_close(&what("weight"), &weight.read(), &rounded, 0.0);
+        m = whole.m.check(&what("m"), &m, tolerance);
+        v = whole.v.check(&what("v"), &v, tolerance);
+        let got = whole.master.read();
+        assert_close(&what("master"), &got, &master, tolerance);
+        let weight = whole.weight.as_ref().expect("weights beside the master").read();
+        let mut updated = vec![false; n];
+        runs.iter().for_each(|run| updated[run.elements.clone()].fill(true));
+        for (i, &updated) in updated.iter().enumerate() {
+            let want = if updated { T::from_f64(got.data[i]).to_f64() } else { f64::NAN };
+            assert!(weight.data[i] == want || weight.data[i].is_nan() && want.is_nan(), "{}", what("weight"));
+            assert!(updated || got.data[i] == first.data[i], "{}", what("what is in no run"));
+        }
+
+        let cuts = halves.iter_mut().zip([0..cut, cut..n]).zip(&runs_of_halves);
+        let slices = cuts.map(|((half, range), runs)| half.with(gradient(device, &part(&grad, range)), runs));
+        device.adamw(slices.collect(), &update).expect("adamw of two slices");
+        let joined: Vec<f64> = halves.iter().flat_map(|half| half.master.read().data).collect();
+        assert_close(&what("the master in two slices"), &Matrix::row(&joined), &got, 0.0);
 
         device
-            .adamw(None, own.view_mut(), own_m.view_mut(), own_v.view_mut(), pg.view(), &h)
+            .adamw(vec![own.with(given(), &runs)], &update)
             .expect("adamw of weights that are their own master");
-        assert_close(&what("the master alone"), &own.read(), &pmaster.read(), 0.0);
+        assert_close(&what("the master alone"), &own.master.read(), &got, 0.0);
 
-        let longer = place::<T::Acc, D>(device, &Matrix::from_fn(1, n + 1, |_, _| 0.0));
-        let refused = device.adamw(
-            Some(weight.view_mut()),
-            pmaster.view_mut(),
-            pm.view_mut(),
-            pv.view_mut(),
-            longer.view(),
-            &h,
-        );
-        assert_refused("grad", refused);
-        let zeroth = AdamW { step: 0, ..h };
-        let refused = device.adamw(
-            Some(weight.view_mut()),
-            pmaster.view_mut(),
-            pm.view_mut(),
-            pv.view_mut(),
-            pg.view(),
-            &zeroth,
-        );
-        assert_refused("step 0", refused);
+        let longer = gradient(device, &Matrix::from_fn(1, n + 1, |_, _| 0.0));
+        assert_refused("grad", device.adamw(vec![whole.with(longer, &runs)], &update));
+        let zeroth = AdamW { step: 0, ..update };
+        assert_refused("step 0", device.adamw(vec![whole.with(given(), &runs)], &zeroth));
+        let past = AdamWRun { elements: 0..n + 1, lr_scale: 1.0, weight_decay: 0.0 };
+        assert_refused("a run past the end", device.adamw(vec![whole.with(given(), &[past])], &update));
+        let twice = [0..1, 0..1].map(|elements| AdamWRun { elements, lr_scale: 1.0, weight_decay: 0.0 });
+        assert_refused("elements in two runs", device.adamw(vec![whole.with(given(), &twice)], &update));
     }
+    device
+        .adamw(Vec::new(), &AdamW { lr: 1.0, beta1: 0.9, beta2: 0.95, eps: 1e-3, step: 1, grad_scale: 1.0 })
+        .expect("adamw of nothing");
 }

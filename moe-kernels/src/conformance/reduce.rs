@@ -32,10 +32,37 @@ pub fn reduce<T: Float, D: Reduce<T>>(device: &D, tolerance: f64) {
         let mut wrong = output::<T::Acc, D>(device, 1, cols + 1);
         assert_refused("out", device.column_sums(wrong.view_mut(), pa.view()));
     }
+    sums_of_squares::<T, D>(device);
     // Small terms beside a large one survive only in f64.
     let a = Matrix::from_fn(1, 4097, |_, i| if i == 0 { 1.0 } else { 2f64.powi(-15) });
     let pa = place::<T, D>(device, &a);
     let mut out = place::<f64, D>(device, &Matrix::row(&[0.0]));
     device.dot(out.view_mut(), pa.view(), pa.view()).expect("dot");
     assert_close("dot in f64", &out.read(), &Matrix::row(&[1.0 + 2f64.powi(-18)]), 1e-15);
+}
+
+/// Pieces of all lengths, some of one sum, in any order.
+fn sums_of_squares<T: Float, D: Reduce<T>>(device: &D) {
+    let mut random = Random::new(13);
+    let sizes = [(4, 50_001), (0, 1), (4, 7), (2, 40_960), (0, 4099), (2, 0), (4, 64), (5, 20_480)];
+    let pieces: Vec<_> = sizes.map(|(i, n)| (i, random.matrix::<T>(1, n))).into();
+    let mut want = vec![0.25; 6];
+    pieces.iter().for_each(|(i, x)| want[*i] += x.dot(x));
+    let placed: Vec<_> = pieces.iter().map(|(i, x)| (*i, place::<T, D>(device, x))).collect();
+    let views: Vec<_> = placed.iter().map(|(i, x)| (*i, x.view())).collect();
+    let sums = || {
+        let mut out = place::<f64, D>(device, &Matrix::row(&[0.25; 6]));
+        device.sums_of_squares(out.view_mut(), &views).expect("sums_of_squares");
+        out.read()
+    };
+    let first = sums();
+    assert_close("sums of squares", &first, &Matrix::row(&want), 1e-11);
+    assert_eq!(first, sums(), "sums of squares twice");
+
+    let mut out = place::<f64, D>(device, &Matrix::row(&[0.25; 5]));
+    device.sums_of_squares(out.view_mut(), &[]).expect("sums of nothing");
+    assert_close("sums of nothing", &out.read(), &Matrix::row(&[0.25; 5]), 0.0);
+    assert!(device.sums_of_squares(out.view_mut(), &views).is_err(), "a sum past the end must be refused");
+    let square = place::<T, D>(device, &random.matrix::<T>(2, 3));
+    assert_refused("a piece of two rows", device.sums_of_squares(out.view_mut(), &[(0, square.view())]));
 }

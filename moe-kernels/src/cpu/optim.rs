@@ -7,9 +7,9 @@ use super::float::CpuFloat;
 use super::matrix::{Mat, MatMut, blocks, take};
 use super::parallel::rows_per_piece;
 use super::simd::simd;
+use crate::Result;
 use crate::check;
-use crate::family::{AdamW, MomentMut, Optim};
-use crate::{Result, View, ViewMut};
+use crate::family::{AdamW, AdamWRun, AdamWSlice, MomentMut, Optim};
 
 /// The factors of one update, rounded to the type of the moments.
 #[derive(Clone, Copy)]
@@ -29,18 +29,18 @@ struct Factors<T> {
 }
 
 impl<T: CpuFloat> Factors<T> {
-    fn new(h: &AdamW) -> Self {
-        let step = h.step as f64;
+    fn new(h: &AdamW, run: &AdamWRun) -> Self {
+        let (step, lr) = (h.step as f64, h.lr * run.lr_scale);
         Factors {
             grad_scale: T::from_f64(h.grad_scale),
             beta1: T::from_f64(h.beta1),
             one_minus_beta1: T::from_f64(1.0 - h.beta1),
             beta2: T::from_f64(h.beta2),
             one_minus_beta2: T::from_f64(1.0 - h.beta2),
-            step_size: T::from_f64(h.lr / (1.0 - h.beta1.powf(step))),
+            step_size: T::from_f64(lr / (1.0 - h.beta1.powf(step))),
             correction2: T::from_f64(1.0 / (1.0 - h.beta2.powf(step))),
             eps: T::from_f64(h.eps),
-            keep: T::from_f64(1.0 - h.lr * h.weight_decay),
+            keep: T::from_f64(1.0 - lr * run.weight_decay),
         }
     }
 }
@@ -105,23 +105,23 @@ impl<'a, T: CpuFloat> Kept<'a, T> {
     }
 }
 
-impl<T: CpuFloat> Optim<T> for Cpu {
-    fn adamw(
+impl Cpu {
+    /// Updates some elements of a slice alike.
+    fn update_run<T: CpuFloat>(
         &self,
-        mut weight: Option<ViewMut<'_, T, Self>>,
-        mut master: ViewMut<'_, T, Self>,
-        mut m: MomentMut<'_, T, Self>,
-        mut v: MomentMut<'_, T, Self>,
-        grad: View<'_, T, Self>,
-        hyper: &AdamW,
+        slice: &mut AdamWSlice<'_, T, Self>,
+        run: &AdamWRun,
+        update: &AdamW,
     ) -> Result<()> {
-        let n = check::adamw("adamw", weight.as_ref(), &master, &m, &v, grad, hyper)?;
-        let factors = Factors::new(hyper);
-        let grad = Mat::from(grad).vector();
-        let mut weight = weight.as_mut().map(|weight| MatMut::from(weight).vector());
-        let mut master = MatMut::from(&mut master).vector();
-        let (mut m, mut v) = (Kept::new(&mut m), Kept::new(&mut v));
-        let tasks = blocks(n, rows_per_piece(1))
+        let factors = Factors::new(update, run);
+        let grad = Mat::from(slice.grad.view().columns(run.elements.clone())?).vector();
+        let mut weight =
+            slice.weight.as_mut().map(|weight| &mut MatMut::from(weight).vector()[run.elements.clone()]);
+        let mut master = &mut MatMut::from(&mut slice.master).vector()[run.elements.clone()];
+        let (mut m, mut v) = (Kept::new(&mut slice.m), Kept::new(&mut slice.v));
+        m.take(run.elements.start);
+        v.take(run.elements.start);
+        let tasks = blocks(run.elements.len(), rows_per_piece(1))
             .map(|r| {
                 let len = r.len();
                 let weight = weight.as_mut().map(|weight| take(weight, len));
@@ -134,7 +134,7 @@ impl<T: CpuFloat> Optim<T> for Cpu {
                 let len = grad.len();
                 let master = take(&mut master, len);
                 let (mut m, mut v) = (m.take(len), v.take(len));
-                update(master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
+                self::update(master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
                 m.close(&wide_m);
                 v.close(&wide_v);
                 if let Some(weight) = &mut weight {
@@ -142,5 +142,15 @@ impl<T: CpuFloat> Optim<T> for Cpu {
                 }
             }
         })
+    }
+}
+
+impl<T: CpuFloat> Optim<T> for Cpu {
+    fn adamw(&self, slices: Vec<AdamWSlice<'_, T, Self>>, update: &AdamW) -> Result<()> {
+        check::adamw("adamw", &slices, update)?;
+        for mut slice in slices {
+            slice.runs.iter().try_for_each(|run| self.update_run(&mut slice, run, update))?;
+        }
+        Ok(())
     }
 }

@@ -50,6 +50,7 @@ mod launch;
 mod library;
 mod source;
 mod staging;
+mod table;
 mod tensor_map;
 mod tiles;
 mod vectors;

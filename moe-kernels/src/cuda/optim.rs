@@ -1,87 +1,90 @@
-//! Optimizer updates.
-
-use half::bf16;
+//! Optimizer updates: all slices whose moments are kept in the same types in one launch.
 
 use super::Cuda;
 use super::source::OPTIM;
-use super::vectors::{vector, vectors};
-use crate::family::{AdamW, MomentMut, Optim};
-use crate::{Element, Float, Result, View, ViewMut, check};
+use super::table::Start;
+use super::vectors::vector;
+use crate::family::{AdamW, AdamWRun, AdamWSlice, MomentMut, Optim};
+use crate::{Float, Result, check};
 
-/// Threads of a block.
+/// Threads of a block, and vectors of a thread, as in the kernels.
 const THREADS: usize = 256;
+const VECTORS: usize = 4;
 
-/// `Factors` of the kernels: those of one update, rounded to the type of the master weights.
-fn factors<A: Float>(h: &AdamW) -> [A; 9] {
-    let step = h.step as f64;
-    [
-        h.grad_scale,
-        h.beta1,
-        1.0 - h.beta1,
-        h.beta2,
-        1.0 - h.beta2,
-        h.lr / (1.0 - h.beta1.powf(step)),
-        1.0 / (1.0 - h.beta2.powf(step)),
-        h.eps,
-        1.0 - h.lr * h.weight_decay,
-    ]
-    .map(A::from_f64)
+/// By whether the first moment is kept in bf16, and the second.
+const KERNELS: [[&str; 2]; 2] = [["adamw_acc_acc", "adamw_acc_bf16"], ["adamw_bf16_acc", "adamw_bf16_bf16"]];
+
+/// `Factors` of the kernels: those that all elements have in common, rounded to the type of the master weights.
+fn factors<A: Float>(h: &AdamW) -> [A; 7] {
+    let correction2 = 1.0 / (1.0 - h.beta2.powf(h.step as f64));
+    [h.grad_scale, h.beta1, 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, correction2, h.eps].map(A::from_f64)
 }
 
-impl Cuda {
-    /// The update by the kernel for moments of these types.
-    #[allow(clippy::too_many_arguments)] // the operands of the update
-    fn adamw_by<T: Float, M: Element, V: Element>(
-        &self,
-        kernel: &'static str,
-        mut weight: Option<ViewMut<'_, T, Self>>,
-        mut master: ViewMut<'_, T::Acc, Self>,
-        mut m: ViewMut<'_, M, Self>,
-        mut v: ViewMut<'_, V, Self>,
-        grad: View<'_, T::Acc, Self>,
-        hyper: &AdamW,
+/// The runs of one launch, each as `Run` of the kernels has it: five addresses, elements, first block, whether vectors may be moved,
+/// `step_size`, `keep`.
+#[derive(Default)]
+struct Runs {
+    rows: Vec<[u64; 10]>,
+    blocks: usize,
+}
+
+impl Runs {
+    /// Elements of a slice that are updated alike.
+    fn add<T: Float>(
+        &mut self,
+        device: &Cuda,
+        slice: &AdamWSlice<'_, T, Cuda>,
+        run: &AdamWRun,
+        update: &AdamW,
     ) -> Result<()> {
-        let [_, n] = grad.shape();
-        let each = vector::<T::Acc>();
-        let vectors = weight.as_ref().is_none_or(|weight| vectors(weight.as_view(), each))
-            && vectors(master.as_view(), each)
-            && vectors(m.as_view(), each)
-            && vectors(v.as_view(), each)
-            && vectors(grad, each);
-        let launch = self.kernel(&OPTIM.of(T::DTYPE), kernel)?.vector_mut_or_null(weight.as_mut());
-        let launch =
-            launch.vector_mut(&mut master).vector_mut(&mut m).vector_mut(&mut v).vector(grad).size(n);
-        let launch = launch.value(factors::<T::Acc>(hyper)).value(i32::from(vectors));
-        // SAFETY: all operands have `n` elements, which the kernel touches.
-        unsafe { launch.grid([n.div_ceil(THREADS * each), 1, 1]).block([THREADS, 1, 1]).launch() }
+        let (n, each) = (run.elements.len(), vector::<T::Acc>());
+        let elements = || run.elements.clone();
+        let weight = match &slice.weight {
+            Some(weight) => device.start(weight.as_view().columns(elements())?, each)?,
+            None => Start { address: 0, vectors: true },
+        };
+        let moment = |moment: &MomentMut<'_, T::Acc, Cuda>| match moment {
+            MomentMut::Acc(view) => device.start(view.as_view().columns(elements())?, each),
+            MomentMut::Bf16(view) => device.start(view.as_view().columns(elements())?, each),
+        };
+        let master = device.start(slice.master.as_view().columns(elements())?, each)?;
+        let grad = device.start(slice.grad.view().columns(elements())?, each)?;
+        let starts = [weight, master, moment(&slice.m)?, moment(&slice.v)?, grad];
+        if n == 0 {
+            return Ok(());
+        }
+        let lr = update.lr * run.lr_scale;
+        let step_size = lr / (1.0 - update.beta1.powf(update.step as f64));
+        let keep = 1.0 - lr * run.weight_decay;
+        let [weight, master, m, v, grad] = starts.map(|start| start.address);
+        let vectors = u64::from(starts.iter().all(|start| start.vectors));
+        let (n, first, blocks) = (n as u64, self.blocks as u64, n.div_ceil(THREADS * VECTORS * each));
+        let [step_size, keep] = [step_size, keep].map(f64::to_bits);
+        self.rows.push([weight, master, m, v, grad, n, first, vectors, step_size, keep]);
+        self.blocks += blocks;
+        Ok(())
     }
 }
 
 impl<T: Float> Optim<T> for Cuda {
-    fn adamw(
-        &self,
-        weight: Option<ViewMut<'_, T, Self>>,
-        master: ViewMut<'_, T::Acc, Self>,
-        m: MomentMut<'_, T::Acc, Self>,
-        v: MomentMut<'_, T::Acc, Self>,
-        grad: View<'_, T::Acc, Self>,
-        hyper: &AdamW,
-    ) -> Result<()> {
-        check::adamw("adamw", weight.as_ref(), &master, &m, &v, grad, hyper)?;
-        use MomentMut::{Acc, Bf16};
-        match (m, v) {
-            (Acc(m), Acc(v)) => {
-                self.adamw_by::<T, T::Acc, T::Acc>("adamw_acc_acc", weight, master, m, v, grad, hyper)
-            }
-            (Bf16(m), Acc(v)) => {
-                self.adamw_by::<T, bf16, T::Acc>("adamw_bf16_acc", weight, master, m, v, grad, hyper)
-            }
-            (Acc(m), Bf16(v)) => {
-                self.adamw_by::<T, T::Acc, bf16>("adamw_acc_bf16", weight, master, m, v, grad, hyper)
-            }
-            (Bf16(m), Bf16(v)) => {
-                self.adamw_by::<T, bf16, bf16>("adamw_bf16_bf16", weight, master, m, v, grad, hyper)
-            }
+    fn adamw(&self, slices: Vec<AdamWSlice<'_, T, Self>>, update: &AdamW) -> Result<()> {
+        check::adamw("adamw", &slices, update)?;
+        let mut launches: [[Runs; 2]; 2] = Default::default();
+        for slice in &slices {
+            let in_bf16 = |moment: &MomentMut<'_, T::Acc, Self>| matches!(moment, MomentMut::Bf16(_));
+            let runs = &mut launches[usize::from(in_bf16(&slice.m))][usize::from(in_bf16(&slice.v))];
+            slice.runs.iter().try_for_each(|run| runs.add(self, slice, run, update))?;
         }
+        for (runs, kernel) in launches.iter().flatten().zip(KERNELS.into_iter().flatten()) {
+            if runs.rows.is_empty() {
+                continue;
+            }
+            let table = self.table(&runs.rows)?;
+            let launch = self.kernel(&OPTIM.of(T::DTYPE), kernel)?;
+            let launch = launch.scratch(&table).size(runs.rows.len()).value(factors::<T::Acc>(update));
+            // SAFETY: a run's operands have as many elements as it says, and are held by `slices`, each by one run alone.
+            unsafe { launch.grid([runs.blocks, 1, 1]).block([THREADS, 1, 1]).launch()? };
+        }
+        Ok(())
     }
 }

@@ -12,6 +12,8 @@ pub(super) const THREADS: usize = 256;
 pub(super) const SUM_BLOCK: [usize; 3] = [32, 8, 1];
 /// Blocks of a sum, at most: what a large GPU runs at once.
 const PARTS: usize = 528;
+/// Vectors of a lane whose squares are summed together, as in the kernel.
+const WARP_VECTORS: usize = 64;
 /// Vectors of a thread, and rows of a block, at least.
 const VECTORS: usize = 8;
 const ROWS: usize = 64;
@@ -42,6 +44,49 @@ impl<T: Float> Reduce<T> for Cuda {
         let launch = self.kernel(&REDUCE.of(T::DTYPE), "add_parts")?.block([THREADS, 1, 1]);
         // SAFETY: the kernel reads as many parts as there are and writes one element.
         unsafe { launch.vector_mut(&mut out).scratch(&parts).size(blocks).launch() }
+    }
+
+    fn sums_of_squares(
+        &self,
+        mut out: ViewMut<'_, f64, Self>,
+        pieces: &[(usize, View<'_, T, Self>)],
+    ) -> Result<()> {
+        const KERNEL: &str = "sums_of_squares";
+        let [_, n] = out.shape();
+        check::shape(KERNEL, "out", [1, n], out.shape())?;
+        let each = vector::<T>();
+        for &(i, x) in pieces {
+            check::shape(KERNEL, "a piece", [1, x.shape()[1]], x.shape())?;
+            check::argument(KERNEL, i < n, || format!("a piece adds to element {i} of {n}"))?;
+        }
+        let mut ordered: Vec<_> = pieces.iter().filter(|(_, x)| !x.layout().is_empty()).collect();
+        ordered.sort_by_key(|(i, _)| *i);
+        // `Piece` and `Total` of the kernels.
+        let (mut rows, mut totals, mut parts) = (Vec::<[u64; 4]>::new(), Vec::<[u64; 3]>::new(), 0);
+        for &&(i, x) in &ordered {
+            let ([_, len], start, first) = (x.shape(), self.start(x, each)?, parts as u64);
+            parts += len.div_ceil(32 * WARP_VECTORS * each);
+            rows.push([start.address, len as u64, first, u64::from(start.vectors)]);
+            match totals.last_mut() {
+                Some([last, _, end]) if *last == i as u64 => *end = parts as u64,
+                _ => totals.push([i as u64, first, parts as u64]),
+            }
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let (pieces, sums) = (self.table(&rows)?, self.alloc(parts * size_of::<f64>())?);
+        let (variant, warps) = (REDUCE.of(T::DTYPE), THREADS / 32);
+        let launch = self.kernel(&variant, "squares")?.grid([parts.div_ceil(warps), 1, 1]);
+        let launch =
+            launch.block([THREADS, 1, 1]).scratch(&sums).size(parts).scratch(&pieces).size(rows.len());
+        // SAFETY: a warp writes one part, of which there are as many, and reads a piece that has as many elements as it says.
+        unsafe { launch.launch()? };
+        let table = self.table(&totals)?;
+        let launch = self.kernel(&variant, "add_squares")?.grid([totals.len().div_ceil(warps), 1, 1]);
+        let launch = launch.block([THREADS, 1, 1]).vector_mut(&mut out).scratch(&sums).scratch(&table);
+        // SAFETY: each total is of one element of `out`, below `n`, and of parts that there are.
+        unsafe { launch.size(totals.len()).launch() }
     }
 
     fn column_sums(&self, mut out: ViewMut<'_, T::Acc, Self>, x: View<'_, T, Self>) -> Result<()> {

@@ -38,7 +38,7 @@ pub use grouped_glu::{Gate, GateGradients, GroupedGlu};
 pub(crate) use grouped_glu::{gemm_then_glu, gemm_then_glu_backward};
 pub use loss::Loss;
 pub use norm::Norm;
-pub use optim::{AdamW, MomentMut, Optim};
+pub use optim::{AdamW, AdamWRun, AdamWSlice, MomentMut, Optim};
 pub use reduce::Reduce;
 pub use rope::{Rope, RotaryHead, RotaryPairs, Rotation};
 pub use routing::{

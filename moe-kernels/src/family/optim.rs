@@ -1,8 +1,10 @@
+use std::ops::Range;
+
 use half::bf16;
 
-use crate::{Device, Float, Result, View, ViewMut};
+use crate::{Device, Float, Result, Tensor, ViewMut};
 
-/// One AdamW update (arXiv 1711.05101), all factors of the step worked out.
+/// One AdamW update (arXiv 1711.05101), what all elements have in common.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
     /// Learning rate of this step.
@@ -13,12 +15,21 @@ pub struct AdamW {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Decoupled weight decay λ.
-    pub weight_decay: f64,
     /// Number of this update, from 1 (bias correction).
     pub step: u64,
     /// Factor on the gradient (clipping).
     pub grad_scale: f64,
+}
+
+/// Elements of a slice that are updated alike.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdamWRun {
+    /// Which, counted from the start of the slice.
+    pub elements: Range<usize>,
+    /// Factor on the learning rate.
+    pub lr_scale: f64,
+    /// Decoupled weight decay λ.
+    pub weight_decay: f64,
 }
 
 /// A moment as it is kept between updates.
@@ -28,12 +39,6 @@ pub enum MomentMut<'a, A: Float, D: Device> {
     Acc(ViewMut<'a, A, D>),
     /// Rounded to the nearest bf16, ties to even.
     Bf16(ViewMut<'a, bf16, D>),
-}
-
-impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
-    fn from(view: ViewMut<'a, A, D>) -> Self {
-        MomentMut::Acc(view)
-    }
 }
 
 impl<A: Float, D: Device> MomentMut<'_, A, D> {
@@ -46,20 +51,35 @@ impl<A: Float, D: Device> MomentMut<'_, A, D> {
     }
 }
 
+impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
+    fn from(view: ViewMut<'a, A, D>) -> Self {
+        MomentMut::Acc(view)
+    }
+}
+
+/// A flat slice of parameters, what is kept of it between updates, and its gradient; all `[1, n]`.
+#[derive(Debug)]
+pub struct AdamWSlice<'a, T: Float, D: Device> {
+    /// The weights; none where they are their own master.
+    pub weight: Option<ViewMut<'a, T, D>>,
+    /// The master weights.
+    pub master: ViewMut<'a, T::Acc, D>,
+    /// The first moment.
+    pub m: MomentMut<'a, T::Acc, D>,
+    /// The second moment.
+    pub v: MomentMut<'a, T::Acc, D>,
+    /// The gradient. It is given up, so that a device that updates slices one after the other may free each.
+    pub grad: Tensor<T::Acc, D>,
+    /// Which elements are updated, and how: ascending, none twice. The others stay as they are.
+    pub runs: &'a [AdamWRun],
+}
+
 /// Optimizer updates on flat slices.
 pub trait Optim<T: Float>: Device {
     /// With `g = grad · grad_scale`: `m = β1·m + (1−β1)·g`, `v = β2·v + (1−β2)·g²`,
-    /// `master −= lr · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`, `weight` = `master` rounded, unless the
+    /// `master −= lr · lr_scale · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`, `weight` = `master` rounded, unless the
     /// weights are their own master.
-    /// All `[1, n]`. Everything is computed in `T::Acc`; a moment that is kept in bf16 is rounded after `master` was
+    /// Everything is computed in `T::Acc`; a moment that is kept in bf16 is rounded after `master` was
     /// updated by its unrounded value.
-    fn adamw(
-        &self,
-        weight: Option<ViewMut<'_, T, Self>>,
-        master: ViewMut<'_, T::Acc, Self>,
-        m: MomentMut<'_, T::Acc, Self>,
-        v: MomentMut<'_, T::Acc, Self>,
-        grad: View<'_, T::Acc, Self>,
-        hyper: &AdamW,
-    ) -> Result<()>;
+    fn adamw(&self, slices: Vec<AdamWSlice<'_, T, Self>>, update: &AdamW) -> Result<()>;
 }

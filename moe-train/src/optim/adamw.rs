@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use moe_kernels::family::{AdamW, Optim};
+use moe_kernels::family::{AdamW, AdamWRun, Optim};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
 use moe_model::params::{BucketLayout, ParamStore};
+use moe_topology::Attention;
 
 use super::groups::{ParamGroups, TensorHyper};
 use super::shard::sliced_parts;
@@ -33,7 +34,7 @@ pub struct Hyper {
 pub struct Optimizer<T: Float, D: Device> {
     hyper: Hyper,
     shards: Vec<Shard<T::Acc, D>>,
-    runs: Vec<Vec<(Range<usize>, TensorHyper)>>,
+    runs: Vec<Vec<AdamWRun>>,
     updates: u64,
 }
 
@@ -71,9 +72,9 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         })
     }
 
-    /// One update from this rank's slices of the reduced gradients, bucket by bucket, in the order in which the next step
-    /// needs them; starts to gather the weights of each and does not wait. A gradient's memory is free after its update.
-    /// Collective.
+    /// One update from this rank's slices of the reduced gradients, in the order in which the next step needs them: bucket by
+    /// bucket, of which each starts to gather its weights and does not wait, or, on a rank alone, all at once. A gradient's
+    /// memory is free after its update. Collective.
     pub fn update(
         &mut self,
         cx: &mut Cx<T, D>,
@@ -83,28 +84,21 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     ) -> Result<()> {
         self.updates += 1;
         let Hyper { beta1, beta2, eps, .. } = self.hyper;
-        for (bucket, ((shard, grad), runs)) in self.shards.iter_mut().zip(grads).zip(&self.runs).enumerate() {
-            let mut weights = cx.params.take_slice(bucket, &cx.device)?;
-            for (run, hyper) in runs.iter().filter(|(_, hyper)| !hyper.frozen) {
-                let weight = weights.view_mut()?.columns(run.clone())?;
-                let (weight, master) = match &mut shard.master {
-                    Some(master) => (Some(weight), master.view_mut()?.columns(run.clone())?),
-                    None => (None, weight.into_acc()?),
-                };
-                let (m, v) = (shard.m.part_mut(run.clone())?, shard.v.part_mut(run.clone())?);
-                let hyper = AdamW {
-                    lr: lr * hyper.lr_scale,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay: hyper.weight_decay,
-                    step: self.updates,
-                    grad_scale,
-                };
-                let grad = grad.view().columns(run.clone())?;
-                Optim::<T>::adamw(&cx.device, weight, master, m, v, grad, &hyper)?;
+        let update = AdamW { lr, beta1, beta2, eps, step: self.updates, grad_scale };
+        let alone = cx.comms.group(Attention::ALL)?.size() == 1;
+        let at_once = if alone { grads.len().max(1) } else { 1 };
+        let (mut grads, mut bucket) = (grads.into_iter(), 0);
+        for (shards, runs) in self.shards.chunks_mut(at_once).zip(self.runs.chunks(at_once)) {
+            let buckets = bucket..bucket + shards.len();
+            let weights = buckets.clone().map(|bucket| cx.params.take_slice(bucket, &cx.device));
+            let mut weights = weights.collect::<moe_model::Result<Vec<_>>>()?;
+            let slices = shards.iter_mut().zip(&mut weights).zip(grads.by_ref().zip(runs));
+            let slices = slices.map(|((shard, weight), (grad, runs))| shard.slice_mut(weight, grad, runs));
+            Optim::<T>::adamw(&cx.device, slices.collect::<Result<_>>()?, &update)?;
+            for (bucket, weights) in buckets.clone().zip(weights) {
+                cx.params.start_gather(bucket, weights, &cx.comms)?;
             }
-            cx.params.start_gather(bucket, weights, &cx.comms)?;
+            bucket = buckets.end;
         }
         Ok(())
     }
@@ -157,9 +151,9 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     }
 }
 
-/// The slice of a bucket as runs of elements that are updated alike, counted from the slice's start. Padding joins the run
-/// before it: its gradient is 0 and its weight is 0, so nothing moves it.
-fn runs(bucket: &BucketLayout, groups: &ParamGroups) -> Result<Vec<(Range<usize>, TensorHyper)>> {
+/// The slice of a bucket as runs of elements that are updated alike, counted from the slice's start; frozen ones are left out. Padding
+/// joins the run before it: its gradient is 0 and its weight is 0, so nothing moves it.
+fn runs(bucket: &BucketLayout, groups: &ParamGroups) -> Result<Vec<AdamWRun>> {
     let mut runs: Vec<(Range<usize>, TensorHyper)> = Vec::new();
     for (part, range) in sliced_parts(bucket) {
         let end = range.end - bucket.slice.start;
@@ -173,16 +167,15 @@ fn runs(bucket: &BucketLayout, groups: &ParamGroups) -> Result<Vec<(Range<usize>
             None => runs.push((0..end, hyper)),
         }
     }
-    match runs.last_mut() {
-        Some((run, _)) => run.end = bucket.slice.len(),
-        // Padding alone: its weights are its master weights, 0.
-        None if !bucket.slice.is_empty() => {
-            runs.push((
-                0..bucket.slice.len(),
-                TensorHyper { lr_scale: 1.0, weight_decay: 0.0, frozen: true },
-            ));
-        }
-        None => {}
+    // A slice of padding alone has no run: its weights are its master weights, 0.
+    if let Some((run, _)) = runs.last_mut() {
+        run.end = bucket.slice.len();
     }
-    Ok(runs)
+    let trained = runs.into_iter().filter(|(_, hyper)| !hyper.frozen);
+    let run = |(elements, TensorHyper { lr_scale, weight_decay, .. })| AdamWRun {
+        elements,
+        lr_scale,
+        weight_decay,
+    };
+    Ok(trained.map(run).collect())
 }

@@ -5,6 +5,9 @@
 //! layer, so that a reduction can begin while earlier layers are at their backward pass. Which group that is comes
 //! from the placements; this module knows no layer and no list of expert parameters.
 //!
+//! A rank alone gives all buckets to its device in one call, of which a GPU makes one launch; the norm of the gradient is two, whatever
+//! the number of tensors.
+//!
 //! Weights of the accumulation type are their own master: a rank alone updates them where they are. Moments are memory of
 //! zeros, which the host has to provide as they are first written, and a gradient is freed when its bucket was updated.
 

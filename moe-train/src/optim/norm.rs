@@ -50,15 +50,16 @@ impl GradNorm {
         names: &ParamNames,
     ) -> Result<Self> {
         let device = &cx.device;
-        let mut squares = Tensor::<f64, D>::zeros(device, 1, names.len())?;
+        let mut pieces = Vec::new();
         for (bucket, grad) in cx.params.buckets().iter().zip(grads) {
             for (part, range) in sliced_parts(bucket).filter(|(part, _)| part.counts) {
                 let Some(&tensor) = names.0.get(&part.name) else { continue };
                 let at = range.start - bucket.slice.start;
-                let piece = grad.view().columns(at..at + range.len())?;
-                device.dot(squares.view_mut()?.columns(tensor..tensor + 1)?, piece, piece)?;
+                pieces.push((tensor, grad.view().columns(at..at + range.len())?));
             }
         }
+        let mut squares = Tensor::<f64, D>::zeros(device, 1, names.len())?;
+        device.sums_of_squares(squares.view_mut()?, &pieces)?;
         let squares = cx.comms.group(Attention::ALL)?.all_reduce(&squares, Reduction::Sum)?;
         Ok(GradNorm(squares.to_vec(device)?.into_iter().sum::<f64>().sqrt()))
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::family::MomentMut;
+use moe_kernels::family::{AdamWRun, AdamWSlice, MomentMut};
 use moe_kernels::{DType, Device, Element, Float, Tensor, bf16};
 use moe_model::params::BucketLayout;
 use serde::{Deserialize, Serialize};
@@ -69,11 +69,11 @@ impl<A: Float, D: Device> Kept<A, D> {
         })
     }
 
-    /// Some of the elements, to update.
-    pub(super) fn part_mut(&mut self, range: Range<usize>) -> Result<MomentMut<'_, A, D>> {
+    /// To update.
+    pub(super) fn moment_mut(&mut self) -> Result<MomentMut<'_, A, D>> {
         Ok(match self {
-            Kept::Acc(own) => MomentMut::Acc(own.view_mut()?.columns(range)?),
-            Kept::Bf16(own) => MomentMut::Bf16(own.view_mut()?.columns(range)?),
+            Kept::Acc(own) => MomentMut::Acc(own.view_mut()?),
+            Kept::Bf16(own) => MomentMut::Bf16(own.view_mut()?),
         })
     }
 
@@ -135,6 +135,21 @@ pub(super) struct Shard<A: Float, D: Device> {
 }
 
 impl<A: Float, D: Device> Shard<A, D> {
+    /// With the weights of the slice, which are their own master if there is no other, and its gradient.
+    pub fn slice_mut<'a, T: Float<Acc = A>>(
+        &'a mut self,
+        weights: &'a mut Tensor<T, D>,
+        grad: Tensor<A, D>,
+        runs: &'a [AdamWRun],
+    ) -> Result<AdamWSlice<'a, T, D>> {
+        let weights = weights.view_mut()?;
+        let (weight, master) = match &mut self.master {
+            Some(master) => (Some(weights), master.view_mut()?),
+            None => (None, weights.into_acc()?),
+        };
+        Ok(AdamWSlice { weight, master, m: self.m.moment_mut()?, v: self.v.moment_mut()?, grad, runs })
+    }
+
     /// For weights in `T` as they start from `seed`; moments are 0.
     pub fn start<T: Float<Acc = A>>(
         bucket: &BucketLayout,
