@@ -35,6 +35,7 @@ pub use gemm::{Gemm, Op};
 pub use grouped::GroupedGemm;
 pub use grouped_bias::GroupedBias;
 pub use grouped_glu::{Gate, GateGradients, GroupedGlu};
+#[cfg(feature = "cuda")]
 pub(crate) use grouped_glu::{gemm_then_glu, gemm_then_glu_backward};
 pub use loss::Loss;
 pub use norm::Norm;
