@@ -43,9 +43,11 @@ impl Build {
     }
 }
 
-/// Elements of one piece of the sum over rows, about; and pieces, at least, where rows suffice: more than what a Hopper GPU works on
-/// at once. Constants, so that other GPUs add in the same order.
+/// Elements of one piece of the sum over rows, about, of rows that are no wider than `NARROW`; and pieces of wider rows, whose sums
+/// take longer to add, and at least, where rows suffice, of any: what a Hopper GPU works on at once. Constants, so that other GPUs
+/// add in the same order.
 const PIECE: usize = 1 << 16;
+const NARROW: usize = 2048;
 const PIECES: usize = 396;
 /// Rows of a piece, at least, and pieces, at most, of rows of any size.
 const ANY_PIECE: usize = 64;
@@ -115,7 +117,8 @@ impl<T: Float> Backward<'_, T> {
             return self.any(gpu);
         };
         let (lanes, shared) = (build.lanes(vectors), shared(build));
-        let each = (PIECE / h).min(n.div_ceil(PIECES)).max(1).next_multiple_of(lanes.rows);
+        let wave = n.div_ceil(PIECES);
+        let each = if h <= NARROW { wave.min(PIECE / h) } else { wave }.next_multiple_of(lanes.rows);
         let pieces = n.div_ceil(each);
         let partial = gpu.alloc(pieces * h * size_of::<T::Acc>())?;
         let launch = gpu.kernel(&NORM.of(T::DTYPE), build.name)?.grid([pieces, 1, 1]).block(lanes.block());
