@@ -59,10 +59,15 @@ fn foldings() -> impl Strategy<Value = Folding> {
 
 fn initial(bucket: &BucketLayout, seed: u64, range: Range<usize>) -> Vec<f64> {
     let mut values = vec![0.0; range.len()];
-    let done: Result<(), Infallible> = bucket.initial(seed, range.clone(), |at, run| {
-        values[at - range.start..][..run.len()].copy_from_slice(run);
-        Ok(())
-    });
+    let done: Result<(), Infallible> = bucket.initial(
+        seed,
+        range.clone(),
+        |x| x,
+        |at, run| {
+            values[at - range.start..][..run.len()].copy_from_slice(run);
+            Ok(())
+        },
+    );
     done.unwrap();
     values
 }

@@ -111,21 +111,28 @@ pub enum Error {
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     /// The run was interrupted, after it had saved.
-    #[error("interrupted after step {step}; the checkpoint is {}: continue with --resume", checkpoint.display())]
+    #[error("interrupted after step {step}; {}", match checkpoint {
+        Some(checkpoint) => format!("the checkpoint is {}: continue with --resume", checkpoint.display()),
+        None => "nothing was saved, since train.keep_checkpoints = 0".to_owned(),
+    })]
     Interrupted {
         /// The last step that was made.
         step: u64,
-        /// What was saved.
-        checkpoint: PathBuf,
+        /// What was saved, unless nothing is.
+        checkpoint: Option<PathBuf>,
     },
     /// Too many steps in a row whose loss or gradient is not finite.
     #[error(
         "the loss or the gradient of step {step} is not finite{}; its samples are {}. \
-         The state before it is {}: --resume makes the step again; lower the learning rate, or let \
-         train.non_finite = \"skip\" with a train.non_finite_limit above {skipped} pass over it",
+         {}; lower the learning rate, or let train.non_finite = \"skip\" with a train.non_finite_limit above {skipped} pass over it",
         if *skipped > 0 { format!(", nor were those of the {skipped} before it") } else { String::new() },
         samples.iter().map(|(path, of)| format!("{of:?} of {}", path.display())).collect::<Vec<_>>().join(", "),
-        checkpoint.display()
+        match checkpoint {
+            Some(checkpoint) => {
+                format!("The state before it is {}: --resume makes the step again", checkpoint.display())
+            }
+            None => "Nothing was saved, since train.keep_checkpoints = 0".to_owned(),
+        }
     )]
     NonFinite {
         /// The step.
@@ -134,8 +141,8 @@ pub enum Error {
         skipped: u64,
         /// Its samples, by the file that they are of.
         samples: Vec<(PathBuf, Vec<u64>)>,
-        /// What was saved: the state before the step.
-        checkpoint: PathBuf,
+        /// What was saved, unless nothing is: the state before the step.
+        checkpoint: Option<PathBuf>,
     },
     /// Ranks did not say what they agreed to.
     #[error("{what}")]

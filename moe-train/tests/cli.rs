@@ -971,6 +971,21 @@ fn a_run_is_never_overwritten() {
 }
 
 #[test]
+fn a_run_that_keeps_no_checkpoint_writes_none() {
+    let place = Place::new();
+    let none = ["--set", "train.keep_checkpoints=0"];
+    place.train(&none).refused(2, &["train.save_interval has no meaning", "train.keep_checkpoints = 0"]);
+    let said = place.train(&[&none[..], &["--set", "train.save_interval=0"]].concat()).ok();
+    assert!(said.out.contains("validation loss"), "{said:?}");
+    assert!(!said.out.contains("checkpoint"), "{said:?}");
+    assert!(!place.path("run/checkpoints").exists());
+    // It computed what a run computes that saves.
+    place.train(&["--set", "train.output=whole"]).ok();
+    assert_same_metrics(&place);
+    place.train(&["--resume"]).refused(4, &["run/checkpoints"]);
+}
+
+#[test]
 fn damaged_checkpoints_are_named_and_passed_over() {
     let place = Place::new();
     place.train(&[]).ok();

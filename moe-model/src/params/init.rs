@@ -79,12 +79,13 @@ impl Stream {
 }
 
 /// Gives `put` what each of `runs` makes, with where it belongs, in no order. Where there are several, all cores make them.
-pub(super) fn on_all_cores<F, E>(
+pub(super) fn on_all_cores<V, F, E>(
     runs: &[(usize, F)],
-    mut put: impl FnMut(usize, &[f64]) -> Result<(), E>,
+    mut put: impl FnMut(usize, &[V]) -> Result<(), E>,
 ) -> Result<(), E>
 where
-    F: Fn() -> Vec<f64> + Sync,
+    V: Send,
+    F: Fn() -> Vec<V> + Sync,
 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from).min(runs.len());
     if cores < 2 {

@@ -227,16 +227,18 @@ pub struct BucketLayout {
 }
 
 impl BucketLayout {
-    /// Gives `put` the starting values of the elements in `range`, some at a time in no order, each run with its first
-    /// element's place in the bucket. What it leaves out, padding among it, is 0. All cores compute.
+    /// Gives `put` the starting values of the elements in `range`, as `rounded` to the type that is wanted, some at a time in
+    /// no order, each run with its first element's place in the bucket. What it leaves out, padding among it, is 0. All cores
+    /// compute.
     ///
     /// # Errors
     /// Those of `put`.
-    pub fn initial<E>(
+    pub fn initial<V: Send, E>(
         &self,
         seed: u64,
         range: Range<usize>,
-        put: impl FnMut(usize, &[f64]) -> std::result::Result<(), E>,
+        rounded: impl Fn(f64) -> V + Copy + Sync,
+        put: impl FnMut(usize, &[V]) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut runs = Vec::new();
         for part in self.parts.iter().filter(|part| part.init != Init::Zeros) {
@@ -245,7 +247,8 @@ impl BucketLayout {
             let mut start = own.start.max(range.start);
             while start < own.end.min(range.end) {
                 let end = own.end.min(range.end).min(start + RUN);
-                runs.push((start, move || part.initial(stream, start - part.offset..end - part.offset)));
+                let run = move || part.initial(stream, start - part.offset..end - part.offset);
+                runs.push((start, move || run().into_iter().map(rounded).collect::<Vec<V>>()));
                 start = end;
             }
         }

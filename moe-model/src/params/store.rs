@@ -113,9 +113,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     /// Makes weights of 0 what they are at the start, as in [`new`](Self::new).
     pub fn start(&mut self, seed: u64, device: &D) -> Result<()> {
         for (bucket, weights) in self.layout.buckets().iter().zip(&mut self.weights) {
-            bucket.initial(seed, 0..bucket.len, |at, values| {
-                let values: Vec<T> = values.iter().map(|&x| T::from_acc(T::Acc::from_f64(x))).collect();
-                Ok::<_, Error>(weights.here_mut()?.upload(device, at, &values)?)
+            let rounded = |x| T::from_acc(T::Acc::from_f64(x));
+            bucket.initial(seed, 0..bucket.len, rounded, |at, values| {
+                Ok::<_, Error>(weights.here_mut()?.upload(device, at, values)?)
             })?;
         }
         Ok(())

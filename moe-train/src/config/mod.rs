@@ -286,10 +286,17 @@ impl RunConfig {
             ("train.micro_batch_size", train.micro_batch_size as u64),
             ("train.sequence_length", train.sequence_length as u64),
             ("train.eval_batches", train.eval_batches as u64),
-            ("train.keep_checkpoints", train.keep_checkpoints as u64),
             ("train.log_interval", train.log_interval),
         ] {
             require(setting, value, (1..=i64::MAX as u64).contains(&value), "at least 1")?;
+        }
+        if train.keep_checkpoints == 0 && train.save_interval > 0 {
+            return Err(ConfigError::Conflict {
+                setting: "train.save_interval",
+                problem: "has no meaning",
+                other: "train.keep_checkpoints = 0, which saves nothing".to_owned(),
+                fix: "remove one of them".to_owned(),
+            });
         }
         match (train.non_finite, train.non_finite_limit) {
             (NonFinite::Stop, Some(_)) => {

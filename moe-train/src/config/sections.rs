@@ -211,7 +211,8 @@ pub struct TrainConfig {
     /// Steps between checkpoints; 0 saves after the last step only.
     #[serde(default)]
     pub save_interval: u64,
-    /// Checkpoints to keep; older ones are removed after a save.
+    /// Checkpoints to keep; older ones are removed after a save. With 0 none is written, not even after the last step: a run
+    /// that measures speed.
     #[serde(default = "default_keep_checkpoints")]
     pub keep_checkpoints: usize,
     /// Steps between lines of the log where it is no terminal.

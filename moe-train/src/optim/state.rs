@@ -160,9 +160,8 @@ impl<A: Float, D: Device> Shard<A, D> {
         let (slice, n) = (bucket.slice.clone(), bucket.slice.len());
         let mut master = if T::is_acc() { None } else { Some(Tensor::zeros(device, 1, n)?) };
         if let Some(master) = &mut master {
-            bucket.initial(seed, slice.clone(), |at, values| {
-                let values: Vec<A> = values.iter().copied().map(A::from_f64).collect();
-                master.upload(device, at - slice.start, &values)
+            bucket.initial(seed, slice.clone(), A::from_f64, |at, values| {
+                master.upload(device, at - slice.start, values)
             })?;
         }
         let m = Kept::zeros(device, n, dtypes.exp_avg)?;

@@ -316,8 +316,9 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
         (Some(val_loss), None) => println!("validation loss {val_loss:.4} nats/token"),
         (None, _) => {}
     }
-    println!("checkpoint {}", outcome.checkpoint.display());
-    let weights = Arc::new(Weights::of(Checkpoint::open(&outcome.checkpoint)?)?);
+    let Some(checkpoint) = &outcome.checkpoint else { return Ok(()) };
+    println!("checkpoint {}", checkpoint.display());
+    let weights = Arc::new(Weights::of(Checkpoint::open(checkpoint)?)?);
     let tokenizer = match open_tokenizer(&weights) {
         Ok(tokenizer) => Some(tokenizer),
         Err(Error::Infer(InferError::NoTokenizer { .. })) => None,
@@ -339,7 +340,7 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
 
     let program = std::env::args().next().unwrap_or_else(|| "moe-train".to_owned());
     let run = config.train.output.display();
-    let checkpoint = outcome.checkpoint.display();
+    let checkpoint = checkpoint.display();
     println!("\nNext, for instance:");
     if tokenizer.is_some() {
         println!("  another prompt   {program} sample {checkpoint} --prompt 'fn main() {{'");

@@ -42,7 +42,8 @@ pub(super) struct Plan {
 pub(super) struct Outcome {
     pub step: u64,
     pub val_loss: Option<f64>,
-    pub checkpoint: PathBuf,
+    /// None if the run saves nothing.
+    pub checkpoint: Option<PathBuf>,
     pub end: End,
 }
 
@@ -123,13 +124,15 @@ fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) ->
         End::Complete if evaluated != Some(step) => evaluate(&mut trainer, plan, step, &mut log)?,
         _ => None,
     };
-    if saved != Some(step) {
+    let saves = plan.config.train.keep_checkpoints > 0;
+    if saves && saved != Some(step) {
         write(&trainer, plan, step, skipped, &log)?;
     }
     if let Some(log) = &mut log {
         log.end()?;
     }
-    Ok(Outcome { step, val_loss, checkpoint: step_folder(&plan.folder.checkpoints(), step), end })
+    let checkpoint = saves.then(|| step_folder(&plan.folder.checkpoints(), step));
+    Ok(Outcome { step, val_loss, checkpoint, end })
 }
 
 /// Whether any rank says so. Collective.

@@ -41,7 +41,11 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
         let mut trainer = Self::zeros(setup, world, device)?;
-        trainer.cx.params.start(trainer.setup.seed, &trainer.cx.device)?;
+        match T::is_acc() {
+            true => trainer.cx.params.start(trainer.setup.seed, &trainer.cx.device)?,
+            // Master weights have been made with the optimizer.
+            false => trainer.optimizer.weights_from_master(&mut trainer.cx, 0)?,
+        }
         Ok(trainer)
     }
 
