@@ -191,6 +191,17 @@ impl<'a, T: Element, D: Device> ViewMut<'a, T, D> {
     pub fn reshape(self, rows: usize, cols: usize) -> Result<Self> {
         Ok(ViewMut { layout: self.layout.reshape(rows, cols)?, ..self })
     }
+
+    /// Sets all elements to 0.
+    pub fn zero(&mut self, device: &D) -> Result<()> {
+        let Layout { offset, rows, cols, stride } = self.layout;
+        // Rows that follow each other are one run.
+        let (runs, len) = if stride == cols { (1, rows * cols) } else { (rows, cols) };
+        for start in (0..runs).map(|run| offset + run * stride) {
+            device.zero(self.buf, start * size_of::<T>()..(start + len) * size_of::<T>())?;
+        }
+        Ok(())
+    }
 }
 
 impl<'a, T: Float, D: Device> ViewMut<'a, T, D> {

@@ -72,7 +72,7 @@ fn layer(world: &ThreadRank, tokens: usize, experts: usize, iterations: u64) -> 
     let (ids, positions) = (vec![0; tokens], Vec::from_iter(0..tokens as i32));
     cx.batches = vec![MicroBatch::new(&device, 1, &ids, &positions, &ids, &vec![1.0; tokens], 1.0)?];
     cx.stats.moe = MoeStats::new(&device, vec![0], experts)?;
-    cx.params.zero_grads(&device, false)?;
+    cx.params.zero_grads(false);
 
     let values: Vec<f32> = (0..tokens * HIDDEN).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
     let x = Tensor::from_slice(&device, tokens, HIDDEN, &values)?;

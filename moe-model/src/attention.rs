@@ -205,7 +205,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         let SelfAttentionDeferred { qkv, o, dy } = deferred;
         self.qkv.backward_weight(qkv, cx)?;
-        cx.device.gemm_acc(cx.params.grad(self.out)?, dy.view(), Op::T, o.view(), Op::N)?;
+        cx.params.add_product(self.out, dy.view(), Op::T, o.view(), Op::N)?;
         Ok(())
     }
 }

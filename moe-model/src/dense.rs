@@ -172,9 +172,8 @@ impl GatedMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
         let GatedMlpDeferred { rows, d_gate_up, activated, dy } = deferred;
-        let device = &cx.device;
-        device.gemm_acc(cx.params.grad(self.gate_up)?, d_gate_up.view(), Op::T, rows.view(), Op::N)?;
-        device.gemm_acc(cx.params.grad(self.down)?, dy.view(), Op::T, activated.view(), Op::N)?;
+        cx.params.add_product(self.gate_up, d_gate_up.view(), Op::T, rows.view(), Op::N)?;
+        cx.params.add_product(self.down, dy.view(), Op::T, activated.view(), Op::N)?;
         Ok(())
     }
 }

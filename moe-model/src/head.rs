@@ -149,7 +149,7 @@ impl Head {
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
         let HeadDeferred { rows, dlogits } = deferred;
-        cx.device.gemm_acc(cx.params.grad(self.weight)?, dlogits.view(), Op::T, rows.view(), Op::N)?;
+        cx.params.add_product(self.weight, dlogits.view(), Op::T, rows.view(), Op::N)?;
         cx.grads_added(self.segment, m)
     }
 }

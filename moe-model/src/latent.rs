@@ -275,7 +275,7 @@ impl LatentQkv {
         let columns = Columns::new(self.dims.q_lora_rank.unwrap_or(h.shape()[1]), &self.dims);
         let (q_in, kv_in) = (rows.columns(columns.q)?, rows.columns(columns.kv)?);
         for (weight, dy, x) in [(self.down, d_down, h), (self.q, dq, q_in), (self.kv, d_up, kv_in)] {
-            cx.device.gemm_acc(cx.params.grad(weight)?, dy.view(), Op::T, x.view(), Op::N)?;
+            cx.params.add_product(weight, dy.view(), Op::T, x.view(), Op::N)?;
         }
         Ok(())
     }

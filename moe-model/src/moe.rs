@@ -488,14 +488,8 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         let MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared } = deferred;
-        let device = &cx.device;
-        device.grouped_gemm_acc(cx.params.grad(self.gate_up)?, d_gate_up.view(), x.view(), offsets.view())?;
-        device.grouped_gemm_acc(
-            cx.params.grad(self.down)?,
-            d_out.view(),
-            activated.view(),
-            offsets.view(),
-        )?;
+        cx.params.add_grouped_product(self.gate_up, d_gate_up.view(), x.view(), offsets.view())?;
+        cx.params.add_grouped_product(self.down, d_out.view(), activated.view(), offsets.view())?;
         if let (Some(expert), Some(deferred)) = (&self.shared, shared) {
             expert.backward_weight(deferred, cx)?;
         }

@@ -204,9 +204,8 @@ impl Qkv {
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
         let QkvDeferred { rows, dq, dkv } = deferred;
-        let device = cx.device.clone();
-        device.gemm_acc(cx.params.grad(self.q)?, dq.view(), Op::T, rows.view(), Op::N)?;
-        device.gemm_acc(cx.params.grad(self.kv)?, dkv.view(), Op::T, rows.view(), Op::N)?;
+        cx.params.add_product(self.q, dq.view(), Op::T, rows.view(), Op::N)?;
+        cx.params.add_product(self.kv, dkv.view(), Op::T, rows.view(), Op::N)?;
         if let Some(Biases { q, k, v }) = self.biases {
             let (width, both) = (dkv.shape()[1] / 2, dkv.shape()[1]);
             q.backward(&dq, cx)?;

@@ -105,7 +105,7 @@ fn passes<T: Float, D: Backend<T>>(case: &Case, device: &D, waits: impl Fn(&D) -
         unit: DropUnit::MICRO_BATCH,
         pad: false,
     });
-    cx.params.zero_grads(device, false)?;
+    cx.params.zero_grads(false);
     cx.stats.moe = MoeStats::new(device, (0..LAYERS).collect(), EXPERTS)?;
     let (zeros, at) = (vec![0; tokens], Vec::from_iter((0..tokens).map(|i| (i / BATCH) as i32)));
     let ones = vec![1.0; tokens];

@@ -33,6 +33,10 @@ pub fn gemm<T: Float, D: Gemm<T>>(device: &D, tolerance: f64) {
             device.gemm(y.view_mut(), pa.view(), ta, pb.view(), tb).expect("gemm");
             assert_close(&format!("gemm {what}"), &y.read(), &product, tolerance);
 
+            let mut first = output::<T::Acc, D>(device, m, n);
+            device.gemm_to_acc(first.view_mut(), pa.view(), ta, pb.view(), tb).expect("gemm_to_acc");
+            assert_close(&format!("gemm_to_acc {what}"), &first.read(), &product, tolerance);
+
             let g = random.matrix::<T::Acc>(m, n);
             let mut pg = place::<T::Acc, D>(device, &g);
             device.gemm_acc(pg.view_mut(), pa.view(), ta, pb.view(), tb).expect("gemm_acc");
@@ -42,6 +46,7 @@ pub fn gemm<T: Float, D: Gemm<T>>(device: &D, tolerance: f64) {
             assert_refused(&what, device.gemm(wrong.view_mut(), pa.view(), ta, pb.view(), tb));
             let mut wrong = output::<T::Acc, D>(device, m, n + 1);
             assert_refused(&what, device.gemm_acc(wrong.view_mut(), pa.view(), ta, pb.view(), tb));
+            assert_refused(&what, device.gemm_to_acc(wrong.view_mut(), pa.view(), ta, pb.view(), tb));
         }
     }
     for (m, n, k) in

@@ -52,14 +52,20 @@ pub fn grouped_gemm<T: Float, D: GroupedGemm<T>>(device: &D, tolerance: f64) {
         });
         assert_close(&format!("input gradient {what}"), &dx.read(), &want, tolerance);
 
+        let product = Matrix::from_fn(e * out, input, |r, c| {
+            let mine = (0..n).filter(|&i| group(i) == Some(r / out));
+            mine.map(|i| dy.at(i, r % out) * x.at(i, c)).sum::<f64>()
+        });
+        let mut first = output::<T::Acc, D>(device, e * out, input);
+        device
+            .grouped_gemm_to_acc(first.view_mut(), pdy.view(), px.view(), po.view())
+            .expect("grouped_gemm_to_acc");
+        assert_close(&format!("grouped_gemm_to_acc {what}"), &first.read(), &product, tolerance);
+
         let g = random.matrix::<T::Acc>(e * out, input);
         let mut pg = place::<T::Acc, D>(device, &g);
         device.grouped_gemm_acc(pg.view_mut(), pdy.view(), px.view(), po.view()).expect("grouped_gemm_acc");
-        let want = Matrix::from_fn(e * out, input, |r, c| {
-            let mine = (0..n).filter(|&i| group(i) == Some(r / out));
-            g.at(r, c) + mine.map(|i| dy.at(i, r % out) * x.at(i, c)).sum::<f64>()
-        });
-        assert_close(&format!("grouped_gemm_acc {what}"), &pg.read(), &want, tolerance);
+        assert_close(&format!("grouped_gemm_acc {what}"), &pg.read(), &g.plus(&product), tolerance);
 
         let mut refuse = |why: &str, offsets: &[i32]| {
             let po = place_ints(device, 1, offsets.len(), offsets);
@@ -73,6 +79,11 @@ pub fn grouped_gemm<T: Float, D: GroupedGemm<T>>(device: &D, tolerance: f64) {
                 device,
                 why,
                 device.grouped_gemm_acc(g.view_mut(), pdy.view(), px.view(), po.view()),
+            );
+            assert_data_refused(
+                device,
+                why,
+                device.grouped_gemm_to_acc(g.view_mut(), pdy.view(), px.view(), po.view()),
             );
         };
         refuse("one group more than weights", &[&offsets[..], &[n as i32]].concat());

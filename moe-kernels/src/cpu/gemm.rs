@@ -86,6 +86,17 @@ impl<T: CpuFloat> Gemm<T> for Cpu {
         self.product("gemm", (&mut y).into(), Accum::Replace, op(a.into(), ta), op(b.into(), tb))
     }
 
+    fn gemm_to_acc(
+        &self,
+        mut g: ViewMut<'_, T, Self>,
+        a: View<'_, T, Self>,
+        ta: Op,
+        b: View<'_, T, Self>,
+        tb: Op,
+    ) -> Result<()> {
+        self.product("gemm_to_acc", (&mut g).into(), Accum::Replace, op(a.into(), ta), op(b.into(), tb))
+    }
+
     fn gemm_acc(
         &self,
         mut g: ViewMut<'_, T, Self>,

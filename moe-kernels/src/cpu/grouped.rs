@@ -58,6 +58,16 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         self.for_each(tasks, |(y, x, w)| T::matmul(y.faer(), Accum::Replace, x.faer(), w, T::ONE))
     }
 
+    fn grouped_gemm_to_acc(
+        &self,
+        mut g: ViewMut<'_, T, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        self.weight_gradients("grouped_gemm_to_acc", &mut g, Accum::Replace, dy, x, offsets)
+    }
+
     fn grouped_gemm_acc(
         &self,
         mut g: ViewMut<'_, T, Self>,
@@ -65,16 +75,30 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         x: View<'_, T, Self>,
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
-        const KERNEL: &str = "grouped_gemm_acc";
-        let (_, [out, _]) = check::grouped_gemm_acc(KERNEL, &g, dy, x, offsets)?;
-        let groups = groups(KERNEL, offsets, x.shape()[0])?;
+        self.weight_gradients("grouped_gemm_acc", &mut g, Accum::Add, dy, x, offsets)
+    }
+}
+
+impl Cpu {
+    /// `g_e = dy_eᵀ · x_e` of every group, or `g_e += …`.
+    fn weight_gradients<T: CpuFloat>(
+        &self,
+        kernel: &'static str,
+        g: &mut ViewMut<'_, T, Self>,
+        accum: Accum,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        let (_, [out, _]) = check::grouped_gemm_acc(kernel, g, dy, x, offsets)?;
+        let groups = groups(kernel, offsets, x.shape()[0])?;
         let (dy, x) = (Mat::from(dy), Mat::from(x));
-        let mut g = MatMut::from(&mut g);
+        let mut g = MatMut::from(g);
         let mut tasks = Vec::new();
         for group in groups {
             for rows in blocks(out, ROWS) {
                 let g = g.take_rows(rows.len());
-                if !group.is_empty() {
+                if !group.is_empty() || accum == Accum::Replace {
                     let dy = dy.row_range(group.clone()).col_range(rows);
                     tasks.push((g, dy, x.row_range(group.clone())));
                 }
@@ -83,7 +107,7 @@ impl<T: CpuFloat> GroupedGemm<T> for Cpu {
         self.for_each(tasks, |(g, dy, x)| {
             let packed = dy.packed();
             let dy = Mat::new(&packed, dy.rows(), dy.cols());
-            T::matmul(g.faer(), Accum::Add, dy.faer().transpose(), x.faer(), T::ONE);
+            T::matmul(g.faer(), accum, dy.faer().transpose(), x.faer(), T::ONE);
         })
     }
 }

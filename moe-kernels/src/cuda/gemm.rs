@@ -26,6 +26,24 @@ impl<T: Float> Gemm<T> for Cuda {
         self.product("gemm", &mut y, false, (a, ta), (b, tb))
     }
 
+    fn gemm_to_acc(
+        &self,
+        mut g: ViewMut<'_, T::Acc, Self>,
+        a: View<'_, T, Self>,
+        ta: Op,
+        b: View<'_, T, Self>,
+        tb: Op,
+    ) -> Result<()> {
+        check::product("gemm_to_acc", g.shape(), ta.shape(a.shape()), tb.shape(b.shape()))?;
+        let ([m, n], k) = (g.shape(), ta.shape(a.shape())[1]);
+        let size = [m, n, k];
+        if !size.contains(&0) && self.by_library(&mut g, false, (a, ta), (b, tb), size)? {
+            return Ok(());
+        }
+        g.zero(self)?;
+        self.gemm_acc(g, a, ta, b, tb)
+    }
+
     fn gemm_acc(
         &self,
         mut g: ViewMut<'_, T::Acc, Self>,

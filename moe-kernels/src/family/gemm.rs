@@ -31,6 +31,19 @@ pub trait Gemm<T: Float>: Device {
         tb: Op,
     ) -> Result<()>;
 
+    /// `g = op(a) · op(b)` in the accumulation type, whatever `g` holds: where a weight gradient is written first. `g: [m, n]`.
+    fn gemm_to_acc(
+        &self,
+        mut g: ViewMut<'_, T::Acc, Self>,
+        a: View<'_, T, Self>,
+        ta: Op,
+        b: View<'_, T, Self>,
+        tb: Op,
+    ) -> Result<()> {
+        g.zero(self)?;
+        self.gemm_acc(g, a, ta, b, tb)
+    }
+
     /// `g += op(a) · op(b)` in the accumulation type: weight gradients. `g: [m, n]`.
     fn gemm_acc(
         &self,

@@ -19,6 +19,19 @@ pub trait GroupedGemm<T: Float>: Device {
         offsets: View<'_, i32, Self>,
     ) -> Result<()>;
 
+    /// For every group `e`: `g_e = dy_eᵀ · x_e`, whatever `g` holds: where a weight gradient is written first; 0 for an
+    /// empty group. Shapes as below.
+    fn grouped_gemm_to_acc(
+        &self,
+        mut g: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        g.zero(self)?;
+        self.grouped_gemm_acc(g, dy, x, offsets)
+    }
+
     /// For every group `e`: `g_e += dy_eᵀ · x_e` (weight gradient). `g: [E · out, in]`, `dy: [n, out]`,
     /// `x: [n, in]`.
     fn grouped_gemm_acc(

@@ -91,6 +91,20 @@ fn groups_in_bf16_are_those_in_f32() {
         assert_eq!(got, run(), "{what}: the same bits twice");
         let (want, rows) = (want.to_f64(&gpu).unwrap(), groups * out);
         assert_near(&format!("gradient of the weights {what}"), &got, &want, input, rows, n.max(100), 1e-5);
+
+        // Written, whatever was there: fresh memory is NaN here, and groups without rows become 0.
+        let mut want = Tensor::<f32, Cuda>::zeros(&gpu, rows, input).unwrap();
+        gpu.grouped_gemm_acc(want.view_mut().unwrap(), dy.f32.view(), x.f32.view(), offsets.view()).unwrap();
+        let want = want.to_f64(&gpu).unwrap();
+        let run = || {
+            let mut g = Tensor::<f32, Cuda>::uninit(&gpu, rows, input).unwrap();
+            gpu.grouped_gemm_to_acc(g.view_mut().unwrap(), dy.bf16.view(), x.bf16.view(), offsets.view())
+                .unwrap();
+            g.to_f64(&gpu).unwrap()
+        };
+        let got = run();
+        assert_eq!(got, run(), "{what}: the same bits twice");
+        assert_near(&format!("first gradient {what}"), &got, &want, input, rows, n.max(100), 1e-5);
     }
 }
 

@@ -76,7 +76,7 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
                 params.weights_mut(bucket)?.upload(&device, norm.offset, &ones)?;
             }
         }
-        params.zero_grads(&device, false)?;
+        params.zero_grads(false);
         let comms = communicators::<D>().build(&SoloWorld::new(device.clone()), &device, &folding)?;
         let rope = RopeTable::of(&device, &config, 1)?;
         let tokens = shape.tokens;

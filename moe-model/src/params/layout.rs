@@ -175,6 +175,12 @@ impl Part {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParamId(usize);
 
+impl ParamId {
+    pub(super) fn index(self) -> usize {
+        self.0
+    }
+}
+
 /// Names a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BufferId(pub(super) usize);
@@ -302,6 +308,23 @@ impl ParamLayout {
 
     pub(super) fn slot(&self, id: ParamId) -> &Slot {
         &self.slots[id.0]
+    }
+
+    pub(super) fn storage_tensors(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The storage tensors of a bucket, in the order in which they lie there.
+    pub(super) fn slots_of(&self, bucket: usize) -> impl Iterator<Item = (ParamId, &Slot)> {
+        let slots = self.slots.iter().enumerate().map(|(n, slot)| (ParamId(n), slot));
+        slots.filter(move |(_, slot)| slot.bucket == bucket)
+    }
+
+    /// What of a bucket belongs to no storage tensor.
+    pub(super) fn padding(&self, bucket: usize) -> impl Iterator<Item = Range<usize>> {
+        let starts = self.slots_of(bucket).map(|(_, slot)| slot.offset).chain([self.buckets[bucket].len]);
+        let ends = [0].into_iter().chain(self.slots_of(bucket).map(|(_, slot)| slot.range().end));
+        ends.zip(starts).map(|(end, start)| end..start).filter(|range| !range.is_empty())
     }
 }
 

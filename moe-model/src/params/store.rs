@@ -1,6 +1,7 @@
 //! Weights and gradients of one rank on its device.
 
 use moe_comm::{Comms, Pending};
+use moe_kernels::family::{Gemm, GroupedGemm, Op};
 use moe_kernels::{Device, Element, Float, Tensor, View, ViewMut};
 
 use super::layout::{BucketLayout, BufferId, ParamId, ParamLayout, Segment};
@@ -18,9 +19,12 @@ pub struct ParamStore<T: Float, D: Device> {
     layout: ParamLayout,
     weights: Vec<Weights<T, D>>,
     grads: Vec<Grads<T::Acc, D>>,
+    /// By storage tensor: whether its gradient is 0 without being written, since nothing has been added yet.
+    unwritten: Vec<bool>,
     buffers: Vec<Tensor<T::Acc, D>>,
     /// Whether buckets are reduced as soon as they are complete.
     reduce_early: bool,
+    device: D,
 }
 
 #[derive(Debug)]
@@ -64,32 +68,42 @@ impl<T: Element, D: Device> Weights<T, D> {
 #[derive(Debug)]
 enum Grads<A: Float, D: Device> {
     None,
-    /// Micro-batches add to the sum; so many segments have not added their last.
+    /// Micro-batches add to the sum, which has no memory before the first does; so many segments have not added their last.
     Adding {
-        sum: Tensor<A, D>,
+        sum: Option<Tensor<A, D>>,
         users: usize,
     },
     Reducing(Pending<A, D>),
 }
 
 impl<A: Float, D: Device> Grads<A, D> {
-    fn sum_mut(&mut self) -> Result<&mut Tensor<A, D>> {
-        match self {
-            Grads::Adding { sum, .. } => Ok(sum),
-            Grads::None | Grads::Reducing(_) => Err(Error::NoGradients),
-        }
+    /// The sum, of `layout`'s bucket `bucket`. Of fresh memory only what belongs to no storage tensor is written.
+    fn sum_mut(&mut self, layout: &ParamLayout, bucket: usize, device: &D) -> Result<&mut Tensor<A, D>> {
+        let Grads::Adding { sum, .. } = self else { return Err(Error::NoGradients) };
+        Ok(match sum {
+            Some(sum) => sum,
+            None => {
+                let mut fresh = Tensor::uninit(device, 1, layout.buckets()[bucket].len)?;
+                for padding in layout.padding(bucket) {
+                    fresh.view_mut()?.columns(padding)?.zero(device)?;
+                }
+                sum.insert(fresh)
+            }
+        })
     }
+}
 
-    /// Starts the reduction.
-    fn reduce(&mut self, bucket: &BucketLayout, comms: &Comms<D>) -> Result<()> {
-        let Grads::Adding { sum, .. } = std::mem::replace(self, Grads::None) else {
-            return Err(Error::NoGradients);
-        };
-        let group = comms.keyed(bucket.group)?;
-        let sum = sum.reshape(group.size(), bucket.slice.len())?;
-        *self = Grads::Reducing(group.start_reduce_scatter_rows(&sum)?);
-        Ok(())
+/// The gradient of a weight, `[rows, cols]`, and whether it is 0 without being written.
+type Grad<'a, A, D> = (ViewMut<'a, A, D>, bool);
+
+fn zeroed<'a, A: Float, D: Device>(
+    (mut grad, unwritten): Grad<'a, A, D>,
+    device: &D,
+) -> Result<ViewMut<'a, A, D>> {
+    if unwritten {
+        grad.zero(device)?;
     }
+    Ok(grad)
 }
 
 impl<T: Float, D: Device> ParamStore<T, D> {
@@ -105,9 +119,18 @@ impl<T: Float, D: Device> ParamStore<T, D> {
         let zeros = |bucket: &BucketLayout| Ok(Weights::Here(Tensor::zeros(device, 1, bucket.len)?));
         let weights = layout.buckets().iter().map(zeros).collect::<Result<Vec<_>>>()?;
         let grads = weights.iter().map(|_| Grads::None).collect();
+        let unwritten = vec![true; layout.storage_tensors()];
         let buffers = layout.buffers().map(|(_, buffer)| Tensor::zeros(device, 1, buffer.len));
         let buffers = buffers.collect::<std::result::Result<_, _>>()?;
-        Ok(ParamStore { layout, weights, grads, buffers, reduce_early: false })
+        Ok(ParamStore {
+            layout,
+            weights,
+            grads,
+            unwritten,
+            buffers,
+            reduce_early: false,
+            device: device.clone(),
+        })
     }
 
     /// Makes weights of 0 what they are at the start, as in [`new`](Self::new).
@@ -140,9 +163,8 @@ impl<T: Float, D: Device> ParamStore<T, D> {
 
     /// The gradient of a weight, to add to.
     pub fn grad(&mut self, id: ParamId) -> Result<ViewMut<'_, T::Acc, D>> {
-        let slot = self.layout.slot(id);
-        let flat = self.grads[slot.bucket].sum_mut()?.view_mut()?;
-        Ok(flat.columns(slot.range())?.reshape(slot.rows, slot.cols)?)
+        let device = self.device.clone();
+        zeroed(self.take_grad(id)?, &device)
     }
 
     /// A weight to read and its gradient to add to.
@@ -150,19 +172,89 @@ impl<T: Float, D: Device> ParamStore<T, D> {
         let slot = self.layout.slot(id);
         let weight = self.weights[slot.bucket].here()?.view();
         let weight = weight.columns(slot.range())?.reshape(slot.rows, slot.cols)?;
-        let grad = self.grads[slot.bucket].sum_mut()?.view_mut()?;
-        Ok((weight, grad.columns(slot.range())?.reshape(slot.rows, slot.cols)?))
+        let grads = &mut self.grads[slot.bucket];
+        let grad = grads.sum_mut(&self.layout, slot.bucket, &self.device)?.view_mut()?;
+        let grad = grad.columns(slot.range())?.reshape(slot.rows, slot.cols)?;
+        let unwritten = std::mem::take(&mut self.unwritten[id.index()]);
+        Ok((weight, zeroed((grad, unwritten), &self.device)?))
     }
 
-    /// Fresh gradients of zero. With `reduce_early` a bucket's reduction starts when the last of its segments is said to
-    /// be [complete](Self::grads_complete), else all start in [`start_reductions`](Self::start_reductions). It is to be
-    /// the same on all ranks.
-    pub fn zero_grads(&mut self, device: &D, reduce_early: bool) -> Result<()> {
-        self.reduce_early = reduce_early;
-        for (grads, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
-            *grads = Grads::Adding { sum: Tensor::zeros(device, 1, bucket.len)?, users: bucket.users };
+    /// Adds `op(a) · op(b)` to the gradient of a weight; the first time it is written instead, whatever was there.
+    pub fn add_product(
+        &mut self,
+        id: ParamId,
+        a: View<'_, T, D>,
+        ta: Op,
+        b: View<'_, T, D>,
+        tb: Op,
+    ) -> Result<()>
+    where
+        D: Gemm<T>,
+    {
+        let device = self.device.clone();
+        match self.take_grad(id)? {
+            (grad, true) => device.gemm_to_acc(grad, a, ta, b, tb)?,
+            (grad, false) => device.gemm_acc(grad, a, ta, b, tb)?,
         }
         Ok(())
+    }
+
+    /// As [`add_product`](Self::add_product), of every group of rows: `dyᵀ · x` as in [`GroupedGemm::grouped_gemm_acc`].
+    pub fn add_grouped_product(
+        &mut self,
+        id: ParamId,
+        dy: View<'_, T, D>,
+        x: View<'_, T, D>,
+        offsets: View<'_, i32, D>,
+    ) -> Result<()>
+    where
+        D: GroupedGemm<T>,
+    {
+        let device = self.device.clone();
+        match self.take_grad(id)? {
+            (grad, true) => device.grouped_gemm_to_acc(grad, dy, x, offsets)?,
+            (grad, false) => device.grouped_gemm_acc(grad, dy, x, offsets)?,
+        }
+        Ok(())
+    }
+
+    /// The gradient of a weight, which whoever takes it writes.
+    fn take_grad(&mut self, id: ParamId) -> Result<Grad<'_, T::Acc, D>> {
+        let slot = self.layout.slot(id);
+        let flat = self.grads[slot.bucket].sum_mut(&self.layout, slot.bucket, &self.device)?.view_mut()?;
+        let grad = flat.columns(slot.range())?.reshape(slot.rows, slot.cols)?;
+        Ok((grad, std::mem::take(&mut self.unwritten[id.index()])))
+    }
+
+    /// Starts a bucket's reduction.
+    fn reduce(&mut self, bucket: usize, comms: &Comms<D>) -> Result<()> {
+        let device = self.device.clone();
+        let sum = self.grads[bucket].sum_mut(&self.layout, bucket, &device)?;
+        for (id, slot) in self.layout.slots_of(bucket) {
+            if std::mem::take(&mut self.unwritten[id.index()]) {
+                sum.view_mut()?.columns(slot.range())?.zero(&device)?;
+            }
+        }
+        let Grads::Adding { sum: Some(sum), .. } = std::mem::replace(&mut self.grads[bucket], Grads::None)
+        else {
+            return Err(Error::NoGradients);
+        };
+        let BucketLayout { group, slice, .. } = &self.layout.buckets()[bucket];
+        let group = comms.keyed(*group)?;
+        let sum = sum.reshape(group.size(), slice.len())?;
+        self.grads[bucket] = Grads::Reducing(group.start_reduce_scatter_rows(&sum)?);
+        Ok(())
+    }
+
+    /// Fresh gradients of zero, each bucket's in memory from its first use on. With `reduce_early` a bucket's reduction starts when the last of its segments is said to
+    /// be [complete](Self::grads_complete), else all start in [`start_reductions`](Self::start_reductions). It is to be
+    /// the same on all ranks.
+    pub fn zero_grads(&mut self, reduce_early: bool) {
+        self.reduce_early = reduce_early;
+        self.unwritten.fill(true);
+        for (grads, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
+            *grads = Grads::Adding { sum: None, users: bucket.users };
+        }
     }
 
     /// Says that nothing more is added to the gradients of a segment. All ranks of a stage say so in one order.
@@ -170,11 +262,12 @@ impl<T: Float, D: Device> ParamStore<T, D> {
         if !self.reduce_early {
             return Ok(());
         }
-        for &bucket in self.layout.used_by(segment) {
+        for at in 0..self.layout.used_by(segment).len() {
+            let bucket = self.layout.used_by(segment)[at];
             let Grads::Adding { users, .. } = &mut self.grads[bucket] else { return Err(Error::NoGradients) };
             *users -= 1;
             if *users == 0 {
-                self.grads[bucket].reduce(&self.layout.buckets()[bucket], comms)?;
+                self.reduce(bucket, comms)?;
             }
         }
         Ok(())
@@ -182,9 +275,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
 
     /// Starts the reductions that have not started yet, in bucket order. Collective.
     pub fn start_reductions(&mut self, comms: &Comms<D>) -> Result<()> {
-        for (grads, bucket) in self.grads.iter_mut().zip(self.layout.buckets()) {
-            if let Grads::Adding { .. } = grads {
-                grads.reduce(bucket, comms)?;
+        for bucket in 0..self.grads.len() {
+            if let Grads::Adding { .. } = self.grads[bucket] {
+                self.reduce(bucket, comms)?;
             }
         }
         Ok(())

@@ -87,7 +87,7 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     let program = validate(lower(&schedule)?, None)?;
     let pipeline_rank = folding.stage(rank) as u32;
     if plan.grads {
-        cx.params.zero_grads(&cx.device, true)?;
+        cx.params.zero_grads(true);
     }
     execute(&program, pipeline_rank, &stages, &mut transport, &mut cx)?;
     let grads = if plan.grads { gradients(&mut cx)? } else { Vec::new() };

@@ -159,7 +159,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     fn passes(&mut self, step: u64, first: u64) -> Result<(Slices<T, D>, Totals)> {
         self.start_trace(step, first)?;
         self.count_step()?;
-        self.cx.params.zero_grads(&self.cx.device, self.setup.overlap_grad_reduce)?;
+        self.cx.params.zero_grads(self.setup.overlap_grad_reduce);
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
         Ok((reduce_gradients(&mut self.cx)?, Totals::reduce(&self.cx, &self.setup, self.rank)?))
     }
