@@ -10,6 +10,7 @@ use moe_topology::{Axes, View};
 use crate::capacity::ExpertCapacity;
 use crate::context::Documents;
 use crate::forced::ForcedRouting;
+use crate::loss::LossSum;
 use crate::params::{ParamStore, Segment};
 use crate::rope::RopeTable;
 use crate::{Error, Result};
@@ -219,7 +220,7 @@ impl<T: Float, D: Device> MicroBatch<T, D> {
 #[derive(Debug)]
 pub struct Stats<D: Device> {
     /// Σ w·ce over this rank's tokens (last stage only; equal on all tensor-parallel ranks).
-    pub loss: f64,
+    pub loss: LossSum<D>,
     /// What the MoE layers of this stage saw.
     pub moe: MoeStats<D>,
     /// Whether experts would have received more rows than [`Cx::expert_rank_capacity`] allows: on any rank of the group, and
@@ -229,7 +230,7 @@ pub struct Stats<D: Device> {
 
 impl<D: Device> Default for Stats<D> {
     fn default() -> Self {
-        Stats { loss: 0.0, moe: MoeStats::default(), overflowed: false }
+        Stats { loss: LossSum::default(), moe: MoeStats::default(), overflowed: false }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::config::ModelConfig;
 use crate::cx::MoeStats;
 use crate::embedding::TokenEmbedding;
 use crate::expert_bias::ExpertBias;
-use crate::head::{Head, HeadDeferred, HeadSaved};
+use crate::head::Head;
 use crate::layer::Layer;
 use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
@@ -42,15 +42,14 @@ type Counts<D> = Option<Tensor<i64, D>>;
 /// What backward needs of a forward pass.
 pub struct StageSaved<T: Float, D: Backend<T>> {
     blocks: Vec<SavedBlock<T, D>>,
-    /// With the micro-batch's choices over all layers.
-    head: Option<(HeadSaved<T, D>, Counts<D>)>,
+    /// What the head gets, whose forward pass is in its backward, and the micro-batch's choices over all layers.
+    head: Option<Activation<T, D>>,
 }
 
 /// What the weight gradients need.
 pub struct StageDeferred<T: Float, D: Backend<T>> {
     embedding: Option<Tensor<T, D>>,
     blocks: Vec<<Recompute<Block> as Layer<T, D>>::Deferred>,
-    head: Option<HeadDeferred<T, D>>,
 }
 
 /// The gradient of a stage's input, if another stage gets it, and what the weight gradients still need.
@@ -173,16 +172,11 @@ impl DecoderStage {
         cx: &mut Cx<T, D>,
         weights: When,
     ) -> Result<WentBack<T, D>> {
-        let mut rest = StageDeferred { embedding: None, blocks: Vec::new(), head: None };
+        let mut rest = StageDeferred { embedding: None, blocks: Vec::new() };
         let mut dx = match (&self.head, saved.head, dy) {
-            (Some(head), Some((saved, choices)), None) => {
+            (Some(head), Some(Activation { x, choices }), None) => {
                 cx.choices = unit_choices(choices, cx)?;
-                let (dx, deferred) = head.backward_input(m, saved, cx)?;
-                match weights {
-                    When::Now => head.backward_weight(m, deferred, cx)?,
-                    When::Later => rest.head = Some(deferred),
-                }
-                dx
+                head.backward(m, x, cx)?
             }
             (None, None, Some(Activation { x, choices })) => {
                 cx.choices = choices;
@@ -379,12 +373,15 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
     ) -> Result<(Option<Self::Act>, Self::Saved)> {
         let mut blocks = Vec::with_capacity(self.stage.blocks.len());
         let y = self.stage.body(m, x, cx, |saved| blocks.push(saved))?;
+        let (y, head) = if self.stage.head.is_some() { (None, Some(y)) } else { (Some(y), None) };
+        Ok((y, StageSaved { blocks, head }))
+    }
+
+    fn forward_only(&self, m: u32, x: Option<Self::Act>, cx: &mut Cx<T, D>) -> Result<Option<Self::Act>> {
+        let y = self.stage.body(m, x, cx, drop)?;
         match &self.stage.head {
-            Some(head) => {
-                let head = Some((head.forward(m, y.x, cx)?, y.choices));
-                Ok((None, StageSaved { blocks, head }))
-            }
-            None => Ok((Some(y), StageSaved { blocks, head: None })),
+            Some(head) => head.loss(m, y.x, cx).map(|()| None),
+            None => Ok(Some(y)),
         }
     }
 
@@ -400,9 +397,6 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
 
     fn backward_weight(&self, m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
         let stage = &self.stage;
-        if let (Some(head), Some(deferred)) = (&stage.head, deferred.head) {
-            head.backward_weight(m, deferred, cx)?;
-        }
         for (block, deferred) in stage.blocks.iter().rev().zip(deferred.blocks) {
             block.backward_weight(m, deferred, cx)?;
         }

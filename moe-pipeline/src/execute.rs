@@ -200,11 +200,15 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
     fn forward(&mut self, at: At) -> Outcome<(), S, T> {
         let Action { microbatch: m, stage, .. } = at.action;
         let x = self.input(at.action);
-        let (y, saved) =
-            self.stage(stage).forward(m, x, self.cx).map_err(|source| ExecuteError::Stage { at, source })?;
-        if self.schedule.pass() == Pass::ForwardBackward {
-            self.saved.insert((stage, m), saved);
-        }
+        let failed = |source| ExecuteError::Stage { at, source };
+        let y = match self.schedule.pass() {
+            Pass::ForwardBackward => {
+                let (y, saved) = self.stage(stage).forward(m, x, self.cx).map_err(failed)?;
+                self.saved.insert((stage, m), saved);
+                y
+            }
+            Pass::ForwardOnly => self.stage(stage).forward_only(m, x, self.cx).map_err(failed)?,
+        };
         self.output(at, y)
     }
 

@@ -6,7 +6,7 @@
 /// context `Cx` (memory, parameters, gradients, communicators, the step's micro-batches) is lent to every call. So any
 /// number of micro-batches can be in flight.
 ///
-/// The executor calls each of the three in ascending micro-batch order, so sums over micro-batches do not depend on the
+/// The executor calls each of them in ascending micro-batch order, so sums over micro-batches do not depend on the
 /// schedule.
 #[expect(
     clippy::type_complexity,
@@ -33,6 +33,16 @@ pub trait Stage {
         x: Option<Self::Act>,
         cx: &mut Self::Cx,
     ) -> Result<(Option<Self::Act>, Self::Saved), Self::Error>;
+
+    /// The forward pass of a program that has no backward passes: nothing need be kept.
+    fn forward_only(
+        &self,
+        m: u32,
+        x: Option<Self::Act>,
+        cx: &mut Self::Cx,
+    ) -> Result<Option<Self::Act>, Self::Error> {
+        Ok(self.forward(m, x, cx)?.0)
+    }
 
     /// The gradient of the input of micro-batch `m`. `dy` is the gradient of the stage's output; the last stage gets
     /// `None` and starts from its loss. The first stage returns `None`, all others the gradient of their input.

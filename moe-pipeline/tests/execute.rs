@@ -205,6 +205,50 @@ impl Stage for Careless {
     }
 }
 
+/// Notes which forward pass of which micro-batch it was asked for.
+struct Noting;
+
+impl Stage for Noting {
+    type Cx = Vec<(&'static str, u32)>;
+    type Act = ();
+    type Saved = ();
+    type Deferred = ();
+    type Error = Boom;
+
+    fn forward(&self, m: u32, _: Option<()>, cx: &mut Self::Cx) -> Result<(Option<()>, ()), Boom> {
+        cx.push(("to go back", m));
+        Ok((None, ()))
+    }
+
+    fn forward_only(&self, m: u32, _: Option<()>, cx: &mut Self::Cx) -> Result<Option<()>, Boom> {
+        cx.push(("only", m));
+        Ok(None)
+    }
+
+    fn backward_input(
+        &self,
+        _: u32,
+        _: Option<()>,
+        _: (),
+        _: &mut Self::Cx,
+    ) -> Result<(Option<()>, ()), Boom> {
+        Ok((None, ()))
+    }
+
+    fn backward_weight(&self, _: u32, _: (), _: &mut Self::Cx) -> Result<(), Boom> {
+        Ok(())
+    }
+}
+
+#[test]
+fn stages_know_whether_they_go_back() {
+    for (schedule, pass) in [(forward_only(1, 2), "only"), (one_f_one_b(1, 2), "to go back")] {
+        let (mut seen, mut transport) = (Vec::new(), buffered(1, DEADLINE).remove(0));
+        execute(&program(schedule.unwrap()), 0, &[Noting], &mut transport, &mut seen).unwrap();
+        assert_eq!(seen, [(pass, 0), (pass, 1)]);
+    }
+}
+
 /// Logs what it is asked, and answers as it is told.
 #[derive(Default)]
 struct Scripted {

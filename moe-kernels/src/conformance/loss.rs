@@ -11,6 +11,12 @@ fn lse(logits: &Matrix, i: usize) -> f64 {
     if logits.cols == 0 { max } else { max + row().map(|x| (x - max).exp()).sum::<f64>().ln() }
 }
 
+/// Σ scale · (lse − target).
+fn objective(logits: &Matrix, labels: &[i32], scale: &Matrix) -> f64 {
+    let ce = |i: usize| lse(logits, i) - logits.at(i, labels[i] as usize);
+    (0..logits.rows).map(|i| scale.at(0, i) * ce(i)).sum()
+}
+
 /// [`Loss`]: a vocabulary in blocks, an empty one among them, merges to the loss of the whole; large logits.
 pub fn loss<T: Float, D: Loss<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(10);
@@ -29,6 +35,9 @@ pub fn loss<T: Float, D: Loss<T>>(device: &D, tolerance: f64) {
         let (pl, ps) = (place_ints(device, 1, n, &labels), place::<T::Acc, D>(device, &scale));
 
         let want_lse = Matrix::from_fn(1, n, |_, i| lse(&logits, i));
+        // Rounding of the log-sum-exp, which is of the size of the logits, comes into the exponent.
+        let large = want_lse.data.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+        let of_gradients = (tolerance * large).max(GRADIENT * large);
         let (mut parts, mut targets, mut first) = (Vec::new(), vec![0.0; n], 0);
         for &size in sizes {
             let block = Matrix::from_fn(n, size, |i, c| logits.at(i, first + c));
@@ -49,9 +58,9 @@ pub fn loss<T: Float, D: Loss<T>>(device: &D, tolerance: f64) {
 
             // The gradient needs the merged log-sum-exp.
             let plse = place::<T::Acc, D>(device, &want_lse);
-            let mut dx = output::<T, D>(device, n, size);
+            let mut dx = place::<T, D>(device, &block);
             device
-                .cross_entropy_backward(dx.view_mut(), px.view(), plse.view(), pl.view(), first, ps.view())
+                .cross_entropy_backward(dx.view_mut(), plse.view(), pl.view(), first, ps.view())
                 .expect("cross_entropy_backward");
             if n * vocabulary < 1000 {
                 let want = gradient(&block, |block| {
@@ -62,26 +71,14 @@ pub fn loss<T: Float, D: Loss<T>>(device: &D, tolerance: f64) {
                             logits.at(i, c)
                         }
                     };
-                    let whole = Matrix::from_fn(n, vocabulary, whole);
-                    let ce = |i: usize| lse(&whole, i) - whole.at(i, labels[i] as usize);
-                    (0..n).map(|i| scale.at(0, i) * ce(i)).sum()
+                    objective(&Matrix::from_fn(n, vocabulary, whole), &labels, &scale)
                 });
-                // Rounding of the log-sum-exp, which is of the size of the logits, comes into the exponent.
-                let large = want_lse.data.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-                let tolerance = (tolerance * large).max(GRADIENT * large);
-                assert_close(&format!("dlogits, {what}"), &dx.read(), &want, tolerance);
+                assert_close(&format!("dlogits, {what}"), &dx.read(), &want, of_gradients);
             }
-            let mut wrong = output::<T, D>(device, n, size + 1);
-            let refused = device.cross_entropy_backward(
-                wrong.view_mut(),
-                px.view(),
-                plse.view(),
-                pl.view(),
-                first,
-                ps.view(),
-            );
-            assert_refused("dlogits", refused);
             let mut wrong = output::<T::Acc, D>(device, 1, n + 1);
+            let refused =
+                device.cross_entropy_backward(dx.view_mut(), wrong.view(), pl.view(), first, ps.view());
+            assert_refused("lse", refused);
             let refused =
                 device.cross_entropy(wrong.view_mut(), target.view_mut(), px.view(), pl.view(), first);
             assert_refused("lse", refused);
@@ -92,8 +89,30 @@ pub fn loss<T: Float, D: Loss<T>>(device: &D, tolerance: f64) {
         let mut merged = output::<T::Acc, D>(device, 1, n);
         device.merge_lse(merged.view_mut(), place(device, &parts).view()).expect("merge_lse");
         assert_close(&format!("merged lse, {what}"), &merged.read(), &want_lse, tolerance);
-        let want = Matrix::from_fn(1, n, |_, i| logits.at(i, labels[i] as usize));
-        assert_close(&format!("targets, {what}"), &Matrix::row(&targets), &want, tolerance);
+        let want_target = Matrix::from_fn(1, n, |_, i| logits.at(i, labels[i] as usize));
+        assert_close(&format!("targets, {what}"), &Matrix::row(&targets), &want_target, tolerance);
+
+        // All at once, where the vocabulary is one block.
+        let (mut lse, mut target) = (output::<T::Acc, D>(device, 1, n), output::<T::Acc, D>(device, 1, n));
+        let mut dx = place::<T, D>(device, &logits);
+        device
+            .cross_entropy_whole(lse.view_mut(), target.view_mut(), dx.view_mut(), pl.view(), ps.view())
+            .expect("cross_entropy_whole");
+        assert_close(&format!("lse at once, {what}"), &lse.read(), &want_lse, tolerance);
+        assert_close(&format!("target at once, {what}"), &target.read(), &want_target, 0.0);
+        if n * vocabulary < 1000 {
+            let want = gradient(&logits, |logits| objective(logits, &labels, &scale));
+            assert_close(&format!("dlogits at once, {what}"), &dx.read(), &want, of_gradients);
+        }
+        let mut wrong = output::<T::Acc, D>(device, 1, n + 1);
+        let refused = device.cross_entropy_whole(
+            wrong.view_mut(),
+            target.view_mut(),
+            dx.view_mut(),
+            pl.view(),
+            ps.view(),
+        );
+        assert_refused("lse", refused);
     }
 
     // A NaN is never hidden.

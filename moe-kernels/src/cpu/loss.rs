@@ -32,14 +32,15 @@ simd! {
         }
     }
 
-    fn backward<T>(dlogits: MatMut<'_, T>, logits: Mat<'_, T>, lse: &[T], labels: &[i32], first: usize, scale: &[T]) {
+    fn backward<T>(logits: MatMut<'_, T>, lse: &[T], labels: &[i32], first: usize, scale: &[T]) {
         for (i, (&lse, &scale)) in lse.iter().zip(scale).enumerate() {
-            let row = dlogits.row(i);
-            for (d, &x) in row.iter_mut().zip(logits.row(i)) {
-                *d = scale * (x - lse).exp();
+            let row = logits.row(i);
+            let label = column(labels[i], first, row.len()).map(|c| (c, row[c]));
+            for x in row.iter_mut() {
+                *x = scale * (*x - lse).exp();
             }
-            if let Some(c) = column(labels[i], first, row.len()) {
-                row[c] = scale * ((logits.row(i)[c] - lse).exp() - T::ONE);
+            if let Some((c, x)) = label {
+                row[c] = scale * ((x - lse).exp() - T::ONE);
             }
         }
     }
@@ -85,22 +86,20 @@ impl<T: CpuFloat> Loss<T> for Cpu {
 
     fn cross_entropy_backward(
         &self,
-        mut dlogits: ViewMut<'_, T, Self>,
-        logits: View<'_, T, Self>,
+        mut logits: ViewMut<'_, T, Self>,
         lse: View<'_, T, Self>,
         labels: View<'_, i32, Self>,
         first: usize,
         scale: View<'_, T, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy_backward";
-        let [n, cols] = check::cross_entropy_backward(KERNEL, &dlogits, logits, lse, labels, scale)?;
-        let (logits, lse) = (Mat::from(logits), Mat::from(lse).vector());
-        let (labels, scale) = (Mat::from(labels).vector(), Mat::from(scale).vector());
-        let mut dlogits = MatMut::from(&mut dlogits);
-        let tasks = blocks(n, rows_per_piece(cols)).map(|r| (dlogits.take_rows(r.len()), r)).collect();
-        self.for_each(tasks, |(dlogits, r)| {
-            let logits = logits.row_range(r.clone());
-            backward(dlogits, logits, &lse[r.clone()], &labels[r.clone()], first, &scale[r]);
+        let [n, cols] = check::cross_entropy_backward(KERNEL, &logits, lse, labels, scale)?;
+        let [lse, scale] = [lse, scale].map(|vector| Mat::from(vector).vector());
+        let labels = Mat::from(labels).vector();
+        let mut logits = MatMut::from(&mut logits);
+        let tasks = blocks(n, rows_per_piece(cols)).map(|r| (logits.take_rows(r.len()), r)).collect();
+        self.for_each(tasks, |(logits, r)| {
+            backward(logits, &lse[r.clone()], &labels[r.clone()], first, &scale[r]);
         })
     }
 }

@@ -14,6 +14,23 @@ const BACKWARD_VECTORS: usize = 2;
 const BACKWARD_THREADS: usize = 256;
 /// Threads of a block that merges.
 const MERGE_THREADS: usize = 256;
+/// Threads of a block that holds a part of a row.
+const WHOLE_THREADS: usize = 256;
+
+/// Blocks that hold a row together may be so many.
+pub(super) const WAYS: &[&[(&str, i64)]] =
+    &[&[], &[("CLUSTER", 1)], &[("CLUSTER", 2)], &[("CLUSTER", 4)], &[("CLUSTER", 8)]];
+
+/// Bytes of a row that a block should hold, so that a multiprocessor has several blocks of which some load and some compute; and
+/// those that it can hold.
+const PART: usize = 40 << 10;
+const LARGEST_PART: usize = 220 << 10;
+
+/// How many blocks hold a row of so many bytes, where they can.
+fn cluster(row: usize) -> Option<usize> {
+    let blocks = row.div_ceil(PART).next_power_of_two().min(8);
+    (row.div_ceil(blocks) <= LARGEST_PART).then_some(blocks)
+}
 
 impl<T: Float> Loss<T> for Cuda {
     fn cross_entropy(
@@ -49,24 +66,50 @@ impl<T: Float> Loss<T> for Cuda {
 
     fn cross_entropy_backward(
         &self,
-        mut dlogits: ViewMut<'_, T, Self>,
-        logits: View<'_, T, Self>,
+        mut logits: ViewMut<'_, T, Self>,
         lse: View<'_, T::Acc, Self>,
         labels: View<'_, i32, Self>,
         first: usize,
         scale: View<'_, T::Acc, Self>,
     ) -> Result<()> {
         const KERNEL: &str = "cross_entropy_backward";
-        let [n, cols] = check::cross_entropy_backward(KERNEL, &dlogits, logits, lse, labels, scale)?;
-        let (name, elements) = match in_vectors(logits) && in_vectors(dlogits.as_view()) {
+        let [n, cols] = check::cross_entropy_backward(KERNEL, &logits, lse, labels, scale)?;
+        let (name, elements) = match in_vectors(logits.as_view()) {
             true => ("cross_entropy_backward", vector::<T>()),
             false => ("cross_entropy_backward_any", 1),
         };
         let pieces = cols.div_ceil(elements * BACKWARD_VECTORS * BACKWARD_THREADS);
         let launch =
             self.kernel(&LOSS.of(T::DTYPE), name)?.grid([n * pieces, 1, 1]).block([BACKWARD_THREADS, 1, 1]);
-        let launch = launch.mat_mut(&mut dlogits).mat(logits).vector(lse).vector(labels).size(first);
+        let launch = launch.mat_mut(&mut logits).vector(lse).vector(labels).size(first);
         // SAFETY: the kernel touches `n` rows of `cols` elements, and `n` elements of each vector.
         unsafe { launch.vector(scale).size(cols).size(pieces).launch() }
+    }
+
+    fn cross_entropy_whole(
+        &self,
+        mut lse: ViewMut<'_, T::Acc, Self>,
+        mut target: ViewMut<'_, T::Acc, Self>,
+        mut logits: ViewMut<'_, T, Self>,
+        labels: View<'_, i32, Self>,
+        scale: View<'_, T::Acc, Self>,
+    ) -> Result<()> {
+        const KERNEL: &str = "cross_entropy_whole";
+        let [n, cols] = check::cross_entropy(KERNEL, &lse, &target, logits.as_view(), labels)?;
+        check::shape(KERNEL, "scale", [1, n], scale.shape())?;
+        let held = cluster(cols * size_of::<T>())
+            .filter(|_| in_vectors(logits.as_view()) && self.compute_capability() >= (9, 0));
+        let Some(blocks) = held else {
+            self.cross_entropy(lse.reborrow(), target, logits.as_view(), labels, 0)?;
+            return self.cross_entropy_backward(logits, lse.as_view(), labels, 0, scale);
+        };
+        let part = cols.div_ceil(blocks).next_multiple_of(vector::<T>());
+        let launch = self.kernel(&LOSS.of(T::DTYPE).with("CLUSTER", blocks as i64), KERNEL)?;
+        let launch =
+            launch.grid([n * blocks, 1, 1]).block([WHOLE_THREADS, 1, 1]).shared(part * size_of::<T>());
+        let launch = launch.vector_mut(&mut lse).vector_mut(&mut target).mat_mut(&mut logits).vector(labels);
+        // SAFETY: the kernel touches `n` rows of `cols` elements, of which each block keeps at most `part`, and `n` elements of each
+        // vector.
+        unsafe { launch.vector(scale).size(cols).size(part).launch() }
     }
 }

@@ -55,7 +55,7 @@ sources! {
     GROUPED = "grouped", FLOATS, &[];
     GROUPED_HOPPER = "grouped_hopper" after ["hopper", "grouped_tiles", "gate", "grouped_epilogue"], &[DType::Bf16],
         super::grouped_hopper::WAYS;
-    LOSS = "loss", FLOATS, &[];
+    LOSS = "loss", FLOATS, super::loss::WAYS;
     NORM = "norm", FLOATS, &[];
     ROPE = "rope", FLOATS, &[];
     ROWS = "rows", &[DType::F64, DType::F32, DType::Bf16, DType::I64, DType::I32, DType::U8], &[];

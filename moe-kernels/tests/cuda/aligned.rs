@@ -241,7 +241,8 @@ fn embedding<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
 }
 
 fn loss<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
-    for (n, vocabulary, first) in [(6, 8, 0), (7, 1000, 500), (5, 32000, 0), (4, 151_936, 0)] {
+    let cases = [(6, 8, 0), (7, 1000, 500), (300, 2056, 0), (5, 32000, 0), (3, 50_264, 0), (4, 151_936, 0)];
+    for (n, vocabulary, first) in cases {
         let what = format!("{n}x{vocabulary}");
         let logits = case.operand::<T>(n, vocabulary)?;
         let (on_gpu, on_cpu) = case.integers(n, vocabulary + first)?;
@@ -252,12 +253,33 @@ fn loss<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
         case.cpu.cross_entropy(l, t, logits.cpu.view(), on_cpu.view(), first)?;
         case.compare(&format!("lse {what}"), &lse, tolerance.min(1e-5))?;
         case.compare(&format!("target {what}"), &target, 0.0)?;
-        let (scale, mut d) = (case.operand::<T::Acc>(1, n)?, case.output::<T>(n, vocabulary)?);
+        let scale = case.operand::<T::Acc>(1, n)?;
+        let of_gpu = |case: &Case| logits.gpu.copy(&case.gpu);
+        let mut d = Operand { gpu: of_gpu(case)?, cpu: logits.cpu.copy(&case.cpu)? };
         let (l, s) = (lse.gpu.view(), scale.gpu.view());
-        case.gpu.cross_entropy_backward(d.gpu.view_mut()?, logits.gpu.view(), l, on_gpu.view(), first, s)?;
+        case.gpu.cross_entropy_backward(d.gpu.view_mut()?, l, on_gpu.view(), first, s)?;
         let (l, s) = (lse.cpu.view(), scale.cpu.view());
-        case.cpu.cross_entropy_backward(d.cpu.view_mut()?, logits.cpu.view(), l, on_cpu.view(), first, s)?;
+        case.cpu.cross_entropy_backward(d.cpu.view_mut()?, l, on_cpu.view(), first, s)?;
         case.compare(&format!("dlogits {what}"), &d, tolerance)?;
+        if first > 0 {
+            continue;
+        }
+        // The same at once, in as many blocks as rows of this length take.
+        lse.gpu = case.output::<T::Acc>(1, n)?.gpu;
+        target.gpu = case.output::<T::Acc>(1, n)?.gpu;
+        d.gpu = of_gpu(case)?;
+        let at_once =
+            |lse: &mut Tensor<T::Acc, Cuda>, target: &mut Tensor<T::Acc, Cuda>, d: &mut Tensor<T, Cuda>| {
+                let (lse, target, d) = (lse.view_mut()?, target.view_mut()?, d.view_mut()?);
+                case.gpu.cross_entropy_whole(lse, target, d, on_gpu.view(), scale.gpu.view())
+            };
+        at_once(&mut lse.gpu, &mut target.gpu, &mut d.gpu)?;
+        case.compare(&format!("lse at once {what}"), &lse, tolerance.min(1e-5))?;
+        case.compare(&format!("target at once {what}"), &target, 0.0)?;
+        case.compare(&format!("dlogits at once {what}"), &d, tolerance)?;
+        let mut again = of_gpu(case)?;
+        at_once(&mut lse.gpu, &mut target.gpu, &mut again)?;
+        same("dlogits", &case.gpu, &d.gpu, &again)?;
     }
     Ok(())
 }

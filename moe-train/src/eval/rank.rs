@@ -2,7 +2,7 @@
 
 use moe_comm::World;
 use moe_kernels::{Backend, Float};
-use moe_model::Objective;
+use moe_model::{LossSum, Objective};
 use moe_pipeline::generate::interleaved_forward_only;
 use moe_pipeline::{execute, lower, validate};
 use moe_topology::Attention;
@@ -32,7 +32,7 @@ pub(super) fn run<T: Float, D: Backend<T>>(
         LoadedRank::open(&plan.passes, weights, world, device)?;
     let mut sums = Vec::new();
     for text in &plan.texts {
-        cx.stats.loss = 0.0;
+        cx.stats.loss = LossSum::default();
         let micro_batches = text.len().div_ceil(*batch).div_ceil(dp);
         for first in (0..micro_batches).step_by(IN_A_ROW) {
             let count = (micro_batches - first).min(IN_A_ROW);
@@ -59,7 +59,11 @@ pub(super) fn run<T: Float, D: Backend<T>>(
             execute(&program, folding.stage(rank) as u32, &stages, &mut transport, &mut cx)?;
         }
         // All tensor-parallel ranks have the same.
-        sums.push(if folding.coordinate(rank, Attention::TP) == 0 { cx.stats.loss } else { 0.0 });
+        sums.push(if folding.coordinate(rank, Attention::TP) == 0 {
+            cx.stats.loss.total(&cx.device)?
+        } else {
+            0.0
+        });
     }
     Ok(sums)
 }

@@ -96,7 +96,11 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     let mut traced = RankTrace {
         logits: None,
         // All tensor-parallel ranks have the same.
-        loss: if folding.coordinate(rank, Attention::TP) == 0 { cx.stats.loss } else { 0.0 },
+        loss: if folding.coordinate(rank, Attention::TP) == 0 {
+            cx.stats.loss.total(&cx.device)?
+        } else {
+            0.0
+        },
         choices: vec![0; experts],
         prob_sums: vec![0.0; experts],
         grads,

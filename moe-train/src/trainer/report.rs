@@ -94,7 +94,7 @@ impl Totals {
         let mut sums = vec![0.0; 2 + layers * width];
         // All tensor-parallel ranks hold the same loss; each holds its own tokens' routing.
         if counts_loss(&setup.folding, rank) {
-            sums[0] = cx.stats.loss;
+            sums[0] = cx.stats.loss.total(&cx.device)?;
         }
         sums[1] = f64::from(u8::from(cx.stats.overflowed));
         for (layer, stats) in cx.stats.moe.read(&cx.device)? {
