@@ -18,6 +18,7 @@
 //! The README runs forward and backward; here is what one rank of eight holds, known without a device or a second rank:
 //!
 //! ```
+//! use moe_kernels::Cpu;
 //! use moe_model::params::ParamLayoutBuilder;
 //! use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
 //! use moe_topology::{Attention, Expert, Folding, Mapping};
@@ -36,7 +37,7 @@
 //! let mut params = ParamLayoutBuilder::new(&folding, 5);
 //! let layout = PipelineLayout::even(config.num_hidden_layers, 2, 1)?;
 //! let stages = DecoderStage::of_rank(&mut params, &config, Execution::default(), &layout)?;
-//! assert_eq!(stages[0].moe_stats().len(), 1); // layer 1
+//! assert_eq!(DecoderStage::moe_stats(&stages, &Cpu::new(1))?.layers(), [1]);
 //!
 //! let layout = params.build();
 //! let find = |name: &str| {
