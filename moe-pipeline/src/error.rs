@@ -127,7 +127,7 @@ pub enum Error {
     /// Groups of micro-batches that interleaved stages cannot work in.
     #[error(
         "{virtual_stages} virtual stages on {ranks} ranks cannot take {microbatches} micro-batches in groups of {group}: a \
-         group has at least {ranks} (the ranks), and the last one no fewer, or all micro-batches are one; {}",
+         group has at least {ranks} (the ranks), at most all micro-batches, and the last one no fewer than {ranks}; {}",
         nearest(*ranks, *microbatches, *group)
     )]
     Group {
@@ -370,5 +370,7 @@ fn nearest(ranks: u32, microbatches: u32, group: u32) -> String {
     let below = (group..microbatches).rev().find(|&m| legal(m));
     let above = (microbatches.max(group)..=u32::MAX).find(|&m| legal(m));
     let numbers: Vec<String> = below.into_iter().chain(above).map(|m| m.to_string()).collect();
-    format!("the nearest numbers of micro-batches: {}; or one group of {microbatches}", numbers.join(", "))
+    let whole =
+        if microbatches >= ranks { format!("; or one group of {microbatches}") } else { String::new() };
+    format!("the nearest numbers of micro-batches: {}{whole}", numbers.join(", "))
 }

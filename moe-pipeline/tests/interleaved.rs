@@ -40,12 +40,13 @@ fn one_virtual_stage_is_one_f_one_b() {
 #[test]
 fn other_sizes_are_refused_with_the_nearest() {
     let text = |p, v, m, group| interleaved_1f1b(p, v, m, group).unwrap_err().to_string();
-    let rule = "a group has at least 4 (the ranks), and the last one no fewer, or all micro-batches are one";
+    let rule =
+        "a group has at least 4 (the ranks), at most all micro-batches, and the last one no fewer than 4";
     assert_eq!(
         text(4, 2, 2, None),
         format!(
             "2 virtual stages on 4 ranks cannot take 2 micro-batches in groups of 4: {rule}; the nearest numbers of \
-             micro-batches: 4; or one group of 2"
+             micro-batches: 4"
         )
     );
     assert_eq!(

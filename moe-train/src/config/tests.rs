@@ -471,8 +471,8 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
         (
             &["parallel.vpp=2", "train.global_batch_size=4"],
             "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches in groups of 2: a group has at least 2 (the \
-             ranks), and the last one no fewer, or all micro-batches are one; the nearest numbers of micro-batches: 2; or \
-             one group of 1, where a step has global_batch_size / (micro_batch_size · dp) micro-batches",
+             ranks), at most all micro-batches, and the last one no fewer than 2; the nearest numbers of micro-batches: 2, \
+             where a step has global_batch_size / (micro_batch_size · dp) micro-batches",
         ),
         (
             &["parallel.vpp=2", "parallel.micro_batch_group_size=3"],

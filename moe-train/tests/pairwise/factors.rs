@@ -533,13 +533,13 @@ pub const RULES: &[Rule] = &[
         holds: |c| c.is("micro-batch group", "pp") || (c.number("vpp") > 1 && c.number("pp") > 1),
     },
     Rule {
-        why: "interleaved stages take groups of at least pp micro-batches, the last one too, or all as one",
+        why: "interleaved stages take groups of at least pp micro-batches, the last one too",
         refusals: &["micro-batches"],
         factors: &["dp", "pp", "vpp", "micro-batch", "micro-batch group"],
         holds: |c| {
             let (pp, m) = (c.number("pp"), c.micro_batches());
-            let in_groups_of_pp = m >= pp && (m % pp == 0 || m % pp >= pp);
-            c.number("vpp") == 1 || c.is("micro-batch group", "all") || in_groups_of_pp
+            let group = if c.is("micro-batch group", "all") { m } else { pp };
+            c.number("vpp") == 1 || (pp <= group && group <= m && (m % group == 0 || m % group >= pp))
         },
     },
     Rule {
