@@ -254,8 +254,14 @@ impl RunConfig {
             ramp_up.check_deal(micro_batch_size, dp)?;
         }
         for sequences in self.train.batch_sizes()?.sizes() {
-            let micro_batches = sequences / (micro_batch_size * dp);
-            interleaved_1f1b(pp as u32, vpp as u32, micro_batches as u32, group.map(|group| group as u32))?;
+            let (ranks, virtual_stages) = (pp as u32, vpp as u32);
+            let microbatches = (sequences / (micro_batch_size * dp)) as u32;
+            let group = group.map(|group| group as u32);
+            // One group of fewer micro-batches than ranks is a schedule, but one that leaves ranks without work.
+            if let Some(group) = group.filter(|&group| group < ranks) {
+                return Err(moe_pipeline::Error::Group { ranks, virtual_stages, microbatches, group }.into());
+            }
+            interleaved_1f1b(ranks, virtual_stages, microbatches, group)?;
         }
         Ok(())
     }
