@@ -8,12 +8,11 @@ made anew, where ours are added to f32. Lines are separated by tabs: shape, what
 vocabulary's matrix, and the peak of memory above what lives between passes in GiB.
 """
 
-import statistics
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from cuda_moe_layer import seconds
 
 # hidden, vocabulary, tokens: those of the example
 SHAPES = {"qwen3-30b-a3b": (2048, 151936, 16384), "mixtral-8x7b": (4096, 32000, 16384)}
@@ -21,20 +20,6 @@ SHAPES = {"qwen3-30b-a3b": (2048, 151936, 16384), "mixtral-8x7b": (4096, 32000, 
 
 def head(x, norm, matrix, labels):
     return F.cross_entropy(F.linear(F.rms_norm(x, x.shape[-1:], norm, 1e-6), matrix), labels)
-
-
-def seconds(run, batches=7, least=0.04):
-    def batch(runs):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(runs):
-            run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    batch(2)
-    runs = max(2, round(2 * least / batch(2)))
-    return statistics.median(batch(runs) for _ in range(batches)) / runs
 
 
 def main(only=""):
