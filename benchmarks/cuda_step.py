@@ -1,7 +1,7 @@
 """A whole training step in transformers, and the figures of moe-train's own, for `cuda_step.sh`.
 
     python3 benchmarks/cuda_step.py tokens VOCABULARY PREFIX     random tokens, as a dataset of Megatron's
-    python3 benchmarks/cuda_step.py ours mixtral|qwen3 FOLDER    the figures of a run of moe-train
+    python3 benchmarks/cuda_step.py ours mixtral|qwen3 FOLDER true|false     the figures of a run of moe-train, with this `train.deterministic`
     python3 benchmarks/cuda_step.py --compile|--eager mixtral|qwen3      the same of transformers
 
 Both train on 4 sequences of 4096 random tokens: forward, backward, AdamW. transformers has weights, gradients and moments in bf16, PyTorch's
@@ -62,13 +62,14 @@ def write_tokens(vocabulary, prefix):
     pathlib.Path(f"{prefix}.idx").write_bytes(index)
 
 
-def ours(model, folder):
+def ours(model, folder, deterministic):
     folder = pathlib.Path(folder)
     records = [json.loads(text) for text in (folder / "run/metrics.jsonl").read_text().splitlines()]
     seconds = [BATCH * LENGTH / record["tokens_per_second"] for record in records[6:]]
     used = [int(text) for text in (folder / "memory").read_text().split()]
     loads = [load * len(layer) for layer in records[-1]["expert_load"] for load in layer]
-    line("moe-train", model, statistics.median(seconds), f"{max(used) * 2**20 / 1e9:.1f} (nvidia-smi)", (min(loads), max(loads)))
+    whose = "moe-train" if deterministic == "true" else "moe-train, any order"
+    line(whose, model, statistics.median(seconds), f"{max(used) * 2**20 / 1e9:.1f} (nvidia-smi)", (min(loads), max(loads)))
 
 
 def peer(model, compiled):
@@ -114,8 +115,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tokens", vocabulary, prefix]:
             write_tokens(int(vocabulary), prefix)
-        case ["ours", model, folder]:
-            ours(model, folder)
+        case ["ours", model, folder, deterministic]:
+            ours(model, folder, deterministic)
         case ["--compile" | "--eager" as how, model]:
             peer(model, how == "--compile")
         case _:

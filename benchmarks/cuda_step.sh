@@ -27,11 +27,15 @@ for model in "${models[@]}"; do
         qwen3) config=examples/gpu/qwen3_8_layers.toml vocabulary=151936 ;;
     esac
     "$python" benchmarks/cuda_step.py tokens $vocabulary runs/random_tokens_$vocabulary
-    output=$(mktemp -d runs/cuda_step.XXXXXX)
-    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=200 > "$output/memory" & watcher=$!
-    "$program" train "$config" --set train.output="$output/run" > "$output/log" || { kill $watcher; tail "$output/log"; exit 1; }
-    kill $watcher
-    "$python" benchmarks/cuda_step.py ours $model "$output"
-    rm -r "$output"
+    # PyTorch's attention adds the gradients of keys and values in any order: ours by default does not, and is asked to for the second run.
+    for deterministic in true false; do
+        output=$(mktemp -d runs/cuda_step.XXXXXX)
+        nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=200 > "$output/memory" & watcher=$!
+        "$program" train "$config" --set train.output="$output/run" --set train.deterministic=$deterministic > "$output/log" \
+            || { kill $watcher; tail "$output/log"; exit 1; }
+        kill $watcher
+        "$python" benchmarks/cuda_step.py ours $model "$output" $deterministic
+        rm -r "$output"
+    done
     [ ${#peer[@]} -eq 0 ] || "$python" benchmarks/cuda_step.py "${peer[@]}" $model
 done
