@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::weave::{Layer, Step};
 use crate::{Action, Message};
 
 /// Result of the fallible calls of this crate.
@@ -277,6 +278,55 @@ pub enum Error {
     OverlapShare {
         /// The value given.
         value: f64,
+    },
+
+    /// A step of a node that neither pass has.
+    #[error("step {index}, {step}: neither pass has it")]
+    UnknownStep {
+        /// Its position, from 0.
+        index: usize,
+        /// The step.
+        step: Step,
+    },
+    /// A step before one that it depends on.
+    #[error("step {index}, {step}: needs {needs} before it")]
+    PrematureStep {
+        /// Its position, from 0.
+        index: usize,
+        /// The step.
+        step: Step,
+        /// What must come before it.
+        needs: Step,
+    },
+    /// A step that occurs twice.
+    #[error("step {index}, {step}: done before")]
+    DuplicateStep {
+        /// Position of the second occurrence, from 0.
+        index: usize,
+        /// The step.
+        step: Step,
+    },
+    /// A step that never occurs.
+    #[error("{step} is never done")]
+    MissingStep {
+        /// The step.
+        step: Step,
+    },
+    /// Costs of a layer of another kind.
+    #[error("layer {index} of the {pass} pass is {expected:?}, and its cost is that of another kind")]
+    LayerCost {
+        /// Which pass.
+        pass: &'static str,
+        /// The layer.
+        index: usize,
+        /// What it is made of.
+        expected: Layer,
+    },
+    /// Text that is not a step.
+    #[error("{text:?} is not a step; steps read like 0F_ATTENTION, 3I_WAIT_COMBINE")]
+    NotAStep {
+        /// The text.
+        text: String,
     },
 
     /// Text that is not an action.

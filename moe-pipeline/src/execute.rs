@@ -64,7 +64,7 @@ pub enum ExecuteError<S, T> {
 
 /// Runs `rank`'s part of `program`: `stages` are those it owns, ascending; `cx` is lent to each of their calls.
 ///
-/// The two parts of an overlap run one after the other, `F` first.
+/// The two parts of an overlap are one call, [`Stage::overlap`].
 ///
 /// Returns when the rank has done all its actions. On an error it aborts the transport, so that its peers end too; their
 /// error then says why. A rank that panics tells its peers by dropping its transport.
@@ -169,7 +169,9 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
             Kind::BackwardInput => self.backward_input(at),
             Kind::BackwardWeight => self.backward_weight(at),
             Kind::Backward => self.backward(at),
-            Kind::Overlap { .. } => at.action.parts().try_for_each(|action| self.step(At { action, ..at })),
+            Kind::Overlap { stage, microbatch } => {
+                self.overlap(at, Action::new(stage, Kind::Backward, microbatch))
+            }
             Kind::Send(_) => {
                 let message = self.message(at.action);
                 let act = self.outbox.remove(&message).expect(VALID);
@@ -221,6 +223,20 @@ impl<'a, S: Stage, T: Transport<S::Act>> Run<'a, S, T> {
             .backward(m, dy, saved, self.cx)
             .map_err(|source| ExecuteError::Stage { at, source })?;
         self.output(at, dx)
+    }
+
+    /// The `F` of the overlap at `at`, woven with the `B` `backward`.
+    fn overlap(&mut self, at: At, backward: Action) -> Outcome<(), S, T> {
+        let forward = Action { kind: Kind::Forward, ..at.action };
+        let (x, dy) = (self.input(forward), self.input(backward));
+        let saved = self.saved.remove(&(backward.stage, backward.microbatch)).expect(VALID);
+        let (stage, back) = (self.stage(forward.stage), self.stage(backward.stage));
+        let ((y, saved), dx) = stage
+            .overlap((forward.microbatch, x), back, (backward.microbatch, dy, saved), self.cx)
+            .map_err(|source| ExecuteError::Stage { at, source })?;
+        self.saved.insert((forward.stage, forward.microbatch), saved);
+        self.output(At { action: forward, ..at }, y)?;
+        self.output(At { action: backward, ..at }, dx)
     }
 
     fn backward_input(&mut self, at: At) -> Outcome<(), S, T> {

@@ -68,6 +68,7 @@ mod stage;
 mod text;
 pub mod transport;
 mod validate;
+pub mod weave;
 
 pub use action::{Action, Flow, Kind, Message};
 pub use error::{At, Error, Result};

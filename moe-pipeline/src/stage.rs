@@ -70,4 +70,22 @@ pub trait Stage {
         self.backward_weight(m, deferred, cx)?;
         Ok(dx)
     }
+
+    /// An [overlap](crate::Kind::Overlap): the forward pass of a micro-batch through this stage, `forward` being what
+    /// [`forward`](Stage::forward) is given, and the backward pass of another micro-batch through `back`, a stage of the same rank and
+    /// maybe this one, `backward` being what [`backward`](Stage::backward) is given; what both return. The passes do not need
+    /// each other. A stage whose passes wait for other ranks (all-to-alls of experts) may [weave](mod@crate::weave) them, in an order
+    /// that is the same on all those ranks; unless it does, they run one after the other.
+    fn overlap(
+        &self,
+        forward: (u32, Option<Self::Act>),
+        back: &Self,
+        backward: (u32, Option<Self::Act>, Self::Saved),
+        cx: &mut Self::Cx,
+    ) -> Result<((Option<Self::Act>, Self::Saved), Option<Self::Act>), Self::Error> {
+        let (m, x) = forward;
+        let made = self.forward(m, x, cx)?;
+        let (m, dy, saved) = backward;
+        Ok((made, back.backward(m, dy, saved, cx)?))
+    }
 }
