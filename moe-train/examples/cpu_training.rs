@@ -12,6 +12,7 @@ use moe_comm::{ThreadWorld, World};
 use moe_dispatch::DispatcherKind;
 use moe_kernels::Cpu;
 use moe_model::{ModelConfig, PipelineLayout};
+use moe_pipeline::generate::Named;
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::Hyper;
 use moe_train::schedule::{LrSchedule, LrShape};
@@ -45,6 +46,7 @@ fn time(
         model,
         folding,
         pipeline,
+        schedule: Named::OneFOneB,
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,

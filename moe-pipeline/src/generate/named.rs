@@ -118,6 +118,11 @@ impl Named {
         }
     }
 
+    /// Whether several virtual stages take micro-batches in [groups](Sizes::group).
+    pub const fn has_groups(self) -> bool {
+        matches!(self, Named::Interleaved1F1B | Named::Overlapped1F1B | Named::InterleavedZeroBubble)
+    }
+
     /// The schedule.
     ///
     /// # Errors

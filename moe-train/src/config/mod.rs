@@ -43,6 +43,7 @@ mod forced;
 mod init;
 mod overrides;
 mod parallel;
+mod schedule;
 mod sections;
 mod strict;
 
@@ -50,7 +51,6 @@ use std::path::Path;
 
 use moe_model::config::ModelConfig;
 use moe_model::{PipelineLayout, RecomputeModules};
-use moe_pipeline::generate::interleaved_1f1b;
 use moe_topology::{Attention, Constraints, Folding, Mapping};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -242,26 +242,15 @@ impl RunConfig {
         self.check_schedule(&folding)
     }
 
-    /// That the micro-batches of a step can go through the virtual stages.
+    /// That the schedule takes the micro-batches of every step.
     fn check_schedule(&self, folding: &Folding) -> Result<(), ConfigError> {
-        let &ParallelConfig { pp, vpp, micro_batch_group_size: group, .. } = &self.parallel;
-        if let Some(group) = group {
-            require("parallel.micro_batch_group_size", group, vpp > 1, "left out where parallel.vpp = 1")?;
-        }
         let TrainConfig { rampup_batch_size, micro_batch_size, .. } = self.train;
         let dp = folding.size(Attention::DP);
         if let Some(ramp_up) = rampup_batch_size {
             ramp_up.check_deal(micro_batch_size, dp)?;
         }
         for sequences in self.train.batch_sizes()?.sizes() {
-            let (ranks, virtual_stages) = (pp as u32, vpp as u32);
-            let microbatches = (sequences / (micro_batch_size * dp)) as u32;
-            let group = group.map(|group| group as u32);
-            // One group of fewer micro-batches than ranks is a schedule, but one that leaves ranks without work.
-            if let Some(group) = group.filter(|&group| group < ranks) {
-                return Err(moe_pipeline::Error::Group { ranks, virtual_stages, microbatches, group }.into());
-            }
-            interleaved_1f1b(ranks, virtual_stages, microbatches, group)?;
+            self.parallel.passes(sequences / (micro_batch_size * dp))?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use moe_kernels::DType;
 #[cfg(doc)]
 use moe_model::PipelineLayout;
 use moe_model::RecomputeModule;
+use moe_pipeline::generate::Named;
 use moe_topology::Mapping;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,10 @@ pub struct ParallelConfig {
     pub etp: usize,
     /// Virtual stages per pipeline rank.
     pub vpp: usize,
+    /// In which order ranks pass micro-batches through their stages: 1F1B unless given, interleaved with `vpp` above 1. A name of
+    /// [`Named`], ours or torch's. Changes no bit.
+    #[serde(with = "super::schedule", skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Named>,
     /// Layers of each of the pp·vpp stages, of which rank r has r, r + pp, …; even unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_per_stage: Option<Vec<usize>>,
@@ -74,6 +79,7 @@ impl Default for ParallelConfig {
             ep,
             etp,
             vpp: 1,
+            schedule: None,
             layers_per_stage: None,
             pipeline_layout: None,
             micro_batch_group_size: None,

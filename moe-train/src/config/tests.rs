@@ -1,5 +1,6 @@
 use moe_dispatch::capacity::DropPolicy;
 use moe_model::{DropUnit, ExpertCapacity, ForcedRouting};
+use moe_pipeline::generate::Named;
 use moe_topology::{Attention, Expert};
 
 use super::*;
@@ -510,6 +511,51 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
         (
             &["parallel.pipeline_layout='Et*4|L'", "parallel.layers_per_stage=[4, 0]"],
             "parallel.pipeline_layout says the same with parallel.layers_per_stage = [4, 0]: leave one of them out",
+        ),
+    ] {
+        let error = refusal(overrides);
+        assert!(error.starts_with(text), "{overrides:?}: {error}");
+    }
+}
+
+#[test]
+fn schedules_are_chosen_by_name_and_fit_the_stages() {
+    let chosen = |overrides: &[&str]| with(overrides).unwrap().parallel.schedule().unwrap();
+    for (overrides, schedule) in [
+        (&[][..], Named::OneFOneB),
+        (&["parallel.vpp=2"], Named::Interleaved1F1B),
+        (&["parallel.schedule=zb-h1"], Named::ZbH1),
+        (&["parallel.schedule=GPipe"], Named::GPipe),
+        (&["parallel.schedule=LoopedBFS", "parallel.vpp=2"], Named::BreadthFirst),
+        (&["parallel.schedule=interleaved-zero-bubble"], Named::InterleavedZeroBubble),
+        // One micro-batch.
+        (&["parallel.schedule=overlapped-1f1b", "train.global_batch_size=4"], Named::Overlapped1F1B),
+    ] {
+        assert_eq!(chosen(overrides), schedule, "{overrides:?}");
+    }
+    let written = with(&["parallel.schedule=LoopedBFS", "parallel.vpp=2"]).unwrap();
+    assert!(written.to_toml().unwrap().contains("schedule = \"breadth-first\""));
+    assert_eq!(RunConfig::parse(&written.to_toml().unwrap(), "written", &[] as &[&str]).unwrap(), written);
+    for (overrides, text) in [
+        (
+            &["parallel.schedule=zb"][..],
+            "[parallel] schedule: \"zb\" is no schedule; there are gpipe, 1f1b, breadth-first,",
+        ),
+        (
+            &["parallel.schedule=gpipe", "parallel.vpp=2"],
+            "parallel.vpp = 2, but it must be 1 with parallel.schedule = \"gpipe\"",
+        ),
+        (
+            &["parallel.schedule=dual-pipe"],
+            "parallel.schedule = \"dual-pipe\" is not supported in training yet: it keeps two copies of each stage's weights",
+        ),
+        (
+            &["parallel.schedule=breadth-first", "parallel.vpp=2", "parallel.micro_batch_group_size=2"],
+            "parallel.micro_batch_group_size has no meaning with parallel.schedule = \"breadth-first\": remove it",
+        ),
+        (
+            &["parallel.schedule=interleaved-zero-bubble", "parallel.vpp=2", "train.global_batch_size=4"],
+            "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches in groups of 2",
         ),
     ] {
         let error = refusal(overrides);

@@ -163,6 +163,7 @@ pub fn setup(config: &RunConfig) -> Result<Setup> {
         model: config.model.clone(),
         folding: config.folding()?,
         pipeline: config.pipeline()?,
+        schedule: config.parallel.schedule()?,
         micro_batch_group_size: config.parallel.micro_batch_group_size,
         dispatcher: config.parallel.dispatcher.into(),
         capacity: config.capacity(),

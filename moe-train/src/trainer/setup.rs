@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
 use moe_model::{ExpertCapacity, ForcedRouting, Objective, PipelineLayout, RecomputeModules};
-use moe_pipeline::generate::{interleaved_1f1b, interleaved_forward_only};
+use moe_pipeline::generate::{Named, Sizes, interleaved_forward_only};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
 
@@ -24,6 +24,8 @@ pub struct Setup {
     pub folding: Folding,
     /// Which layers are on which pipeline rank.
     pub pipeline: PipelineLayout,
+    /// In which order ranks pass micro-batches through their stages. Changes no bit.
+    pub schedule: Named,
     /// Micro-batches that go through one virtual stage of a rank before the next; PP unless given.
     pub micro_batch_group_size: Option<usize>,
     /// How tokens reach their experts.
@@ -89,17 +91,16 @@ impl Setup {
         Objective { micro_batches, sequences, tokens }
     }
 
-    /// The passes over the pipeline of a training step of `sequences` sequences: 1F1B, interleaved if ranks have several
-    /// stages.
+    /// The passes over the pipeline of a training step of `sequences` sequences.
     ///
     /// # Errors
-    /// Interleaved stages cannot work in such groups of so many micro-batches.
+    /// The schedule is for another number of virtual stages, or does not take so many micro-batches.
     pub fn training_program(&self, sequences: usize) -> moe_pipeline::Result<Program> {
-        let (ranks, stages) = self.ranks_and_stages();
-        let group = self.micro_batch_group_size.map(|group| group as u32);
+        let (ranks, virtual_stages) = self.ranks_and_stages();
+        let group = self.micro_batch_group_size.map_or(ranks, |group| group as u32);
         let micro_batches = sequences / (self.micro_batch_size * self.folding.size(Attention::DP));
-        let schedule = interleaved_1f1b(ranks, stages, micro_batches as u32, group)?;
-        validate(lower(&schedule)?, None)
+        let sizes = Sizes { ranks, virtual_stages, microbatches: micro_batches as u32, group: Some(group) };
+        validate(lower(&self.schedule.generate(sizes)?)?, None)
     }
 
     /// The passes of an evaluation of `micro_batches` micro-batches per data-parallel rank.

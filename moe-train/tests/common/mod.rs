@@ -13,6 +13,7 @@ use moe_dispatch::DispatcherKind;
 use moe_dispatch::capacity::DropPolicy;
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::{ModelConfig, PipelineLayout, RecomputeModules};
+use moe_pipeline::generate::Named;
 use moe_topology::{Folding, Mapping};
 use moe_train::optim::{Hyper, Moment, sliced_parts};
 use moe_train::schedule::{DecayStyle, LrSchedule, LrShape};
@@ -116,6 +117,8 @@ pub fn setup(model: ModelConfig, mapping: Mapping) -> Setup {
         model,
         folding,
         pipeline,
+        // Of one virtual stage it is 1F1B.
+        schedule: Named::Interleaved1F1B,
         micro_batch_group_size: None,
         dispatcher: DispatcherKind::AllToAll,
         capacity: None,

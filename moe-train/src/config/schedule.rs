@@ -1,0 +1,75 @@
+//! `[parallel] schedule`: the order of a pipeline's passes, by name.
+
+use moe_pipeline::Schedule;
+use moe_pipeline::generate::{Named, Sizes};
+use serde::de::{Deserialize, Deserializer, Error};
+use serde::ser::Serializer;
+
+use super::{ConfigError, ParallelConfig, require};
+
+pub(super) fn serialize<S: Serializer>(named: &Option<Named>, serializer: S) -> Result<S::Ok, S::Error> {
+    match named {
+        Some(named) => serializer.collect_str(named),
+        None => serializer.serialize_none(),
+    }
+}
+
+pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Named>, D::Error> {
+    String::deserialize(deserializer)?.parse().map(Some).map_err(D::Error::custom)
+}
+
+impl ParallelConfig {
+    /// The order of a training step's passes: as given, else 1F1B, interleaved if ranks have several stages.
+    ///
+    /// # Errors
+    /// It is one that does not train, or is for another number of virtual stages.
+    pub fn schedule(&self) -> Result<Named, ConfigError> {
+        let named = match self.schedule {
+            Some(named) => named,
+            None if self.vpp > 1 => Named::Interleaved1F1B,
+            None => Named::OneFOneB,
+        };
+        let fix = match named {
+            Named::DualPipe => Some("it keeps two copies of each stage's weights; choose another one"),
+            Named::ZbV | Named::VHalf | Named::VMin | Named::DualPipeV => {
+                Some("it needs the first and the last stage on one rank; choose another one")
+            }
+            _ => None,
+        };
+        if let Some(fix) = fix {
+            let setting = format!("parallel.schedule = \"{named}\"");
+            return Err(ConfigError::Unsupported { setting, fix });
+        }
+        if let Some(expected) = named.virtual_stages() {
+            let allowed = format!("{expected} with parallel.schedule = \"{named}\"");
+            require("parallel.vpp", self.vpp, self.vpp == expected as usize, &allowed)?;
+        }
+        Ok(named)
+    }
+
+    /// The passes of a step of so many micro-batches on each data-parallel rank.
+    ///
+    /// # Errors
+    /// Those of [`schedule`](Self::schedule), a group of micro-batches that has no meaning, or a schedule that does not take so
+    /// many.
+    pub(super) fn passes(&self, microbatches: usize) -> Result<Schedule, ConfigError> {
+        let named = self.schedule()?;
+        let [ranks, virtual_stages, microbatches] = [self.pp, self.vpp, microbatches].map(|n| n as u32);
+        let group = self.micro_batch_group_size.map(|group| group as u32);
+        if let Some(group) = group {
+            let setting = "parallel.micro_batch_group_size";
+            require(setting, group, virtual_stages > 1, "left out where parallel.vpp = 1")?;
+            if !named.has_groups() {
+                let (problem, fix) = ("has no meaning", "remove it".to_owned());
+                let other = format!("parallel.schedule = \"{named}\"");
+                return Err(ConfigError::Conflict { setting, problem, other, fix });
+            }
+            // One group of fewer micro-batches than ranks is a schedule, but one that leaves ranks without work.
+            if group < ranks {
+                return Err(moe_pipeline::Error::Group { ranks, virtual_stages, microbatches, group }.into());
+            }
+        }
+        let group = Some(group.unwrap_or(ranks));
+        Ok(named.generate(Sizes { ranks, virtual_stages, microbatches, group })?)
+    }
+}
