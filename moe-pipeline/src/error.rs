@@ -312,6 +312,12 @@ pub enum Error {
         /// The step.
         step: Step,
     },
+    /// An overlap whose stages were not woven together: the costs are for another placement.
+    #[error("{action}: the costs are of a placement in which no rank has both stages")]
+    NotWoven {
+        /// The overlap.
+        action: Action,
+    },
     /// Costs of a layer of another kind.
     #[error("layer {index} of the {pass} pass is {expected:?}, and its cost is that of another kind")]
     LayerCost {

@@ -55,6 +55,7 @@
 #![forbid(unsafe_code)]
 
 mod action;
+mod costs;
 mod draw;
 mod error;
 mod execute;
@@ -71,13 +72,14 @@ mod validate;
 pub mod weave;
 
 pub use action::{Action, Flow, Kind, Message};
+pub use costs::{Costs, Link, Overlap, StageCost, Woven};
 pub use error::{At, Error, Result};
 pub use execute::{ExecuteError, execute};
 pub use lower::{add_send_recv, add_waits, lower};
-pub use memory::StageMemory;
+pub use memory::{Level, StageMemory};
 pub use placement::Placement;
 pub use schedule::{Pass, Schedule};
-pub use simulate::{Costs, Idle, Link, Span, StageCost, Timeline, simulate};
+pub use simulate::{Idle, Span, Timeline, Trip, simulate};
 pub use stage::Stage;
 pub use transport::{Post, Transport};
 pub use validate::{Program, validate};

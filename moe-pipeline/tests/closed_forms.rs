@@ -5,7 +5,9 @@ use moe_pipeline::generate::{
     dual_pipe, dual_pipe_v, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b, v_half, v_min,
     zb_h1, zb_h2, zb_v,
 };
-use moe_pipeline::{Costs, Link, Program, Result, Schedule, StageCost, Timeline, lower, simulate, validate};
+use moe_pipeline::{
+    Costs, Link, Overlap, Program, Result, Schedule, StageCost, Timeline, lower, simulate, validate,
+};
 
 /// Times that binary floating point adds exactly.
 const EVEN: [f64; 3] = [1.0, 1.0, 1.0];
@@ -26,7 +28,7 @@ fn program(schedule: Result<Schedule>) -> Program {
 fn run(program: &Program, [forward, backward_input, backward_weight]: [f64; 3], overlap: f64) -> Timeline {
     let cost = StageCost { forward, backward_input, backward_weight };
     let uniform = Costs::uniform(program.schedule().placement().stages(), cost, Link::FREE);
-    simulate(program, &Costs { overlap, ..uniform }).unwrap()
+    simulate(program, &Costs { overlap: Overlap::Hidden(overlap), ..uniform }).unwrap()
 }
 
 fn sizes() -> impl Iterator<Item = (u32, u32)> {

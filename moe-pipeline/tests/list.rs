@@ -4,7 +4,9 @@ mod common;
 
 use common::{Draws, equals_sequential};
 use moe_pipeline::generate::{Named, Sizes, for_costs, zb_h1, zb_h2};
-use moe_pipeline::{Costs, Error, Link, Placement, Program, Schedule, StageCost, lower, simulate, validate};
+use moe_pipeline::{
+    Costs, Error, Link, Overlap, Placement, Program, Schedule, StageCost, lower, simulate, validate,
+};
 use proptest::prelude::*;
 
 fn program(schedule: &Schedule, most: u32) -> Program {
@@ -17,7 +19,7 @@ fn draw_costs(stages: u32, spread: usize, draws: &mut Draws) -> Costs {
     let stages: Vec<StageCost> = (0..stages).map(cost).collect();
     let links =
         (1..stages.len()).map(|_| Link { transfer: time(0.0) / 8.0, latency: time(0.0) / 8.0 }).collect();
-    Costs { stages, links, overlap: 0.0 }
+    Costs { stages, links, overlap: Overlap::Hidden(0.0) }
 }
 
 /// On the ground of each, equal costs and the memory that it takes, and at uneven costs.

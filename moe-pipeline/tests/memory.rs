@@ -4,7 +4,9 @@ mod common;
 
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{forward_only, one_f_one_b, zb_h1, zb_h2, zb_v};
-use moe_pipeline::{Error, Kind, Program, Schedule, StageMemory, lower, validate};
+use moe_pipeline::{
+    Costs, Error, Kind, Link, Program, Schedule, StageCost, StageMemory, lower, simulate, validate,
+};
 use proptest::prelude::*;
 
 fn program(schedule: Schedule) -> Program {
@@ -29,7 +31,11 @@ fn zero_bubbles_by_what_input_gradients_free() {
         assert_eq!(peaks(&h1, 1, 1), vec![u64::from(p); p as usize]);
         assert_eq!(peaks(&h2, 1, 1), vec![u64::from(2 * p - 1); p as usize]);
     }
-    assert_eq!(peaks(&program(forward_only(3, 4).unwrap()), 5, 5), [0, 0, 0]);
+    let evaluation = program(forward_only(3, 4).unwrap());
+    assert_eq!(peaks(&evaluation, 5, 5), [0, 0, 0]);
+    let timeline = simulate(&evaluation, &Costs::uniform(3, StageCost::default(), Link::FREE)).unwrap();
+    let memory = [StageMemory { activation: 5, deferred: 5 }; 3];
+    assert_eq!(evaluation.memory_over_time(&timeline, &memory).unwrap(), vec![Vec::new(); 3]);
 }
 
 #[test]
@@ -72,6 +78,19 @@ proptest! {
             };
             (0..parts.len()).map(kept).max().unwrap()
         };
-        prop_assert_eq!(program.peak_memory(&memory).unwrap(), (0..p).map(peak).collect::<Vec<_>>());
+        let peaks = program.peak_memory(&memory).unwrap();
+        prop_assert_eq!(&peaks, &(0..p).map(peak).collect::<Vec<_>>());
+
+        // Over time: the same peak, moments in order, nothing kept at the end, and never more than when passes began.
+        let mut time = || 1.0 + draws.below(16) as f64;
+        let stages = (0..p + extra).map(|_| StageCost { forward: time(), backward_input: time(), backward_weight: time() });
+        let costs = Costs { stages: stages.collect(), ..Costs::uniform(p + extra, StageCost::default(), Link::FREE) };
+        let timeline = simulate(&program, &costs).unwrap();
+        let levels = program.memory_over_time(&timeline, &memory).unwrap();
+        for (levels, &peak) in levels.iter().zip(&peaks) {
+            prop_assert_eq!(levels.iter().map(|level| level.bytes).max(), Some(peak));
+            prop_assert!(levels.windows(2).all(|pair| pair[0].from <= pair[1].from));
+            prop_assert_eq!(levels.last().map(|level| level.bytes), Some(0));
+        }
     }
 }

@@ -5,9 +5,10 @@ mod common;
 use std::collections::HashMap;
 
 use common::{Draws, draw_schedule};
-use moe_pipeline::generate::{dual_pipe_v, forward_only, gpipe, one_f_one_b};
+use moe_pipeline::generate::{dual_pipe_v, forward_only, gpipe, one_f_one_b, zb_h1, zb_h2};
 use moe_pipeline::{
-    Action, Costs, Error, Idle, Kind, Link, Program, Schedule, StageCost, Timeline, lower, simulate, validate,
+    Action, Costs, Error, Flow, Idle, Kind, Link, Message, Overlap, Program, Schedule, StageCost, Timeline,
+    lower, simulate, validate,
 };
 use proptest::prelude::*;
 
@@ -90,7 +91,8 @@ fn stages_of_one_rank_share_its_links() {
 fn an_overlap_hides_part_of_its_shorter_pass() {
     let schedule: Schedule = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n".parse().unwrap();
     for (overlap, pair) in [(0.0, 5.0), (0.5, 4.0), (1.0, 3.0)] {
-        let costs = Costs { overlap, ..Costs::uniform(1, cost(2.0, 1.0, 2.0), Link::FREE) };
+        let costs =
+            Costs { overlap: Overlap::Hidden(overlap), ..Costs::uniform(1, cost(2.0, 1.0, 2.0), Link::FREE) };
         let timeline = simulate(&program(&schedule), &costs).unwrap();
         assert_eq!(timeline.makespan, 2.0 + pair + 3.0);
         assert_eq!((timeline.spans[0][1].start, timeline.spans[0][1].end), (2.0, 2.0 + pair));
@@ -147,7 +149,7 @@ fn drawings_and_traces_show_every_span() {
     assert!(ends.into_iter().all(|x| (0.0..=1260.0).contains(&x)));
 
     let trace = timeline.chrome_trace();
-    assert_eq!(trace.matches("\"ph\":\"X\"").count(), spans.len());
+    assert_eq!(trace.matches("\"ph\":\"X\"").count(), spans.len() + timeline.trips.len());
     for s in &spans {
         let event = format!("\"ts\":{},\"dur\":{}}}", s.start, s.end - s.start);
         assert!(
@@ -160,7 +162,7 @@ fn drawings_and_traces_show_every_span() {
     let events = trace.lines().filter(|line| line.contains("\"ph\"")).count();
     assert_eq!(trace.matches("},\n").count(), events - 1);
 
-    let nothing = Timeline { makespan: 0.0, spans: vec![Vec::new()], idle: vec![Idle::default()] };
+    let nothing = Timeline { spans: vec![Vec::new()], idle: vec![Idle::default()], ..Timeline::default() };
     assert!(nothing.svg().contains("rank 0") && nothing.chrome_trace().contains("rank 0"));
 }
 
@@ -187,12 +189,12 @@ fn costs_are_checked() {
         Err(Error::Cost { what: "link", index: 0, .. })
     ));
     assert!(matches!(simulate(|c| c.stages[0].forward = f64::INFINITY), Err(Error::Cost { .. })));
-    assert_eq!(simulate(|c| c.overlap = 1.5), Err(Error::OverlapShare { value: 1.5 }));
-    assert!(matches!(simulate(|c| c.overlap = f64::NAN), Err(Error::OverlapShare { .. })));
+    assert_eq!(simulate(|c| c.overlap = Overlap::Hidden(1.5)), Err(Error::OverlapShare { value: 1.5 }));
+    assert!(matches!(simulate(|c| c.overlap = Overlap::Hidden(f64::NAN)), Err(Error::OverlapShare { .. })));
 }
 
 /// Without links: an action starts when the rank's last one and the action it depends on have ended.
-fn recurrence(schedule: &Schedule, costs: &Costs) -> f64 {
+fn recurrence(schedule: &Schedule, costs: &Costs, overlap: f64) -> f64 {
     let placement = schedule.placement();
     let ranks = placement.ranks();
     let mut now = vec![0.0_f64; ranks as usize];
@@ -219,7 +221,7 @@ fn recurrence(schedule: &Schedule, costs: &Costs) -> f64 {
                 }
             };
             let took: Vec<f64> = action.parts().map(took).collect();
-            let hidden = if took.len() == 2 { costs.overlap * took[0].min(took[1]) } else { 0.0 };
+            let hidden = if took.len() == 2 { overlap * took[0].min(took[1]) } else { 0.0 };
             now[r] = now[r].max(ready) + took.iter().sum::<f64>() - hidden;
             made.extend(
                 action.parts().filter_map(|part| part.output(placement)).map(|output| (output, now[r])),
@@ -252,12 +254,56 @@ proptest! {
             (0..p + extra).map(|_| cost(exact(&mut draws), exact(&mut draws), exact(&mut draws))).collect();
         let links: Vec<Link> =
             (1..p + extra).map(|_| Link { transfer: exact(&mut draws), latency: exact(&mut draws) }).collect();
-        let costs = Costs { stages, links, overlap: draws.below(5) as f64 / 4.0 };
+        let overlap = draws.below(5) as f64 / 4.0;
+        let costs = Costs { stages, links, overlap: Overlap::Hidden(overlap) };
         let timeline = simulate(&program(&schedule), &costs).unwrap();
         conserved(&timeline);
-        let without_links = recurrence(&schedule, &costs);
+        let without_links = recurrence(&schedule, &costs, overlap);
         prop_assert!(timeline.makespan >= without_links);
         let free = Costs { links: vec![Link::FREE; costs.links.len()], ..costs };
         prop_assert_eq!(simulate(&program(&schedule), &free).unwrap().makespan, without_links);
+    }
+
+    /// By what messages did, told apart from the simulator: a rank idles for an activation or a gradient until it is made, and for
+    /// a link from then on until it has arrived; the trips of a link do not overlap; no message comes before it is made.
+    #[test]
+    fn idle_time_has_its_cause(p in 2_u32..=6, m in 1_u32..=8, which in 0_usize..4, seed: u64) {
+        let mut draws = Draws(seed);
+        let schedule = [one_f_one_b, gpipe, zb_h1, zb_h2][which](p, m).unwrap();
+        let placement = schedule.placement();
+        let stages = (0..p).map(|_| cost(exact(&mut draws), exact(&mut draws), exact(&mut draws))).collect();
+        // Links that are free at once, so that no send waits.
+        let links = (1..p).map(|_| Link { transfer: 0.0, latency: exact(&mut draws) }).collect();
+        let costs = Costs { stages, links, overlap: Overlap::Hidden(0.0) };
+        let timeline = simulate(&program(&schedule), &costs).unwrap();
+        let mut made = HashMap::new();
+        for span in timeline.spans.iter().flatten() {
+            made.extend(span.action.output(placement).map(|output| (output, span.end)));
+        }
+        let arrives = |message: Message| {
+            let boundary = message.stage as usize - usize::from(message.flow == Flow::Forward);
+            made[&message] + costs.links[boundary].latency
+        };
+        for (spans, idle) in timeline.spans.iter().zip(&timeline.idle) {
+            let (mut now, mut expected) = (0.0_f64, Idle::default());
+            for span in spans {
+                if let Some(input) = span.action.input(placement) {
+                    let until_made = (made[&input] - now).max(0.0);
+                    match input.flow {
+                        Flow::Forward => expected.activation += until_made,
+                        Flow::Backward => expected.gradient += until_made,
+                    }
+                    expected.link += (arrives(input) - now.max(made[&input])).max(0.0);
+                }
+                now = span.end;
+            }
+            expected.drain = timeline.makespan - now;
+            prop_assert_eq!(*idle, expected);
+        }
+        prop_assert_eq!(timeline.trips.len(), 2 * (p as usize - 1) * m as usize);
+        for trip in &timeline.trips {
+            prop_assert!(trip.start >= made[&trip.message]);
+            prop_assert_eq!(trip.arrived - trip.start, costs.links[trip.from.min(trip.to) as usize].latency);
+        }
     }
 }

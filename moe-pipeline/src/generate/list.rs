@@ -142,7 +142,7 @@ impl<'a> Run<'a> {
                 continue;
             }
             let Some(action) = self.choose(rank, time) else { continue };
-            let end = time + self.costs.compute(action);
+            let end = time + self.costs.pass(action);
             self.ranks[rank as usize].take(action, end);
             wakes.push(Reverse(Wake { time: end, rank }));
             if let Some(output) = action.output(self.placement) {
@@ -199,7 +199,7 @@ impl<'a> Run<'a> {
         // (If a forward pass lacks memory, this makes some.)
         let weight = weight?;
         let next = rank.stages.iter().flat_map(|stage| [stage.next_input(), stage.next_forward()]).flatten();
-        let end = time + self.costs.compute(weight);
+        let end = time + self.costs.pass(weight);
         let soon =
             next.filter_map(|action| self.arrival(action)).any(|arrival| arrival > time && arrival < end);
         let wait = self.rule.patient && soon && forward.is_none();

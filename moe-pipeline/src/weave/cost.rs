@@ -40,6 +40,14 @@ impl LayerCost {
         }
     }
 
+    /// What its two all-to-alls of one direction take.
+    pub(crate) fn all_to_alls(&self) -> f64 {
+        match self {
+            LayerCost::Dense(_) => 0.0,
+            LayerCost::Moe { all_to_all, .. } => 2.0 * all_to_all,
+        }
+    }
+
     /// Time of a node of this layer.
     pub(super) fn time(&self, node: Node) -> f64 {
         let (dense, moe_attention, moe_experts, all_to_all) = match *self {

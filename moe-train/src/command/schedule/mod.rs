@@ -2,17 +2,16 @@
 
 mod report;
 mod sizes;
+mod times;
 
-use std::fs;
 use std::path::PathBuf;
 
 use clap::{Subcommand, ValueEnum};
-use moe_pipeline::generate::Named;
-use moe_pipeline::{Kind, add_send_recv, lower, validate};
+use moe_pipeline::{add_send_recv, lower};
 
-use self::sizes::{Chosen, Pipeline, Times};
+use self::sizes::{Chosen, Pipeline, program, read};
+use self::times::Times;
 use crate::Result;
-use crate::durable::Context;
 
 /// Look into pipeline schedules.
 #[derive(Debug, Subcommand)]
@@ -48,10 +47,13 @@ pub enum Schedule {
         #[command(flatten)]
         times: Times,
     },
-    /// Compare all schedules on the same ranks, micro-batches and times.
+    /// Compare all schedules on the same ranks, micro-batches and times, and the best that a search for these times finds.
     Compare {
         #[command(flatten)]
         pipeline: Pipeline,
+        /// The most activations, of all of a rank's layers, that the search may keep on a rank; as many as ranks unless given.
+        #[arg(long)]
+        activations: Option<u32>,
         #[command(flatten)]
         times: Times,
     },
@@ -75,13 +77,13 @@ impl Schedule {
     pub fn run(self) -> Result<()> {
         let text = match self {
             Schedule::Show { chosen, times, format, lowered, columns } => {
-                let schedule = chosen.generate()?;
+                let schedule = chosen.schedule()?;
                 match format {
                     Format::Csv if lowered => lower(&schedule)?.to_string(),
                     Format::TorchCsv if lowered => add_send_recv(&schedule.serial()?)?.to_string(),
                     Format::Csv | Format::TorchCsv => schedule.to_string(),
                     Format::Picture | Format::Svg | Format::Trace => {
-                        let program = validate(lower(&schedule)?, None)?;
+                        let program = program(schedule, None)?;
                         let timeline = times.simulate(&program)?;
                         match format {
                             Format::Svg => timeline.svg(),
@@ -91,36 +93,24 @@ impl Schedule {
                     }
                 }
             }
-            Schedule::Check { file, budget } => {
-                let text = fs::read_to_string(&file).context("read", &file)?;
-                let schedule: moe_pipeline::Schedule = text.parse()?;
-                let bare = schedule.actions().all(|at| at.action.kind.is_compute());
-                let has_waits = schedule
-                    .actions()
-                    .any(|at| matches!(at.action.kind, Kind::WaitSend(_) | Kind::WaitRecv(_)));
-                let whole = match (bare, has_waits) {
-                    (true, _) => lower(&schedule)?,
-                    (false, false) => moe_pipeline::add_waits(&schedule)?,
-                    (false, true) => schedule,
-                };
-                report::checked(&validate(whole, budget)?)
-            }
+            Schedule::Check { file, budget } => report::checked(&program(read(&file)?, budget)?),
             Schedule::Simulate { chosen, times } => {
-                let program = validate(lower(&chosen.generate()?)?, None)?;
+                let program = program(chosen.schedule()?, None)?;
                 let timeline = times.simulate(&program)?;
                 report::ranks(&program, &timeline) + &report::summary(&program, &timeline)
             }
-            Schedule::Compare { pipeline, times } => {
-                let mut rows = Vec::new();
-                for named in Named::ALL {
-                    let simulated = pipeline.generate(named).and_then(|schedule| {
-                        let program = validate(lower(&schedule)?, None)?;
+            Schedule::Compare { pipeline, activations, times } => {
+                let ranks = activations.unwrap_or(pipeline.ranks());
+                let schedules = pipeline.named().chain(pipeline.searched(&times, ranks));
+                let simulated = schedules.map(|(name, schedule)| {
+                    let row = schedule.and_then(|schedule| {
+                        let program = program(schedule, None)?;
                         let timeline = times.simulate(&program)?;
                         Ok((program, timeline))
                     });
-                    rows.push((named, simulated));
-                }
-                report::comparison(rows)
+                    (name, row)
+                });
+                report::comparison(simulated)
             }
         };
         print!("{text}");

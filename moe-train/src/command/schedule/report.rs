@@ -1,9 +1,8 @@
 //! Tables of schedules.
 
-use moe_pipeline::generate::Named;
 use moe_pipeline::{Pass, Program, Result, Timeline};
 
-use super::sizes::share;
+use super::times::share;
 
 /// What `check` says of a valid program.
 pub fn checked(program: &Program) -> String {
@@ -40,12 +39,15 @@ fn peaks(program: &Program) -> String {
 
 /// A row per rank: when it computes, and why it does not.
 pub fn ranks(program: &Program, timeline: &Timeline) -> String {
-    let head = ["rank", "busy", "activation", "gradient", "link", "send", "drain", "kept"].map(str::to_owned);
+    let head = ["rank", "busy", "all-to-all", "activation", "gradient", "link", "send", "drain", "kept"];
+    let head = head.map(str::to_owned);
     let mut rows = vec![head.to_vec()];
     let each = timeline.idle.iter().zip(program.peak_in_flight()).enumerate();
     for (rank, (idle, kept)) in each {
-        let busy = timeline.makespan - idle.total();
-        let times = [busy, idle.activation, idle.gradient, idle.link, idle.send, idle.drain].map(time);
+        let exposed = timeline.all_to_all[rank];
+        let busy = timeline.makespan - idle.total() - exposed;
+        let times =
+            [busy, exposed, idle.activation, idle.gradient, idle.link, idle.send, idle.drain].map(time);
         rows.push([rank.to_string()].into_iter().chain(times).chain([kept.to_string()]).collect());
     }
     table(&rows)
@@ -53,26 +55,26 @@ pub fn ranks(program: &Program, timeline: &Timeline) -> String {
 
 /// A row per schedule, the shortest step first; then those that cannot be, with the reason. Activations count in those of all
 /// layers that a rank has, so that schedules of different numbers of stages compare.
-pub fn comparison(rows: Vec<(Named, Result<(Program, Timeline)>)>) -> String {
+pub fn comparison(rows: impl Iterator<Item = (String, Result<(Program, Timeline)>)>) -> String {
     let mut simulated = Vec::new();
     let mut refused = String::new();
-    for (named, row) in rows {
+    for (name, row) in rows {
         match row {
-            Ok((program, timeline)) => simulated.push((named, program, timeline)),
-            Err(error) => refused += &format!("{named}: {error}\n"),
+            Ok((program, timeline)) => simulated.push((name, program, timeline)),
+            Err(error) => refused += &format!("{name}: {error}\n"),
         }
     }
     simulated.sort_by(|(.., a), (.., b)| a.makespan.total_cmp(&b.makespan));
     let mut cells = vec![["schedule", "stages", "step", "idle", "activations"].map(str::to_owned).to_vec()];
-    for (named, program, timeline) in simulated {
+    for (name, program, timeline) in simulated {
         let placement = program.schedule().placement();
         let most = program.peak_in_flight().iter().copied().max().unwrap_or(0);
         cells.push(vec![
-            named.to_string(),
+            name,
             (placement.stages() / placement.ranks()).to_string(),
             time(timeline.makespan),
             format!("{:.1}%", 100.0 * timeline.bubble_fraction()),
-            time(f64::from(most) * share(&program)),
+            time(f64::from(most) * share(placement)),
         ]);
     }
     table(&cells) + &refused

@@ -1,8 +1,15 @@
-//! Which schedule, and what its passes cost.
+//! Which schedule.
+
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moe_pipeline::generate::{Named, Sizes};
-use moe_pipeline::{Costs, Link, Program, Result, Schedule, StageCost, Timeline, simulate};
+use moe_pipeline::generate::{Named, Sizes, for_costs};
+use moe_pipeline::{Kind, Placement, Program, Schedule, add_waits, lower, validate};
+
+use super::times::Times;
+use crate::Result;
+use crate::durable::Context;
 
 /// How large a pipeline is.
 #[derive(Debug, Args)]
@@ -21,23 +28,70 @@ pub struct Pipeline {
     group: Option<u32>,
 }
 
-/// A schedule and its sizes.
+/// A schedule: of a name and sizes, or from a file.
 #[derive(Debug, Args)]
 pub struct Chosen {
     /// Its name, here or in torch.
-    name: Named,
-    #[command(flatten)]
-    pipeline: Pipeline,
+    #[arg(required_unless_present = "file")]
+    name: Option<Named>,
+    /// A file that has it, as `show --format csv` and torch write it, with or without messages.
+    #[arg(long, conflicts_with_all = ["name", "pp", "vpp", "microbatches", "group"])]
+    file: Option<PathBuf>,
+    /// Ranks.
+    #[arg(long, required_unless_present = "file")]
+    pp: Option<u32>,
+    /// Stages per rank; unless given, as many as the schedule has, or 2 where it may have any number.
+    #[arg(long)]
+    vpp: Option<u32>,
+    /// Micro-batches of a step.
+    #[arg(long, required_unless_present = "file")]
+    microbatches: Option<u32>,
+    /// Micro-batches that go through one stage before the next, in interleaved schedules.
+    #[arg(long)]
+    group: Option<u32>,
 }
 
 impl Pipeline {
-    /// The schedule of these sizes. A number of stages that it cannot have is replaced by its own.
-    pub fn generate(&self, named: Named) -> Result<Schedule> {
-        let vpp = named.virtual_stages().or(self.vpp);
-        Pipeline { vpp, ..*self }.exactly(named)
+    /// Every named schedule of these sizes, or why there is none. A number of stages that one cannot have is replaced by its own.
+    pub fn named(&self) -> impl Iterator<Item = (String, moe_pipeline::Result<Schedule>)> {
+        Named::ALL.into_iter().map(|named| {
+            let vpp = named.virtual_stages().or(self.vpp);
+            (named.to_string(), Pipeline { vpp, ..*self }.generate(named))
+        })
     }
 
-    fn exactly(&self, named: Named) -> Result<Schedule> {
+    /// The shortest steps found for these times, by placement, with no more kept than `ranks` activations of all layers of a
+    /// rank: as many as 1F1B keeps.
+    pub fn searched(
+        &self,
+        times: &Times,
+        ranks: u32,
+    ) -> impl Iterator<Item = (String, moe_pipeline::Result<Schedule>)> {
+        let vpp = self.vpp.unwrap_or(2);
+        let placements = [
+            ("for-costs", 1, Placement::linear(self.pp)),
+            ("for-costs-looped", vpp, Placement::looped(self.pp, vpp)),
+            ("for-costs-v", 2, Placement::v_shaped(self.pp)),
+        ];
+        placements.into_iter().map(move |(name, stages, placement)| {
+            let found = placement.and_then(|placement| {
+                for_costs(
+                    &placement,
+                    self.microbatches,
+                    &times.costs(&placement)?,
+                    ranks.saturating_mul(stages),
+                )
+            });
+            (name.to_owned(), found)
+        })
+    }
+
+    /// Ranks.
+    pub fn ranks(&self) -> u32 {
+        self.pp
+    }
+
+    fn generate(&self, named: Named) -> moe_pipeline::Result<Schedule> {
         named.generate(Sizes {
             ranks: self.pp,
             virtual_stages: self.vpp.or(named.virtual_stages()).unwrap_or(2),
@@ -48,46 +102,33 @@ impl Pipeline {
 }
 
 impl Chosen {
-    pub fn generate(&self) -> Result<Schedule> {
-        self.pipeline.exactly(self.name)
+    pub fn schedule(&self) -> Result<Schedule> {
+        match (&self.file, self.name) {
+            (Some(file), _) => read(file),
+            (None, named) => {
+                // Absent only if clap let it be; a pipeline of no ranks says so.
+                let (pp, microbatches) = (self.pp.unwrap_or_default(), self.microbatches.unwrap_or_default());
+                let pipeline = Pipeline { pp, vpp: self.vpp, microbatches, group: self.group };
+                Ok(pipeline.generate(named.unwrap_or(Named::OneFOneB))?)
+            }
+        }
     }
 }
 
-/// What passes and messages take, in any unit of time.
-#[derive(Debug, Args)]
-pub struct Times {
-    /// Forward pass, input gradient and weight gradient of a micro-batch through all of a rank's layers.
-    #[arg(long, value_name = "F,I,W", default_value = "1,1,1", value_parser = numbers::<3>)]
-    times: [f64; 3],
-    /// A message between neighbouring ranks: how long it occupies the link, and how long after that it arrives.
-    #[arg(long, value_name = "TRANSFER,LATENCY", default_value = "0,0", value_parser = numbers::<2>)]
-    link: [f64; 2],
-    /// What part of the shorter pass of an overlap hides behind the longer one, from 0 to 1.
-    #[arg(long, default_value_t = 0.0)]
-    overlap: f64,
+/// A schedule in text.
+pub fn read(file: &Path) -> Result<Schedule> {
+    Ok(fs::read_to_string(file).context("read", file)?.parse()?)
 }
 
-impl Times {
-    /// Runs a program whose ranks have equal layers, the same number in each of their stages.
-    pub fn simulate(&self, program: &Program) -> Result<Timeline> {
-        let [forward, backward_input, backward_weight] = self.times.map(|time| time * share(program));
-        let [transfer, latency] = self.link;
-        let stages = program.schedule().placement().stages();
-        let cost = StageCost { forward, backward_input, backward_weight };
-        let costs = Costs::uniform(stages, cost, Link { transfer, latency });
-        simulate(program, &Costs { overlap: self.overlap, ..costs })
-    }
-}
-
-/// The part of the model's layers on a rank, if it had no copies, that one stage is: 1 of one stage per rank and of stages that
-/// are copies, 1/v of v stages.
-pub fn share(program: &Program) -> f64 {
-    let placement = program.schedule().placement();
-    f64::from(placement.ranks()) * f64::from(placement.copies()) / f64::from(placement.stages())
-}
-
-fn numbers<const N: usize>(text: &str) -> std::result::Result<[f64; N], String> {
-    let numbers: Option<Vec<f64>> = text.split(',').map(|number| number.trim().parse().ok()).collect();
-    let numbers = numbers.and_then(|numbers| <[f64; N]>::try_from(numbers).ok());
-    numbers.ok_or_else(|| format!("{N} numbers separated by commas are needed"))
+/// The program of a schedule with all its messages, or with as many as torch writes, or with none.
+pub fn program(schedule: Schedule, budget: Option<u32>) -> moe_pipeline::Result<Program> {
+    let any = |of: fn(Kind) -> bool| schedule.actions().any(|at| of(at.action.kind));
+    let messages = any(|kind| !kind.is_compute());
+    let waits = any(|kind| matches!(kind, Kind::WaitSend(_) | Kind::WaitRecv(_)));
+    let whole = match (messages, waits) {
+        (false, _) => lower(&schedule)?,
+        (true, false) => add_waits(&schedule)?,
+        (true, true) => schedule,
+    };
+    validate(whole, budget)
 }
