@@ -3,8 +3,8 @@
     python3 benchmarks/cuda_moe_layer.py [SHAPE]      only the shapes that begin with SHAPE
 
 The same layer in bf16, `x + experts(rms_norm(x))`, its experts as `torch._grouped_mm`, by the same clock: the host's, from one
-synchronisation to another, the median of batches of runs. Its gradients of weights are bf16 tensors made anew, where ours are
-added to f32. Lines are separated by tabs: shape, what, milliseconds, TFLOP/s of the experts' products.
+synchronisation to another, the median of batches of runs. Its gradients of weights are bf16 tensors made anew, ours are
+in f32 and written anew. Lines are separated by tabs: shape, what, milliseconds, TFLOP/s of the experts' products.
 """
 
 import statistics

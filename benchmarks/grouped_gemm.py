@@ -21,6 +21,8 @@ KERNELS = pathlib.Path(__file__).resolve().parent.parent / "moe-kernels" / "kern
 SOURCES = "prelude.cuh", "hopper.cuh", "grouped_tiles.cuh", "gate.cuh", "grouped_epilogue.cuh", "grouped_hopper.cu"
 FORWARD, DGRAD, WGRAD = 0, 1, 2
 OPS = {"forward": FORWARD, "dgrad": DGRAD, "wgrad": WGRAD}
+# `wgrad` adds to what is there, `first` writes.
+TIMED = *OPS.items(), ("first", WGRAD)
 # How the kernel is built: columns of a tile, stages, buffers, blocks in a cluster, ping-pong.
 VARIANTS = {
     "ping192": (192, 4, 4, 2, 1),
@@ -142,8 +144,8 @@ class Kernel:
         ok(driver().cuFuncSetAttribute(self.function, 8, 232448), "cuFuncSetAttribute")
         self.fault = torch.full((1,), -1, dtype=torch.int64, device="cuda")
 
-    def prepare(self, out, a, b, offsets):
-        """forward: out = y, a = x, b = w; dgrad: out = dx, a = dy, b = w; wgrad: out = g, a = dy, b = x."""
+    def prepare(self, out, a, b, offsets, add=True):
+        """forward: out = y, a = x, b = w; dgrad: out = dx, a = dy, b = w; wgrad: out = g, a = dy, b = x, which adds to `out` or writes."""
         bn, cluster = self.variant[0], self.variant[3]
         experts = offsets.numel() - 1
         piece = bn // cluster if self.op == FORWARD else 64
@@ -156,8 +158,8 @@ class Kernel:
         pointer = ctypes.c_void_p(offsets.data_ptr())
         numbers = [ctypes.c_int64(v) for v in (experts, a.shape[0], m, n, k)]
         fault = (ctypes.c_uint64 * 2)(self.fault.data_ptr(), 1)
-        keep = [pointer, *numbers, fault]
-        params = (ctypes.c_void_p * 10)(*[t.address for t in maps], *[ctypes.addressof(v) for v in keep])
+        keep = [*([ctypes.c_int64(add)] if self.op == WGRAD else []), pointer, *numbers, fault]
+        params = (ctypes.c_void_p * 11)(*[t.address for t in maps], *[ctypes.addressof(v) for v in keep])
         shared = self.fixed + (0 if self.op == WGRAD else 4 * experts)
         grid = torch.cuda.get_device_properties(0).multi_processor_count // cluster * cluster
         hold = (maps, keep, params, out, a, b, offsets)
@@ -242,9 +244,21 @@ def check(kernels):
                 kernel.prepare(*args, offsets)()
             torch.cuda.synchronize()
             error = ((first.double() - want).norm() / want.norm()).item()
+            same = torch.equal(first, out)
+            if kernel.op == WGRAD:
+                # Written, whatever was there; 0 where a group has no rows.
+                product = want - g0.double()
+                out.fill_(float("nan"))
+                kernel.prepare(*args, offsets, add=False)()
+                torch.cuda.synchronize()
+                error = max(error, ((out.double() - product).norm() / product.norm().clamp(min=1)).item())
+                written = out.clone()
+                out.fill_(77.0)
+                kernel.prepare(*args, offsets, add=False)()
+                torch.cuda.synchronize()
+                same = same and torch.equal(written, out)
             outside = around.clone()
             outside[1:-1, 8 : 8 + want.shape[1]] = 77.0
-            same = torch.equal(first, out)
             bound = 1e-5 if kernel.op == WGRAD else 4e-3
             key = (kernel.name, kernel.op)
             worst[key] = max(worst.get(key, 0), error)
@@ -307,10 +321,11 @@ def bench(kernels, rounds, shapes):
             x, dy = make(rows, n_in), make(rows, n_out)
             w = make(experts * n_out, n_in).mul_(0.02)
             w3 = w.view(experts, n_out, n_in)
-            for op_name, op in OPS.items():
+            for op_name, op in TIMED:
                 mine = [k for k in kernels if k.op == op]
                 if not mine:
                     continue
+                add = op_name == "wgrad"
                 if op == FORWARD:
                     peer, dense = lambda: torch._grouped_mm(x, w3.transpose(-2, -1), offs=ends), lambda: x @ w3[0].T
                     out, a, b = torch.empty_like(dy), x, w
@@ -320,12 +335,12 @@ def bench(kernels, rounds, shapes):
                 else:
                     peer, dense = lambda: torch._grouped_mm(dy.t(), x, offs=ends), lambda: dy.t() @ x
                     out, a, b = torch.zeros(experts * n_out, n_in, device="cuda"), dy, x
-                runs = {"torch": peer, "dense": dense, **{k.name: k.prepare(out, a, b, offsets) for k in mine}}
+                runs = {"torch": peer, "dense": dense, **{k.name: k.prepare(out, a, b, offsets, add) for k in mine}}
                 # Against torch's at full size.
                 want = peer().reshape(out.shape).float()
                 notes = ""
                 for k in mine:
-                    out.zero_() if op == WGRAD else out.fill_(float("nan"))
+                    out.zero_() if add else out.fill_(float("nan"))
                     runs[k.name]()
                     error = ((out.float() - want).norm() / want.norm()).item()
                     if not error < 5e-3:

@@ -120,22 +120,37 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     grouped<false>(y, y_stride, x, x_stride, w, w_stride, offsets, groups, rows, n, depth, fault);
 }
 
-// g_e += dy_eT x_e. Blocks: groups * tiles of g_e.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    grouped_gemm_acc(Acc *g, i64 g_stride, const T *dy, i64 dy_stride, const T *x, i64 x_stride, const i32 *offsets, i64 groups, i64 rows,
-                     i64 m, i64 n, Fault fault) {
+// g_e += dy_eT x_e, or g_e = dy_eT x_e.
+template <bool ADD>
+__device__ void weight_gradient(Acc *g, i64 g_stride, const T *dy, i64 dy_stride, const T *x, i64 x_stride, const i32 *offsets, i64 groups,
+                                i64 rows, i64 m, i64 n, const Fault &fault) {
     if (!sound(offsets, groups, rows, fault)) return;
     i64 columns = (n + TILE - 1) / TILE, each = (m + TILE - 1) / TILE * columns;
     i64 e = blockIdx.x / each, tile = blockIdx.x % each;
     i64 a0 = tile / columns * TILE, b0 = tile % columns * TILE;
     i64 first = offsets[e], depth = offsets[e + 1] - first;
-    if (depth == 0) return;
+    if (ADD && depth == 0) return;
     Acc sum[EACH][EACH];
     multiply<false, false>(sum, {dy + first * dy_stride, 1, dy_stride, m}, {x + first * x_stride, 1, x_stride, n}, a0, b0, depth);
     for (int i = 0; i < EACH; i++) {
         for (int j = 0; j < EACH; j++) {
             i64 row = a0 + threadIdx.x / SIDE + SIDE * i, column = b0 + threadIdx.x % SIDE + SIDE * j;
-            if (row < m && column < n) g[(e * m + row) * g_stride + column] += sum[i][j];
+            if (row >= m || column >= n) continue;
+            Acc &to = g[(e * m + row) * g_stride + column];
+            to = ADD ? to + sum[i][j] : sum[i][j];
         }
     }
+}
+
+// Blocks: groups * tiles of g_e.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grouped_gemm_acc(Acc *g, i64 g_stride, const T *dy, i64 dy_stride, const T *x, i64 x_stride, const i32 *offsets, i64 groups, i64 rows,
+                     i64 m, i64 n, Fault fault) {
+    weight_gradient<true>(g, g_stride, dy, dy_stride, x, x_stride, offsets, groups, rows, m, n, fault);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grouped_gemm_to_acc(Acc *g, i64 g_stride, const T *dy, i64 dy_stride, const T *x, i64 x_stride, const i32 *offsets, i64 groups,
+                        i64 rows, i64 m, i64 n, Fault fault) {
+    weight_gradient<false>(g, g_stride, dy, dy_stride, x, x_stride, offsets, groups, rows, m, n, fault);
 }

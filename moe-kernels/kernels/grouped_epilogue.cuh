@@ -8,6 +8,10 @@
 struct Result {
     // Where the slices of a set go.
     const TensorMap *to[SET];
+#if OP == 2
+    // They are added to what is there. Else they are written, 0 where a group has no rows.
+    bool add;
+#endif
 #if GLU
     // The probability of each row, if there are any.
     const float *probabilities;
@@ -64,10 +68,11 @@ struct Slices {
         if ((threadIdx.x & 127) == 0) {
 #pragma unroll
             for (int i = 0; i < SET; i++) {
-                if (OP == 2)
-                    add_rows(result.to[i], buffer() + i * SLICE_BYTES, n, m, t.expert);
-                else
-                    store_rows(result.to[i], buffer() + i * SLICE_BYTES, n, RAGGED - t.len + m, t.first + t.len, RAGGED);
+#if OP == 2
+                put_rows(result.to[i], buffer() + i * SLICE_BYTES, result.add, n, m, t.expert);
+#else
+                store_rows(result.to[i], buffer() + i * SLICE_BYTES, n, RAGGED - t.len + m, t.first + t.len, RAGGED);
+#endif
             }
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
@@ -207,3 +212,15 @@ __device__ __forceinline__ void epilogue(const float (&d)[BN / 2], const Result 
     }
 #endif
 }
+
+#if OP == 2
+/// 64 rows from `m` on of a group that has no rows to sum over.
+__device__ __forceinline__ void write_zeros(const Result &result, const Grid &g, const Tile &t, int m, Slices &slices) {
+    for (int n = t.n; n < min(t.n + BN, g.n); n += SLICE_COLUMNS) {
+        slices.begin();
+        for (int i = threadIdx.x & 127; i < SLICE_BYTES / 16; i += 128)
+            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(slices.buffer() + i * 16), "r"(0) : "memory");
+        slices.end(result, t, m, n);
+    }
+}
+#endif

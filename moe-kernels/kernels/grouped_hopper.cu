@@ -9,7 +9,7 @@
 //
 // -DOP=0 forward  y_e = x_e w_eT   A = x  [n, k] rows of k,  B = w [e, out, k] rows of k
 // -DOP=1 dgrad    y_e = x_e w_e    A = x  [n, k] rows of k,  B = w [e, k, in] columns of k
-// -DOP=2 wgrad    g_e += dy_eT x_e A = dy [n, out] columns of k, B = x [n, in] columns of k; k are the group's rows
+// -DOP=2 wgrad    g_e += dy_eT x_e A = dy [n, out] columns of k, B = x [n, in] columns of k; k are the group's rows; or g_e = dy_eT x_e
 // -DGLU=1 (SiLU) or 2 (GELU's tanh approximation), with the gated activation: forward `out` is gate and up, and a tile has the columns
 //  of both that belong together; the input gradient is that of the activation, whose backward follows.
 // -DBN=128|192|256 (columns of a tile) -DSTAGES= -DBUFFERS= (sets of slices of the result, each warpgroup) -DCLUSTER=1|2 -DPINGPONG=0|1
@@ -117,7 +117,13 @@ __device__ __forceinline__ void consume(const Grid &g, const Result &result, u32
     if (group == 1) c.hand_over();
     for (int index = blockIdx.x / CLUSTER; index < g.total; index += gridDim.x / CLUSTER) {
         Tile t = tile_at(g, index, rank);
-        if (t.k_blocks == 0) continue;
+        if (t.k_blocks == 0) {
+#if OP == 2
+            // No turn is taken: each warpgroup has half of the rows.
+            if (!result.add && t.rows > group * 64) write_zeros(result, g, t, t.m + group * 64, slices);
+#endif
+            continue;
+        }
         if (PINGPONG) {
             bool mine = turn;
             turn = !turn;
@@ -168,6 +174,8 @@ __device__ __forceinline__ void consume(const Grid &g, const Result &result, u32
 #define MAPS_OF_RESULT \
     const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap dgate, \
         const __grid_constant__ TensorMap dup, const float *probabilities, float *partial
+#elif OP == 2
+#define MAPS_OF_RESULT const __grid_constant__ TensorMap map_c, i64 add
 #else
 #define MAPS_OF_RESULT const __grid_constant__ TensorMap map_c
 #endif
@@ -247,6 +255,8 @@ grouped_hopper(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         Result result = {{&gate, &up, &y}, probabilities};
 #elif GLU
         Result result = {{&dgate, &dup}, probabilities, {&gate, &up}, partial, rows};
+#elif OP == 2
+        Result result = {{&map_c}, add != 0};
 #else
         Result result = {{&map_c}};
 #endif

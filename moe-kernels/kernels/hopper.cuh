@@ -94,10 +94,16 @@ __device__ __forceinline__ void store_rows(const TensorMap *map, u32 from, int c
                  : "memory");
 }
 
-__device__ __forceinline__ void add_rows(const TensorMap *map, u32 from, int c0, int c1, int c2) {
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-                 "r"(from), "r"(c0), "r"(c1), "r"(c2)
-                 : "memory");
+/// Writes rows of a group, or adds them to what is there.
+__device__ __forceinline__ void put_rows(const TensorMap *map, u32 from, bool add, int c0, int c1, int c2) {
+    if (add)
+        asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                     "r"(from), "r"(c0), "r"(c1), "r"(c2)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(from),
+                     "r"(c0), "r"(c1), "r"(c2)
+                     : "memory");
 }
 
 // A shared-memory descriptor of an operand with 128-byte swizzle. Rows of k: 8 rows of 128 bytes repeat every 1024 bytes.

@@ -30,7 +30,7 @@ impl<T: Float> GroupedGemm<T> for Cuda {
             Op::T => (Product::Forward, "grouped_gemm_t"),
             Op::N => (Product::InputGradient, "grouped_gemm_n"),
         };
-        let tiles = Tiles { product, y: (&y).into(), a: x.into(), b: w.into(), groups };
+        let tiles = Tiles { product, y: (&y).into(), a: x.into(), b: w.into(), groups, add: false };
         if tiles.fit(self) {
             let launch = tiles.launch(self, offsets)?.uses(y.buf()).uses(x.buf()).uses(w.buf());
             // SAFETY: shapes and alignments fit, and the kernel does nothing if the offsets pass the rows.
@@ -44,25 +44,49 @@ impl<T: Float> GroupedGemm<T> for Cuda {
         unsafe { launch.fault(UNSOUND).launch() }
     }
 
-    fn grouped_gemm_acc(
+    fn grouped_gemm_to_acc(
         &self,
-        mut g: ViewMut<'_, T::Acc, Self>,
+        g: ViewMut<'_, T::Acc, Self>,
         dy: View<'_, T, Self>,
         x: View<'_, T, Self>,
         offsets: View<'_, i32, Self>,
     ) -> Result<()> {
-        const KERNEL: &str = "grouped_gemm_acc";
+        self.weight_gradients("grouped_gemm_to_acc", g, false, dy, x, offsets)
+    }
+
+    fn grouped_gemm_acc(
+        &self,
+        g: ViewMut<'_, T::Acc, Self>,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
+        self.weight_gradients("grouped_gemm_acc", g, true, dy, x, offsets)
+    }
+}
+
+impl Cuda {
+    /// `g_e = dy_eᵀ · x_e`, or `g_e += …`; `kernel` of `grouped.cu` does the same.
+    fn weight_gradients<T: Float>(
+        &self,
+        kernel: &'static str,
+        mut g: ViewMut<'_, T::Acc, Self>,
+        add: bool,
+        dy: View<'_, T, Self>,
+        x: View<'_, T, Self>,
+        offsets: View<'_, i32, Self>,
+    ) -> Result<()> {
         let [n, _] = dy.shape();
-        let (groups, [out, input]) = check::grouped_gemm_acc(KERNEL, &g, dy, x, offsets)?;
-        let tiles =
-            Tiles { product: Product::WeightGradient, y: (&g).into(), a: dy.into(), b: x.into(), groups };
+        let (groups, [out, input]) = check::grouped_gemm_acc(kernel, &g, dy, x, offsets)?;
+        let product = Product::WeightGradient;
+        let tiles = Tiles { product, y: (&g).into(), a: dy.into(), b: x.into(), groups, add };
         if tiles.fit(self) {
             let launch = tiles.launch(self, offsets)?.uses(g.buf()).uses(dy.buf()).uses(x.buf());
             // SAFETY: shapes and alignments fit, and the kernel does nothing if the offsets pass the rows.
             return unsafe { launch.fault(UNSOUND).launch() };
         }
         let blocks = groups * out.div_ceil(TILE) * input.div_ceil(TILE);
-        let launch = self.kernel(&GROUPED.of(T::DTYPE), KERNEL)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
+        let launch = self.kernel(&GROUPED.of(T::DTYPE), kernel)?.grid([blocks, 1, 1]).block([THREADS, 1, 1]);
         let launch =
             launch.mat_mut(&mut g).mat(dy).mat(x).vector(offsets).size(groups).size(n).size(out).size(input);
         // SAFETY: shapes fit, and the kernel does nothing if the offsets pass the rows.

@@ -177,6 +177,8 @@ pub(super) struct Tiles {
     pub(super) a: Tiled,
     pub(super) b: Tiled,
     pub(super) groups: usize,
+    /// Whether a weight gradient is added to what `y` holds; it is written otherwise, as the other products are.
+    pub(super) add: bool,
 }
 
 impl Tiles {
@@ -199,7 +201,7 @@ impl Tiles {
 
     /// The kernel with all its arguments but the fault.
     pub(super) fn launch<'a>(&self, device: &'a Cuda, offsets: View<'_, i32, Cuda>) -> Result<Launch<'a>> {
-        let Tiles { product, y, a, b, groups } = *self;
+        let Tiles { product, y, a, b, groups, add } = *self;
         let build = self.build();
         let launch = build.begin(device, groups)?;
         let (chunk, piece) = ([ROW, SLICE_ROWS as u32], build.piece_rows());
@@ -210,7 +212,11 @@ impl Tiles {
             }
             _ => ([a.plain(TILE_ROWS as u32)?, b.groups(groups, piece)?, build.slices(y)?], 0, a.cols()),
         };
-        let launch = maps.into_iter().fold(launch, Launch::value).vector(offsets);
-        Ok(launch.size(groups).size(a.rows()).size(m).size(y.cols()).size(k))
+        let launch = maps.into_iter().fold(launch, Launch::value);
+        let launch = match product {
+            Product::WeightGradient => launch.size(usize::from(add)),
+            _ => launch,
+        };
+        Ok(launch.vector(offsets).size(groups).size(a.rows()).size(m).size(y.cols()).size(k))
     }
 }

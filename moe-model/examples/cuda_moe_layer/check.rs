@@ -89,6 +89,5 @@ fn outcome<T: Float, D: Backend<T>>(
             of_name.extend_from_slice(&gradients[part.range()]);
         }
     }
-    params.zero_grads(false);
     Ok(outcome)
 }

@@ -62,7 +62,7 @@ pub struct MoeLayer<T: Float, D: Device> {
 type Forward<T, D> = (Tensor<T, D>, MoeMlpSaved<T, D>);
 
 impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
-    /// Weights are normal numbers of standard deviation `std`, those of the norm 1; gradients are 0.
+    /// Weights are normal numbers of standard deviation `std`, those of the norm 1.
     pub fn new(device: D, shape: &Shape, std: f64) -> Result<Self, Error> {
         let (folding, config) = (Folding::new(Mapping::default())?, shape.config()?);
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
@@ -76,7 +76,6 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
                 params.weights_mut(bucket)?.upload(&device, norm.offset, &ones)?;
             }
         }
-        params.zero_grads(false);
         let comms = communicators::<D>().build(&SoloWorld::new(device.clone()), &device, &folding)?;
         let rope = RopeTable::of(&device, &config, 1)?;
         let tokens = shape.tokens;
@@ -94,8 +93,9 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
         Ok(self.mlp.forward(0, x.clone(), &mut self.cx)?)
     }
 
-    /// Output and gradient of the input; those of the weights are added to what is there.
+    /// Output and gradient of the input; those of the weights are new, as in the first micro-batch of a step.
     pub fn pass(&mut self, x: &Tensor<T, D>, dy: &Tensor<T, D>) -> Result<[Tensor<T, D>; 2], Error> {
+        self.cx.params.zero_grads(false);
         let (y, saved) = self.forward(x)?;
         let (dx, deferred) = self.mlp.backward_input(0, dy.clone(), saved, &mut self.cx)?;
         self.mlp.backward_weight(0, deferred, &mut self.cx)?;
@@ -107,6 +107,7 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
         let device = self.cx.device.clone();
         let mut times = [const { Vec::new() }; 3];
         for _ in 0..9 {
+            self.cx.params.zero_grads(false);
             let mut start = Instant::now();
             let mut lap = |call: usize| -> Result<(), Error> {
                 device.synchronize()?;

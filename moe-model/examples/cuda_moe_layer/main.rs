@@ -1,4 +1,5 @@
-//! Time of a whole MoE layer on a GPU, forward and backward, in bf16 with gradients of weights in f32, and of its parts.
+//! Time of a whole MoE layer on a GPU, forward and backward, in bf16 with gradients of weights in f32, and of its parts. Every
+//! backward is that of a step's first micro-batch, which writes the gradients of weights; later ones add to them.
 //!
 //! ```text
 //! cargo run --release -p moe-model --features cuda --example cuda_moe_layer [SHAPE]

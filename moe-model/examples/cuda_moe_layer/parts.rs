@@ -121,13 +121,13 @@ pub fn run(gpu: &Cuda, shape: &Shape) -> Result<(), Error> {
         let past = Some(dy.view());
         Ok(gpu.rms_norm_backward(dx, dw, dy.view(), x.view(), ones.view(), rstd.view(), past)?)
     })?;
-    let mut g_gate_up = Tensor::<f32, Cuda>::zeros(gpu, experts * 2 * inner, hidden)?;
+    let mut g_gate_up = Tensor::<f32, Cuda>::uninit(gpu, experts * 2 * inner, hidden)?;
     part("weight gradient of gate_up", 2.0 * third, &mut || {
-        Ok(gpu.grouped_gemm_acc(g_gate_up.view_mut()?, d_gate_up.view(), rows.x.view(), offsets)?)
+        Ok(gpu.grouped_gemm_to_acc(g_gate_up.view_mut()?, d_gate_up.view(), rows.x.view(), offsets)?)
     })?;
-    let mut g_down = Tensor::<f32, Cuda>::zeros(gpu, experts * hidden, inner)?;
+    let mut g_down = Tensor::<f32, Cuda>::uninit(gpu, experts * hidden, inner)?;
     part("weight gradient of down", third, &mut || {
-        Ok(gpu.grouped_gemm_acc(g_down.view_mut()?, d_out.view(), activated.view(), offsets)?)
+        Ok(gpu.grouped_gemm_to_acc(g_down.view_mut()?, d_out.view(), activated.view(), offsets)?)
     })?;
     shape.line("sum of the parts", sum, 3.0 * shape.flops());
     Ok(())
