@@ -102,3 +102,21 @@ for name, pieces in {
 }.items():
     manifest = {"version": 1, "step": 1, "meta": {}, "files": [{"name": "rank-00000.bin", "pieces": pieces}]}
     seed("checkpoint", name, json.dumps(manifest, separators=(",", ":")).encode())
+
+for name, text in {
+    "one_f_one_b": "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n",
+    "with_messages": "0F0,0SEND_F0,0RECV_B0,0WAIT_RECV_B0,0B0,0WAIT_SEND_F0\n"
+    "1RECV_F0,1WAIT_RECV_F0,1F0,1B0,1SEND_B0,1WAIT_SEND_B0\n",
+    "overlap": "0F0,3F0,(0F1;3B0)OVERLAP_F_B,3F1,(0F2;0B0)OVERLAP_F_B,3I1,3W1,0B1,3F2,3B2,0B2\n"
+    "1F0,2F0,1F1,2B0,2F1,1B0,1F2,2B1,2F2,1B1,2B2,1B2\n",
+    "copies": "0F0,3F1,0B0,3B1\n2F1,1F0,1B0,2B1\n",
+    "forward_only": ",0F0,,0F1\n1F0,1F1\n",
+}.items():
+    seed("schedule", name, text.encode())
+
+PAIR = (
+    "0I_COMBINE,0F_ATTENTION,0F_DISPATCH,0I_WAIT_COMBINE,0I_EXPERTS,0I_DISPATCH,0F_WAIT_DISPATCH,0F_EXPERTS,0F_COMBINE,"
+    "0W_EXPERTS,0I_WAIT_DISPATCH,0I_ATTENTION,0W_ATTENTION,0F_WAIT_COMBINE"
+)
+seed("woven_order", "pair", PAIR.encode())
+seed("woven_order", "dense", b"1I_DENSE,0F_DENSE,1W_DENSE,0I_DENSE,0W_DENSE")

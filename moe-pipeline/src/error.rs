@@ -127,8 +127,9 @@ pub enum Error {
 
     /// Groups of micro-batches that interleaved stages cannot work in.
     #[error(
-        "{virtual_stages} virtual stages on {ranks} ranks cannot take {microbatches} micro-batches in groups of {group}: a \
-         group has at least {ranks} (the ranks), at most all micro-batches, and the last one no fewer than {ranks}; {}",
+        "{virtual_stages} virtual stages on {ranks} ranks cannot take {microbatches} micro-batches in groups of {group}: \
+         groups have at least {ranks} (the ranks), the last one too, and at most all micro-batches (one group of all may have \
+         fewer, but leaves ranks without work); {}",
         nearest(*ranks, *microbatches, *group)
     )]
     Group {
@@ -419,8 +420,12 @@ fn chain(cycle: &[At]) -> String {
 
 /// What to change where [`Error::Group`] is.
 fn nearest(ranks: u32, microbatches: u32, group: u32) -> String {
-    if group < ranks {
-        return format!("the nearest group is {ranks}");
+    match group < ranks {
+        true if microbatches < ranks => {
+            return format!("the nearest are groups of {ranks}, of {ranks} micro-batches or more");
+        }
+        true => return format!("the nearest group is {ranks}"),
+        false => {}
     }
     let legal = |m: u32| m >= group && (m.is_multiple_of(group) || m % group >= ranks);
     let below = (group..microbatches).rev().find(|&m| legal(m));

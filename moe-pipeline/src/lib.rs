@@ -55,6 +55,7 @@
 #![forbid(unsafe_code)]
 
 mod action;
+mod buffers;
 mod costs;
 mod draw;
 mod error;
@@ -72,6 +73,7 @@ mod validate;
 pub mod weave;
 
 pub use action::{Action, Flow, Kind, Message};
+pub use buffers::{Buffers, Life, Value};
 pub use costs::{Costs, Link, Overlap, StageCost, Woven};
 pub use error::{At, Error, Result};
 pub use execute::{ExecuteError, execute};

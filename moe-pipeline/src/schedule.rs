@@ -142,14 +142,17 @@ impl Schedule {
         Schedule { placement: self.placement.clone(), lists, ..*self }
     }
 
-    /// Position of a message in a dense table of [`Schedule::slots`] entries.
+    /// Position of a message in a dense table of [`Schedule::slots`] entries. A micro-batch goes through one copy of the pipeline, so
+    /// the same stage of another copy has no message of it.
     pub(crate) fn slot(&self, message: Message) -> usize {
-        let row = message.flow as usize * self.placement.stages() as usize + message.stage as usize;
+        let length = self.placement.stages() / self.placement.copies();
+        let row = message.flow as usize * length as usize + (message.stage % length) as usize;
         row * self.microbatches as usize + message.microbatch as usize
     }
 
-    /// Size of a table of all messages of the step.
+    /// Size of a table of all messages of the step: at most two per forward pass.
     pub(crate) fn slots(&self) -> usize {
-        2 * self.placement.stages() as usize * self.microbatches as usize
+        let length = self.placement.stages() / self.placement.copies();
+        2 * length as usize * self.microbatches as usize
     }
 }

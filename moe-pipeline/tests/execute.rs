@@ -9,8 +9,8 @@ use common::{
     zeros,
 };
 use moe_pipeline::generate::{
-    breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b,
-    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
+    Named, Sizes, breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble,
+    one_f_one_b, overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
@@ -55,9 +55,24 @@ proptest! {
         equals_sequential_with(&program(draw_schedule(p, extra, m, &mut Draws(seed))), Some(seed));
     }
 
+    /// Every published schedule, over transports that take unequal time as well.
     #[test]
-    fn one_f_one_b_gives_the_same_bits(p in 1_u32..=8, m in 1_u32..=16, seed: u64) {
-        equals_sequential_with(&program(one_f_one_b(p, m).unwrap()), Some(seed));
+    fn every_named_schedule_gives_the_same_bits(
+        named in prop::sample::select(Named::ALL.to_vec()),
+        p in 1_u32..=4,
+        v in 1_u32..=3,
+        m in 1_u32..=6,
+        seed: u64,
+    ) {
+        // DualPipe has even ranks, and both take twice as many micro-batches as ranks or more.
+        let (ranks, microbatches) = match named {
+            Named::DualPipe => (2 * p.div_ceil(2), 4 * p.div_ceil(2) + 2 * m),
+            Named::DualPipeV => (p, 2 * p + m),
+            _ => (p, m),
+        };
+        let virtual_stages = named.virtual_stages().unwrap_or(v);
+        let sizes = Sizes { ranks, virtual_stages, microbatches, group: Some(microbatches) };
+        equals_sequential_with(&program(named.generate(sizes).unwrap()), Some(seed));
     }
 }
 

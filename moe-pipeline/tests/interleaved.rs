@@ -40,8 +40,8 @@ fn one_virtual_stage_is_one_f_one_b() {
 #[test]
 fn other_sizes_are_refused_with_the_nearest() {
     let text = |p, v, m, group| interleaved_1f1b(p, v, m, group).unwrap_err().to_string();
-    let rule =
-        "a group has at least 4 (the ranks), at most all micro-batches, and the last one no fewer than 4";
+    let rule = "groups have at least 4 (the ranks), the last one too, and at most all micro-batches (one group of all may \
+                have fewer, but leaves ranks without work)";
     assert_eq!(
         text(4, 2, 2, None),
         format!(
@@ -61,6 +61,9 @@ fn other_sizes_are_refused_with_the_nearest() {
     );
     assert!(text(4, 2, 8, Some(3)).ends_with("the nearest group is 4"));
     assert!(text(2, 2, 8, Some(0)).ends_with("the nearest group is 2"));
+    assert!(text(4, 2, 2, Some(1)).ends_with("the nearest are groups of 4, of 4 micro-batches or more"));
+    // One group of all is legal however few they are.
+    assert!(interleaved_1f1b(4, 2, 2, Some(2)).is_ok());
     let nothing = |what| Error::Empty { what };
     assert_eq!(interleaved_1f1b(0, 2, 4, None), Err(nothing("stage")));
     assert_eq!(interleaved_1f1b(2, 0, 4, None), Err(nothing("stage")));

@@ -279,3 +279,12 @@ proptest! {
         prop_assert!(validate(lowered, None).is_ok());
     }
 }
+
+/// A text costs what its length says, also where each of its stages is a copy of the pipeline.
+#[test]
+fn as_many_copies_as_stages() {
+    let text: String = (0..20_000).map(|rank| format!("{rank}F{rank},{rank}B{rank}\n")).collect();
+    let schedule: Schedule = text.parse().unwrap();
+    assert_eq!((schedule.placement().copies(), schedule.microbatches()), (20_000, 20_000));
+    assert!(validate(lower(&schedule).unwrap(), Some(1)).is_ok());
+}

@@ -328,8 +328,13 @@ fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
 
 /// Whether `b`, later on the same rank, must stay behind `a`: as the next of its kind and stage, or because it needs it.
 fn ordered(a: Action, b: Action) -> bool {
-    let same = |a: Action, b: Action| (a.kind, a.stage) == (b.kind, b.stage) || depends(a, b);
-    a.parts().any(|a| b.parts().any(|b| same(a, b)))
+    let same = |a: Action, b: Action| (a.kind, a.stage) == (b.kind, b.stage);
+    depends_in_part(a, b) || a.parts().any(|a| b.parts().any(|b| same(a, b)))
+}
+
+/// Whether a part of `b` needs a part of `a`.
+fn depends_in_part(a: Action, b: Action) -> bool {
+    a.parts().any(|a| b.parts().any(|b| depends(a, b)))
 }
 
 /// Whether `b` needs `a`: as the same micro-batch of the same stage, or the same message.
@@ -386,6 +391,27 @@ proptest! {
                     let mut lists = lists(&lowered);
                     lists[rank as usize].swap(i, j);
                     prop_assert!(revalidate(&lowered, lists).is_err(), "swapped {} and {}", a, b);
+                }
+            }
+        }
+    }
+
+    /// Every action moved to before the nearest one that must come before it, and to behind the nearest that must come after it,
+    /// all others in their order. (Waits may come in any order among themselves.)
+    #[test]
+    fn every_re_timing_across_an_ordered_action_is_rejected((lowered, _) in drawn()) {
+        for rank in 0..lowered.placement().ranks() {
+            let list = lowered.list(rank);
+            for (at, &action) in list.iter().enumerate() {
+                let wait = matches!(action.kind, Kind::WaitSend(_) | Kind::WaitRecv(_));
+                let before = |a, b| if wait { depends_in_part(a, b) } else { ordered(a, b) };
+                let earlier = list[..at].iter().rposition(|&a| before(a, action));
+                let later = list[at + 1..].iter().position(|&b| before(action, b)).map(|after| at + 1 + after);
+                for to in earlier.into_iter().chain(later) {
+                    let mut lists = lists(&lowered);
+                    let moved = lists[rank as usize].remove(at);
+                    lists[rank as usize].insert(to, moved);
+                    prop_assert!(revalidate(&lowered, lists).is_err(), "{} moved to {}", action, to);
                 }
             }
         }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
-    Action, Error, ExecuteError, Kind, Pass, Placement, Program, Schedule, Stage, execute, validate,
+    Action, Error, ExecuteError, Kind, Pass, Placement, Post, Program, Schedule, Stage, Transport, execute,
+    validate,
 };
 
 pub const WIDTH: usize = 5;
@@ -166,11 +167,47 @@ pub fn sequential(stages: u32, microbatches: Range<u32>, pass: Pass) -> Sums {
 
 pub type Outcome = Result<Sums, ExecuteError<Boom, Error>>;
 
+/// Channels that dawdle: one call in four begins up to 100 µs late.
+pub struct Delayed {
+    channels: Channels<Vec<f64>>,
+    draws: Draws,
+}
+
+impl Delayed {
+    fn dawdle(&mut self) {
+        if self.draws.below(4) == 0 {
+            std::thread::sleep(Duration::from_micros(self.draws.below(100) as u64));
+        }
+    }
+}
+
+impl Transport<Vec<f64>> for Delayed {
+    type Ticket = <Channels<Vec<f64>> as Transport<Vec<f64>>>::Ticket;
+    type Error = Error;
+
+    fn post(&mut self, batch: Vec<Post<Vec<f64>>>) -> Result<Vec<Self::Ticket>, Error> {
+        self.dawdle();
+        self.channels.post(batch)
+    }
+
+    fn wait(&mut self, t: Self::Ticket) -> Result<Option<Vec<f64>>, Error> {
+        self.dawdle();
+        self.channels.wait(t)
+    }
+
+    fn abort(&mut self, why: &str) {
+        self.channels.abort(why);
+    }
+}
+
 /// Runs every rank on a thread of its own; `None` for a rank that panicked.
-pub fn run(program: &Program, toys: &[Toy], channels: Vec<Channels<Vec<f64>>>) -> Vec<Option<Outcome>> {
+pub fn run<T>(program: &Program, toys: &[Toy], channels: Vec<T>) -> Vec<Option<Outcome>>
+where
+    T: Transport<Vec<f64>, Error = Error> + Send,
+{
     let placement = program.schedule().placement();
     std::thread::scope(|scope| {
-        let start = |(rank, mut transport): (u32, Channels<Vec<f64>>)| {
+        let start = |(rank, mut transport): (u32, T)| {
             let mine: Vec<Toy> =
                 placement.stages_of(rank).iter().map(|&s| toys[s as usize].clone()).collect();
             scope.spawn(move || {
@@ -204,7 +241,7 @@ pub fn equals_sequential(program: &Program) {
     equals_sequential_with(program, None);
 }
 
-/// The same, with stages that take their time.
+/// The same, with stages and transports that take their time.
 pub fn equals_sequential_with(program: &Program, jitter: Option<u64>) {
     let schedule: &Schedule = program.schedule();
     let placement = schedule.placement();
@@ -222,7 +259,15 @@ pub fn equals_sequential_with(program: &Program, jitter: Option<u64>) {
         }));
     }
     for channels in [rendezvous(ranks, DEADLINE), buffered(ranks, DEADLINE)] {
-        let sums = gather(program, run(program, &copies, channels));
+        let outcomes = match jitter {
+            None => run(program, &copies, channels),
+            Some(seed) => {
+                let delayed =
+                    |(rank, channels): (u64, _)| Delayed { channels, draws: Draws(seed ^ rank << 48) };
+                run(program, &copies, (0_u64..).zip(channels).map(delayed).collect())
+            }
+        };
+        let sums = gather(program, outcomes);
         assert_eq!(sums, expected);
         let bits = |sums: &Sums| sums.losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&sums), bits(&expected));

@@ -471,9 +471,9 @@ fn virtual_stages_and_layers_that_do_not_fit_are_refused() {
         ),
         (
             &["parallel.vpp=2", "train.global_batch_size=4"],
-            "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches in groups of 2: a group has at least 2 (the \
-             ranks), at most all micro-batches, and the last one no fewer than 2; the nearest numbers of micro-batches: 2, \
-             where a step has global_batch_size / (micro_batch_size · dp) micro-batches",
+            "[parallel] 2 virtual stages on 2 ranks cannot take 1 micro-batches in groups of 2: groups have at least 2 (the \
+             ranks), the last one too, and at most all micro-batches (one group of all may have fewer, but leaves ranks \
+             without work); the nearest numbers of micro-batches: 2, where a step has global_batch_size / (micro_batch_size · dp) micro-batches",
         ),
         (
             &["parallel.vpp=2", "parallel.micro_batch_group_size=3"],
