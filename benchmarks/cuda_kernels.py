@@ -42,6 +42,16 @@ def rms_norm(shape, backward):
     return forward_and_backward(function, [random(n, h, grad=True), random(h, grad=True)], random(n, h), backward)
 
 
+def rms_norm_residual(shape):
+    n, h = map(int, shape.split("x"))
+
+    def function(x, r, w):
+        x = x + r
+        return x, F.rms_norm(x, (h,), w, 1e-6)
+
+    return forward_and_backward(function, [random(n, h), random(n, h), random(h)], None, False)
+
+
 def rms_norm_backward_residual(shape):
     n, h = map(int, shape.split("x"))
     function = lambda x, w: (F.rms_norm(x, (h,), w, 1e-6), x.view_as(x))
@@ -183,6 +193,7 @@ PEERS = {
     "copy": lambda _: [lambda a=random(1 << 29), b=random(1 << 29): b.copy_(a)],
     "rms_norm": lambda shape: rms_norm(shape, False),
     "rms_norm_backward": lambda shape: rms_norm(shape, True),
+    "rms_norm_residual": rms_norm_residual,
     "rms_norm_backward_residual": rms_norm_backward_residual,
     "qk_norm_rope": lambda shape: qk_norm_rope(shape, False),
     "qk_norm_rope_backward": lambda shape: qk_norm_rope(shape, True),

@@ -5,9 +5,10 @@
 
 constexpr int N = 16 / sizeof(T);
 
+// What is normed is x, or x + r, which is then written to `sum`.
 template <int V>
-__device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64 xs, const T *w, const Acc *sums, i64 n,
-                                        int h, Acc share, Acc eps) {
+__device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64 xs, const T *r, i64 rs, T *sum, i64 ss,
+                                        const T *w, const Acc *sums, i64 n, int h, Acc share, Acc eps) {
     i64 i = i64(blockIdx.x) * blockDim.y + threadIdx.y;
     bool live = i < n;
     Vec<T, N> row[V];
@@ -16,9 +17,27 @@ __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64
         int j = (threadIdx.x + v * blockDim.x) * N;
         if (live && j < h) row[v] = load<N>(x + i * xs + j);
     }
-    Acc sum = 0;
+    if (r) {
+        Vec<T, N> added[V];
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            int j = (threadIdx.x + v * blockDim.x) * N;
+            if (live && j < h) added[v] = load<N>(r + i * rs + j);
+        }
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            int j = (threadIdx.x + v * blockDim.x) * N;
+            if (live && j < h) {
+                Vec<Acc, N> a = widen(row[v]), b = widen(added[v]);
+#pragma unroll
+                for (int e = 0; e < N; e++) a.at[e] += b.at[e];
+                store<N>(sum + i * ss + j, row[v] = narrow<T>(a));
+            }
+        }
+    }
+    Acc square = 0;
     if (sums) {
-        if (live) sum = sums[i];
+        if (live) square = sums[i];
     } else {
 #pragma unroll
         for (int v = 0; v < V; v++) {
@@ -26,21 +45,21 @@ __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64
             if (live && j < h) {
                 Vec<Acc, N> a = widen(row[v]);
 #pragma unroll
-                for (int e = 0; e < N; e++) sum += a.at[e] * a.at[e];
+                for (int e = 0; e < N; e++) square += a.at[e] * a.at[e];
             }
         }
-        sum = group_sum(sum);
+        square = group_sum(square);
     }
     if (!live) return;
-    Acc r = inverse_root(sum * share + eps);
-    if (threadIdx.x == 0) rstd[i] = r;
+    Acc root = inverse_root(square * share + eps);
+    if (threadIdx.x == 0) rstd[i] = root;
 #pragma unroll
     for (int v = 0; v < V; v++) {
         int j = (threadIdx.x + v * blockDim.x) * N;
         if (j < h) {
             Vec<Acc, N> weight = widen(load<N>(w + j)), a = widen(row[v]);
 #pragma unroll
-            for (int e = 0; e < N; e++) a.at[e] *= r * weight.at[e];
+            for (int e = 0; e < N; e++) a.at[e] *= root * weight.at[e];
             store<N>(y + i * ys + j, narrow<T>(a));
         }
     }
@@ -48,9 +67,10 @@ __device__ __forceinline__ void forward(T *y, i64 ys, Acc *rstd, const T *x, i64
 
 #define FORWARD(V)                                                                                                     \
     extern "C" __global__ void rms_norm_##V(T *__restrict__ y, i64 ys, Acc *__restrict__ rstd, const T *__restrict__ x, \
-                                            i64 xs, const T *__restrict__ w, const Acc *__restrict__ sums, i64 n, i64 h, \
+                                            i64 xs, const T *__restrict__ r, i64 rs, T *__restrict__ sum, i64 ss,      \
+                                            const T *__restrict__ w, const Acc *__restrict__ sums, i64 n, i64 h,       \
                                             Acc share, Acc eps) {                                                      \
-        forward<V>(y, ys, rstd, x, xs, w, sums, n, int(h), share, eps);                                                \
+        forward<V>(y, ys, rstd, x, xs, r, rs, sum, ss, w, sums, n, int(h), share, eps);                                \
     }
 FORWARD(1)
 FORWARD(2)
@@ -58,20 +78,25 @@ FORWARD(4)
 
 // Any row: one per block.
 extern "C" __global__ void rms_norm_any(T *__restrict__ y, i64 ys, Acc *__restrict__ rstd, const T *__restrict__ x, i64 xs,
-                                        const T *__restrict__ w, const Acc *__restrict__ sums, i64 n, i64 h, Acc share,
-                                        Acc eps) {
+                                        const T *__restrict__ r, i64 rs, T *sum, i64 ss, const T *__restrict__ w,
+                                        const Acc *__restrict__ sums, i64 n, i64 h, Acc share, Acc eps) {
     i64 i = blockIdx.x;
     x += i * xs, y += i * ys;
-    Acc sum = 0;
+    auto at = [&](i64 j) { return r ? narrow<T>(widen(x[j]) + widen(r[i * rs + j])) : x[j]; };
+    Acc square = 0;
     if (sums) {
-        sum = sums[i];
+        square = sums[i];
     } else {
-        for (i64 j = threadIdx.x; j < h; j += blockDim.x) sum += widen(x[j]) * widen(x[j]);
-        sum = group_sum(sum);
+        for (i64 j = threadIdx.x; j < h; j += blockDim.x) square += widen(at(j)) * widen(at(j));
+        square = group_sum(square);
     }
-    Acc r = inverse_root(sum * share + eps);
-    if (threadIdx.x == 0) rstd[i] = r;
-    for (i64 j = threadIdx.x; j < h; j += blockDim.x) y[j] = narrow<T>(widen(x[j]) * r * widen(w[j]));
+    Acc root = inverse_root(square * share + eps);
+    if (threadIdx.x == 0) rstd[i] = root;
+    for (i64 j = threadIdx.x; j < h; j += blockDim.x) {
+        T element = at(j);
+        if (r) sum[i * ss + j] = element;
+        y[j] = narrow<T>(widen(element) * root * widen(w[j]));
+    }
 }
 
 // sums[i] = Σ x², or Σ dy·w·x if there is a `dy`; `M` elements at once.
@@ -106,12 +131,21 @@ extern "C" __global__ void rms_norm_sums_any(Acc *sums, const T *dy, i64 dys, co
 // --- backward --------------------------------------------------------------------------------------------------------
 //
 // With g = dy ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds dy ⊙ x · r over the rows. What reaches x past the
-// norm, if anything does, is added to dx before it is rounded. A block works on `each` consecutive rows and leaves its sum of dw
-// in a row of `partial: [gridDim.x, h]`; `add_pieces` adds these in order. There are more blocks than run at once, since some
-// multiprocessors are slower than others.
+// norm, if anything does, is added to dx before it is rounded. A block works on a piece, some consecutive rows, and leaves its sum of
+// dw in a row of `partial: [gridDim.x, h]`; `add_pieces` adds these in order. There are large pieces for all blocks that run at once,
+// and then small ones, since some multiprocessors are slower than others.
 //
 // Each thread copies its vectors of the next rows to a place of its own in shared memory while it works on this one, so that
 // many loads are under way; it takes them from there once, and the next copies begin at once.
+
+// Row `first` of each of `large` pieces of `each` rows, and then of pieces of `rest` rows.
+struct Pieces {
+    i64 large, each, rest;
+
+    __device__ __forceinline__ i64 first(i64 piece) const {
+        return min(piece, large) * each + max(piece - large, i64(0)) * rest;
+    }
+};
 
 // The sum of `x` over the lanes of this row; rows of more than a warp wait for their own lanes only.
 __device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
@@ -127,11 +161,10 @@ __device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
     return warp_sum(threadIdx.x % 32 < warps ? part[threadIdx.x % 32] : Acc(0));
 }
 
-template <int V, int THREADS>
+template <int V, int THREADS, int STAGES>
 __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *dy, i64 dys, const T *x, i64 xs,
                                          const T *past, i64 ps, const T *w, const Acc *rstd, const Acc *sums, i64 n,
-                                         int h, Acc share, i64 each) {
-    constexpr int STAGES = 2;
+                                         int h, Acc share, Pieces pieces) {
     extern __shared__ __align__(16) unsigned char dynamic[];
     __shared__ Acc part[2][THREADS / 32];
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -149,7 +182,8 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
     }
     auto weight = [&](int v) { return widen(KEEP ? kept[v] : load<N>(w + column + v * apart)); };
 
-    i64 first = blockIdx.x * each, end = min(n, first + each), fetched = first + threadIdx.y;
+    let_next_begin();
+    i64 first = pieces.first(blockIdx.x), end = min(n, pieces.first(blockIdx.x + 1)), fetched = first + threadIdx.y;
     // Copies of this thread's next row begin.
     auto fetch = [&](int stage) {
         if (fetched < end)
@@ -169,7 +203,7 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) fetch(stage);
     Acc next_r = first + threadIdx.y < end ? rstd[first + threadIdx.y] : Acc(0);
-    for (int stage = 0; first < end; first += blockDim.y, stage ^= 1) {
+    for (int stage = 0, turn = 0; first < end; first += blockDim.y, turn ^= 1) {
         i64 i = first + threadIdx.y;
         bool live = i < end;
         Acc r = next_r;
@@ -194,7 +228,7 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
 #pragma unroll
                     for (int e = 0; e < N; e++) mean += g.at[e] * by.at[e] * a.at[e];
                 }
-            mean = lanes_sum(mean, part[stage]);
+            mean = lanes_sum(mean, part[turn]);
         }
         Acc c = r * r * r * (mean * share);
 #pragma unroll
@@ -210,6 +244,7 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
                 }
                 store<N>(dx + i * dxs + column + v * apart, narrow<T>(b));
             }
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
     // The sums of all rows of threads, side by side, then in order.
@@ -228,17 +263,18 @@ __device__ __forceinline__ void backward(T *dx, i64 dxs, Acc *partial, const T *
     }
 }
 
-#define BACKWARD(V, THREADS, BLOCKS)                                                                                   \
+#define BACKWARD(V, THREADS, BLOCKS, STAGES)                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_backward_##V##_##THREADS(                   \
         T *__restrict__ dx, i64 dxs, Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys,                     \
         const T *__restrict__ x, i64 xs, const T *__restrict__ past, i64 ps, const T *__restrict__ w,                  \
-        const Acc *__restrict__ rstd, const Acc *__restrict__ sums, i64 n, i64 h, Acc share, i64 each) {               \
-        backward<V, THREADS>(dx, dxs, partial, dy, dys, x, xs, past, ps, w, rstd, sums, n, int(h), share, each);       \
+        const Acc *__restrict__ rstd, const Acc *__restrict__ sums, i64 n, i64 h, Acc share, Pieces pieces) {          \
+        backward<V, THREADS, STAGES>(dx, dxs, partial, dy, dys, x, xs, past, ps, w, rstd, sums, n, int(h), share,      \
+                                     pieces);                                                                          \
     }
-BACKWARD(1, 512, 2)
-BACKWARD(2, 256, 3)
-BACKWARD(4, 256, 2)
-BACKWARD(4, 512, 1)
+BACKWARD(1, 512, 2, 2)
+BACKWARD(2, 256, 3, 2)
+BACKWARD(2, 512, 1, 3)
+BACKWARD(4, 512, 1, 2)
 
 // dx of any row: one per block.
 extern "C" __global__ void rms_norm_backward_any(T *__restrict__ dx, i64 dxs, const T *__restrict__ dy, i64 dys,
@@ -273,20 +309,29 @@ extern "C" __global__ void rms_norm_weight_any(Acc *__restrict__ partial, const 
     partial[blockIdx.y * h + j] = sum;
 }
 
-// dw += Σ_p partial[p]: 32 columns per block, the pieces in contiguous parts, one per row of threads.
+// dw += Σ_p partial[p]: 16 columns per block, the pieces in contiguous parts, one per row of threads.
 extern "C" __global__ void __launch_bounds__(1024) add_pieces(Acc *__restrict__ dw, const Acc *__restrict__ partial,
                                                               i64 pieces, i64 h) {
-    __shared__ Acc sums[32][33];
-    i64 j = i64(blockIdx.x) * 32 + threadIdx.x;
-    i64 each = (pieces + 31) / 32, end = min(pieces, i64(threadIdx.y + 1) * each);
+    constexpr int PARTS = 64, LOADS = 16;
+    __shared__ Acc sums[PARTS][17];
+    i64 j = i64(blockIdx.x) * 16 + threadIdx.x;
+    i64 each = (pieces + PARTS - 1) / PARTS, end = min(pieces, i64(threadIdx.y + 1) * each);
     Acc sum = 0;
+    await_previous();
     if (j < h)
-#pragma unroll 16
-        for (i64 p = threadIdx.y * each; p < end; p++) sum += partial[p * h + j];
+        for (i64 p = threadIdx.y * each; p < end; p += LOADS) {
+            Acc x[LOADS];
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) x[l] = p + l < end ? partial[(p + l) * h + j] : Acc(0);
+#pragma unroll
+            for (int l = 0; l < LOADS; l++) sum += x[l];
+        }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     // A warp for each column.
-    sum = warp_sum(sums[threadIdx.x][threadIdx.y]);
-    j = i64(blockIdx.x) * 32 + threadIdx.y;
-    if (threadIdx.x == 0 && j < h) dw[j] += sum;
+    int thread = threadIdx.y * 16 + threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (warp >= 16) return;
+    sum = warp_sum(sums[lane][warp] + sums[lane + 32][warp]);
+    j = i64(blockIdx.x) * 16 + warp;
+    if (lane == 0 && j < h) dw[j] += sum;
 }

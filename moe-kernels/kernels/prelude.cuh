@@ -131,6 +131,19 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global) {
                  : "memory");
 }
 
+// Between two launches of which the second may begin before the first one's end (`Launch::early`): the first says that nothing but its
+// blocks' ends keeps the second from beginning, and the second waits for what the first has written before it reads any of it.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <typename E> __device__ __forceinline__ bool aligned(const E *at, i64 stride, int bytes) {
     return u64(at) % bytes == 0 && (stride * i64(sizeof(E))) % bytes == 0;
 }

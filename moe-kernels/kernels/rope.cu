@@ -129,11 +129,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) norm_rope(
     i64 i = i64(blockIdx.x) * blockDim.y + threadIdx.y;
     bool live = i < n;
     i64 position = live ? positions[i] : 0;
-    int half = head.head_dim / 2;
+    if (live && (position < 0 || position >= table)) {
+        if (threadIdx.x == 0) outside.raise(i);
+        live = false;
+    }
+    int half = head.head_dim / 2, j = threadIdx.x % head.lanes * N;
     Acc share = Acc(1) / Acc(head.head_dim);
+    Vec<Acc, N> c = {}, s = {};
+    if (live) c = angles(cos + position * cs + j), s = angles(sin + position * ss + j);
+    Vec<T, N> weight[2] = {load<N>(w + j), load<N>(w + half + j)};
     // All threads take part in all steps, since sums are over lanes.
-    for (int item = threadIdx.x; item - threadIdx.x < head.lanes * head.groups; item += blockDim.x) {
-        int group = item / head.lanes, j = item % head.lanes * N;
+    for (int first = 0; first < head.groups; first += blockDim.x / head.lanes) {
+        int group = first + threadIdx.x / head.lanes;
         Vec<T, N> v[HEADS][2];
         bool has[HEADS];
 #pragma unroll
@@ -143,10 +150,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) norm_rope(
             if (has[k])
 #pragma unroll
                 for (int l = 0; l < 2; l++) v[k][l] = load<N>(x + i * xs + at * head.head_dim + l * half + j);
-        }
-        if (live && (position < 0 || position >= table)) {
-            if (item == 0) outside.raise(i);
-            live = false;
         }
         Acc sum[HEADS] = {};
 #pragma unroll
@@ -159,19 +162,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) norm_rope(
                     for (int e = 0; e < N; e++) sum[k] += a.at[e] * a.at[e];
                 }
         head_sums(sum, head.lanes);
-        if (!live) continue;
-        Vec<Acc, N> c = angles(cos + position * cs + j), s = angles(sin + position * ss + j);
-        Vec<Acc, N> by[2] = {widen(load<N>(w + j)), widen(load<N>(w + half + j))};
 #pragma unroll
         for (int k = 0; k < HEADS; k++)
             if (has[k]) {
                 int at = group + k * head.groups;
                 Acc r = inverse_root(sum[k] * share + eps);
                 if (j == 0) rstd[i * head.heads + at] = r;
-                Vec<Acc, N> a = widen(v[k][0]), b = widen(v[k][1]);
+                Vec<Acc, N> a = widen(v[k][0]), b = widen(v[k][1]), by_a = widen(weight[0]), by_b = widen(weight[1]);
 #pragma unroll
                 for (int e = 0; e < N; e++) {
-                    a.at[e] *= r * by[0].at[e], b.at[e] *= r * by[1].at[e];
+                    a.at[e] *= r * by_a.at[e], b.at[e] *= r * by_b.at[e];
                     turn(a.at[e], b.at[e], c.at[e], s.at[e]);
                 }
                 T *to = y + i * ys + at * head.head_dim + j;
@@ -183,8 +183,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) norm_rope(
 
 // With u = dy turned back, g = u ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds u ⊙ x · r over tokens and heads. A
 // block works on `each` consecutive tokens and leaves its sum of dw in a row of `partial: [gridDim.x, head_dim]`. As in the norm's
-// backward pass, each thread copies its vectors of the next step to a place of its own while it works on this one.
-extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_rope_backward(
+// backward pass, each thread copies its vectors of the next step to a place of its own while it works on this one; the angles are
+// read a step ahead, too, and the positions that say which ones two.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) norm_rope_backward(
     T *__restrict__ dx, i64 dxs, Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys, const T *__restrict__ x,
     i64 xs, const T *__restrict__ w, const Acc *__restrict__ rstd, const Acc *__restrict__ cos, i64 cs,
     const Acc *__restrict__ sin, i64 ss, const i32 *__restrict__ positions, i64 n, i64 table, Heads head, i64 each,
@@ -197,6 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_rope_backward(
     auto at = [&](int stage, int k, int l, int operand) {
         return place + (((stage * COUNT + k) * 2 + l) * 2 + operand) * THREADS;
     };
+    let_next_begin();
     i64 first = blockIdx.x * each, end = min(n, first + each);
     // A step is a group of heads of one token: tokens follow each other, and for each the groups that the block takes at once.
     int mine = threadIdx.x / head.lanes, at_once = blockDim.x / head.lanes, j = threadIdx.x % head.lanes * N;
@@ -226,25 +228,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_rope_backward(
     for (int stage = 0; stage < STAGES; stage++) fetch(stage);
     Vec<T, N> weight[2] = {load<N>(w + j), load<N>(w + half + j)};
     Acc total[2][N] = {};
-    i64 i = first + threadIdx.y;
-    int group = mine;
-    for (int stage = 0; i - threadIdx.y < end; next(i, group), stage ^= 1) {
-        bool live = i < end && group < head.groups;
-        i64 position = live ? positions[i] : 0;
+    i64 i = first + threadIdx.y, ahead = i;
+    int group = mine, ahead_group = mine;
+    auto position_ahead = [&] { return ahead < end && ahead_group < head.groups ? positions[ahead] : 0; };
+    // What a step reads besides vectors; `has` of a head that is there.
+    bool next_has[COUNT];
+    Acc next_r[COUNT];
+    Vec<Acc, N> next_c = {}, next_s = {};
+    auto look_ahead = [&](i64 position) {
+        bool live = ahead < end && ahead_group < head.groups;
         if (live && (position < 0 || position >= table)) {
-            if (threadIdx.x == 0) outside.raise(i);
+            if (threadIdx.x == 0) outside.raise(ahead);
             live = false;
         }
-        Vec<Acc, N> c = {}, s = {};
-        if (live) c = angles(cos + position * cs + j), s = angles(sin + position * ss + j);
+        if (live) next_c = angles(cos + position * cs + j), next_s = angles(sin + position * ss + j);
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            int of = ahead_group + k * head.groups;
+            next_has[k] = live && of < head.heads;
+            next_r[k] = next_has[k] ? rstd[ahead * head.heads + of] : Acc(0);
+        }
+        next(ahead, ahead_group);
+    };
+    look_ahead(position_ahead());
+    i64 next_position = position_ahead();
+    for (int stage = 0; i - threadIdx.y < end; next(i, group), stage ^= 1) {
+        Vec<Acc, N> c = next_c, s = next_s;
         bool has[COUNT];
         Acc r[COUNT];
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) {
-            int of = group + k * head.groups;
-            has[k] = live && of < head.heads;
-            r[k] = has[k] ? rstd[i * head.heads + of] : Acc(0);
-        }
+        for (int k = 0; k < COUNT; k++) has[k] = next_has[k], r[k] = next_r[k];
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
         Vec<T, N> gradient[COUNT][2], input[COUNT][2];
 #pragma unroll
@@ -254,6 +267,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) norm_rope_backward(
                 for (int l = 0; l < 2; l++)
                     gradient[k][l] = *at(stage, k, l, 0), input[k][l] = *at(stage, k, l, 1);
         fetch(stage);
+        look_ahead(next_position);
+        next_position = position_ahead();
         Vec<Acc, N> u[COUNT][2];
         Acc mean[COUNT] = {};
 #pragma unroll

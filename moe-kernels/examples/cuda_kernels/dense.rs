@@ -46,6 +46,11 @@ fn norm(bench: &Bench, n: usize, h: usize) -> Result<()> {
     bench.kernel("rms_norm", &shape, 2 * one, || {
         gpu.rms_norm(y.view_mut()?, rstd.view_mut()?, x.view(), w.view(), 1e-6)
     })?;
+    let mut sum = Tensor::uninit(gpu, n, h)?;
+    bench.kernel("rms_norm_residual", &shape, 4 * one, || {
+        let (sum, y, rstd) = (sum.view_mut()?, y.view_mut()?, rstd.view_mut()?);
+        gpu.add_rms_norm(sum, y, rstd, x.view(), past.view(), w.view(), 1e-6)
+    })?;
     for (name, passes, past) in
         [("rms_norm_backward", 3, None), ("rms_norm_backward_residual", 4, Some(past.view()))]
     {

@@ -3,7 +3,7 @@
 use super::GRADIENT;
 use super::host::{Matrix, Placed, Random, assert_close, assert_refused, gradient, output, place};
 use crate::Float;
-use crate::family::Norm;
+use crate::family::{Elementwise, Norm};
 
 const EPS: f64 = 1e-3;
 
@@ -18,7 +18,7 @@ fn forward(x: &Matrix, w: &Matrix) -> Matrix {
 }
 
 /// [`Norm`]; the weight gradient adds to what is there.
-pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
+pub fn norm<T: Float, D: Norm<T> + Elementwise<T>>(device: &D, tolerance: f64) {
     let mut random = Random::new(6);
     for (n, h) in [(0, 4), (1, 1), (5, 7), (3, 64), (23, 19), (131, 257)] {
         let what = format!("{n}×{h}");
@@ -33,6 +33,23 @@ pub fn norm<T: Float, D: Norm<T>>(device: &D, tolerance: f64) {
         assert_close(&format!("rstd {what}"), &r.read(), &rstd(&x), tolerance);
         let mut wrong = output::<T::Acc, D>(device, 1, n + 1);
         assert_refused("rstd", device.rms_norm(y.view_mut(), wrong.view_mut(), px.view(), pw.view(), EPS));
+
+        let r_added = random.matrix::<T>(n, h);
+        let sum = Matrix::from_fn(n, h, |i, c| T::from_f64(x.at(i, c) + r_added.at(i, c)).to_f64());
+        let added = place::<T, D>(device, &r_added);
+        let (mut s, mut y, mut r2) =
+            (output::<T, D>(device, n, h), output::<T, D>(device, n, h), output::<T::Acc, D>(device, 1, n));
+        let mut run = |s: &mut Placed<T, D>, added: &Placed<T, D>| {
+            let (x, w, added) = (px.view(), pw.view(), added.view());
+            device.add_rms_norm(s.view_mut(), y.view_mut(), r2.view_mut(), x, added, w, EPS)
+        };
+        let mut wrong = output::<T, D>(device, n + 1, h);
+        assert_refused("r", run(&mut s, &wrong));
+        assert_refused("sum", run(&mut wrong, &added));
+        run(&mut s, &added).expect("add_rms_norm");
+        assert_close(&format!("x + r {what}"), &s.read(), &sum, 0.0);
+        assert_close(&format!("norm of a sum {what}"), &y.read(), &forward(&sum, &w), tolerance);
+        assert_close(&format!("rstd of a sum {what}"), &r2.read(), &rstd(&sum), tolerance);
 
         if n * h > 1000 {
             continue;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::{CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig};
+
 use super::device::{Cuda, CudaBuf};
 use super::driver::cu;
 use super::fault::{Fault, FaultArgument};
@@ -34,6 +36,7 @@ pub(super) struct Launch<'a> {
     grid: [usize; 3],
     block: [usize; 3],
     shared: usize,
+    early: bool,
 }
 
 /// Most blocks that [`blocks`] gives: several times what any GPU runs at once.
@@ -61,6 +64,7 @@ impl Cuda {
             grid: [1; 3],
             block: [1; 3],
             shared: 0,
+            early: false,
         })
     }
 }
@@ -179,6 +183,13 @@ impl Launch<'_> {
         self
     }
 
+    /// Lets it begin before the launch before it has ended, which costs some microseconds otherwise: the kernel waits for that by
+    /// `await_previous` before it touches what others read or write.
+    pub(super) fn early(mut self) -> Self {
+        self.early = true;
+        self
+    }
+
     /// Says that the kernel uses a buffer whose address is among its values.
     pub(super) fn uses(mut self, buf: &CudaBuf) -> Self {
         self.check(buf);
@@ -232,21 +243,26 @@ impl Launch<'_> {
             // SAFETY: arguments begin inside the words.
             *pointer = unsafe { base.add(at as usize) }.cast();
         }
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: gx,
+            gridDimY: gy,
+            gridDimZ: gz,
+            blockDimX: bx,
+            blockDimY: by,
+            blockDimZ: bz,
+            sharedMemBytes: self.shared as u32,
+            hStream: self.device.stream(),
+            attrs: &mut early,
+            // GPUs before Hopper do not know it.
+            numAttrs: u32::from(self.early && self.device.compute_capability() >= (9, 0)),
+        };
+        let (function, nothing) = (self.kernel.function, std::ptr::null_mut());
         // SAFETY: there is one pointer for each parameter, to as many bytes as it has; the rest is the caller's promise.
-        unsafe {
-            cu!(cuLaunchKernel(
-                self.kernel.function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                self.shared as u32,
-                self.device.stream(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut()
-            ))
-        }
+        unsafe { cu!(cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), nothing)) }
     }
 }

@@ -10,22 +10,33 @@ use crate::{Device, Float, Result, View, ViewMut, check};
 /// Threads of a block of a row of any size.
 const ANY: [usize; 3] = [256, 1, 1];
 
-/// A build of the backward kernel: vectors of a lane, threads of a block at most.
+/// A build of the backward kernel: vectors of a lane, threads of a block at most, rows of a thread that are under way, and blocks that
+/// a multiprocessor runs at once.
 #[derive(Clone, Copy)]
 struct Build {
     name: &'static str,
     of_lane: usize,
     threads: usize,
+    stages: usize,
+    blocks: usize,
 }
 
 impl Build {
     /// That for rows of so many vectors, if there is one.
     fn of(vectors: usize) -> Option<Self> {
         Some(match vectors {
-            0..=32 => Build { name: "rms_norm_backward_1_512", of_lane: 1, threads: 512 },
-            33..=512 => Build { name: "rms_norm_backward_2_256", of_lane: 2, threads: 256 },
-            513..=1024 => Build { name: "rms_norm_backward_4_256", of_lane: 4, threads: 256 },
-            1025..=2048 => Build { name: "rms_norm_backward_4_512", of_lane: 4, threads: 512 },
+            0..=32 => {
+                Build { name: "rms_norm_backward_1_512", of_lane: 1, threads: 512, stages: 2, blocks: 2 }
+            }
+            33..=512 => {
+                Build { name: "rms_norm_backward_2_256", of_lane: 2, threads: 256, stages: 2, blocks: 3 }
+            }
+            513..=1024 => {
+                Build { name: "rms_norm_backward_2_512", of_lane: 2, threads: 512, stages: 3, blocks: 1 }
+            }
+            1025..=2048 => {
+                Build { name: "rms_norm_backward_4_512", of_lane: 4, threads: 512, stages: 2, blocks: 1 }
+            }
             _ => return None,
         })
     }
@@ -37,18 +48,43 @@ impl Build {
         Lanes { lanes, rows: self.threads / lanes }
     }
 
-    /// Bytes of shared memory: two vectors of each operand for every vector of every thread.
+    /// Bytes of shared memory for so many operands.
     fn shared(self, operands: usize) -> usize {
-        2 * operands * self.of_lane * self.threads * 16
+        self.stages * operands * self.of_lane * self.threads * 16
     }
 }
 
-/// Elements of one piece of the sum over rows, about, of rows that are no wider than `NARROW`; and pieces of wider rows, whose sums
-/// take longer to add, and at least, where rows suffice, of any: what a Hopper GPU works on at once. Constants, so that other GPUs
-/// add in the same order.
-const PIECE: usize = 1 << 16;
-const NARROW: usize = 2048;
-const PIECES: usize = 396;
+/// The rows that the blocks of a backward pass work on, `Pieces` of the kernel: `large` pieces of `each` rows, and then of `rest` rows.
+struct Pieces {
+    large: usize,
+    each: usize,
+    rest: usize,
+}
+
+/// Multiprocessors of a Hopper GPU: a constant, so that other GPUs add in the same order.
+const MULTIPROCESSORS: usize = 132;
+/// Large pieces have so many hundredths of the rows, and are so many times as large as the others.
+const LARGE: usize = 80;
+const LARGER: usize = 6;
+
+impl Pieces {
+    /// Of `n` rows of so many vectors, which come to whole steps of a block.
+    fn of(n: usize, build: Build, lanes: Lanes) -> Self {
+        let blocks = build.blocks * MULTIPROCESSORS;
+        let steps = n * LARGE / 100 / (blocks * lanes.rows);
+        let rest = (steps / LARGER).max(1) * lanes.rows;
+        Pieces { large: if steps == 0 { 0 } else { blocks }, each: steps * lanes.rows, rest }
+    }
+
+    fn count(&self, n: usize) -> usize {
+        self.large + (n - self.large * self.each).div_ceil(self.rest)
+    }
+
+    fn argument(&self) -> [i64; 3] {
+        [self.large, self.each, self.rest].map(|n| n as i64)
+    }
+}
+
 /// Rows of a piece, at least, and pieces, at most, of rows of any size.
 const ANY_PIECE: usize = 64;
 
@@ -57,6 +93,8 @@ struct Forward<'a, T: Float> {
     y: ViewMut<'a, T, Cuda>,
     rstd: ViewMut<'a, T::Acc, Cuda>,
     x: View<'a, T, Cuda>,
+    /// What is added to `x` first, and where the sum goes.
+    added: Option<(View<'a, T, Cuda>, ViewMut<'a, T, Cuda>)>,
     w: View<'a, T, Cuda>,
     sums: Option<View<'a, T::Acc, Cuda>>,
     width: usize,
@@ -66,8 +104,15 @@ struct Forward<'a, T: Float> {
 impl<T: Float> Forward<'_, T> {
     fn run(mut self, gpu: &Cuda, kernel: &'static str) -> Result<()> {
         let [n, h] = check::rms_norm(kernel, &self.y, &self.rstd, self.x, self.w, self.sums)?;
+        let mut fits = in_vectors(self.x) && in_vectors(self.w) && in_vectors(self.y.as_view());
+        let (mut r, mut sum) = (None, None);
+        if let Some((added, to)) = self.added {
+            check::shape(kernel, "r", [n, h], added.shape())?;
+            check::shape(kernel, "sum", [n, h], to.shape())?;
+            fits = fits && in_vectors(added) && in_vectors(to.as_view());
+            (r, sum) = (Some(added), Some(to));
+        }
         let vectors = h / vector::<T>();
-        let fits = in_vectors(self.x) && in_vectors(self.w) && in_vectors(self.y.as_view());
         let one_row =
             |of_lane: usize| Lanes { lanes: vectors.div_ceil(of_lane).next_multiple_of(32), rows: 1 };
         let (name, lanes) = match vectors {
@@ -81,7 +126,8 @@ impl<T: Float> Forward<'_, T> {
         };
         let (grid, block) = lanes.map_or(([n, 1, 1], ANY), |lanes| (lanes.grid(n), lanes.block()));
         let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid(grid).block(block);
-        let launch = launch.mat_mut(&mut self.y).vector_mut(&mut self.rstd).mat(self.x).vector(self.w);
+        let launch = launch.mat_mut(&mut self.y).vector_mut(&mut self.rstd).mat(self.x).mat_or_null(r);
+        let launch = launch.mat_mut_or_null(sum.as_mut()).vector(self.w);
         let launch = launch.vector_or_null(self.sums).size(n).size(h);
         // SAFETY: the kernels touch `n` rows of `h` elements, which all shapes are; those of vectors are for rows that are whole
         // vectors, no more than the lanes hold.
@@ -117,18 +163,17 @@ impl<T: Float> Backward<'_, T> {
             return self.any(gpu);
         };
         let (lanes, shared) = (build.lanes(vectors), shared(build));
-        let wave = n.div_ceil(PIECES);
-        let each = if h <= NARROW { wave.min(PIECE / h) } else { wave }.next_multiple_of(lanes.rows);
-        let pieces = n.div_ceil(each);
-        let partial = gpu.alloc(pieces * h * size_of::<T::Acc>())?;
-        let launch = gpu.kernel(&NORM.of(T::DTYPE), build.name)?.grid([pieces, 1, 1]).block(lanes.block());
+        let pieces = Pieces::of(n, build, lanes);
+        let count = pieces.count(n);
+        let partial = gpu.alloc(count * h * size_of::<T::Acc>())?;
+        let launch = gpu.kernel(&NORM.of(T::DTYPE), build.name)?.grid([count, 1, 1]).block(lanes.block());
         let launch = launch.shared(shared).mat_mut(&mut self.dx).scratch(&partial);
         let launch = launch.mat(self.dy).mat(self.x).mat_or_null(self.past).vector(self.w).vector(self.rstd);
         let launch = launch.vector_or_null(self.sums).size(n).size(h);
         // SAFETY: the kernel touches `n` rows of `h` elements, whole vectors that the lanes hold, and writes a row of `partial`
         // for each block.
-        unsafe { launch.acc::<T>(1.0 / self.width as f64).size(each).launch()? };
-        add_pieces::<T>(gpu, self.dw, &partial, pieces)
+        unsafe { launch.acc::<T>(1.0 / self.width as f64).value(pieces.argument()).launch()? };
+        add_pieces::<T>(gpu, self.dw, &partial, count)
     }
 
     /// Rows of any size: `dx` by rows, then `dw` by columns.
@@ -160,8 +205,8 @@ pub(super) fn add_pieces<T: Float>(
     pieces: usize,
 ) -> Result<()> {
     let h = dw.shape()[1];
-    let launch = gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(32), 1, 1]);
-    let launch = launch.block([32, 32, 1]).vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
+    let launch = gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(16), 1, 1]);
+    let launch = launch.block([16, 64, 1]).early().vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
     // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
     unsafe { launch.launch() }
 }
@@ -205,7 +250,21 @@ impl<T: Float> Norm<T> for Cuda {
         eps: f64,
     ) -> Result<()> {
         let width = x.shape()[1];
-        Forward { y, rstd, x, w, sums: None, width, eps }.run(self, "rms_norm")
+        Forward { y, rstd, x, added: None, w, sums: None, width, eps }.run(self, "rms_norm")
+    }
+
+    fn add_rms_norm(
+        &self,
+        sum: ViewMut<'_, T, Self>,
+        y: ViewMut<'_, T, Self>,
+        rstd: ViewMut<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        r: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        eps: f64,
+    ) -> Result<()> {
+        let width = x.shape()[1];
+        Forward { y, rstd, x, added: Some((r, sum)), w, sums: None, width, eps }.run(self, "add_rms_norm")
     }
 
     fn rms_norm_backward(
@@ -237,7 +296,7 @@ impl<T: Float> Norm<T> for Cuda {
         width: usize,
         eps: f64,
     ) -> Result<()> {
-        Forward { y, rstd, x, w, sums: Some(sums), width, eps }.run(self, "rms_norm_part")
+        Forward { y, rstd, x, added: None, w, sums: Some(sums), width, eps }.run(self, "rms_norm_part")
     }
 
     fn rms_norm_backward_sums(

@@ -1,3 +1,4 @@
+use super::Elementwise;
 use crate::{Device, Float, Result, View, ViewMut};
 
 /// Root-mean-square normalisation, `y = x · rsqrt(mean(x²) + eps) · w` (arXiv 1910.07467).
@@ -14,6 +15,26 @@ pub trait Norm<T: Float>: Device {
         w: View<'_, T, Self>,
         eps: f64,
     ) -> Result<()>;
+
+    /// `sum = x + r`, and [`rms_norm`](Self::rms_norm) of that: what a sublayer adds to the residual stream, and the norm before the
+    /// next one. `sum, y, x, r: [n, H]`. As two kernels unless a device has one for both.
+    #[allow(clippy::too_many_arguments)] // the operands of both
+    fn add_rms_norm(
+        &self,
+        mut sum: ViewMut<'_, T, Self>,
+        y: ViewMut<'_, T, Self>,
+        rstd: ViewMut<'_, T::Acc, Self>,
+        x: View<'_, T, Self>,
+        r: View<'_, T, Self>,
+        w: View<'_, T, Self>,
+        eps: f64,
+    ) -> Result<()>
+    where
+        Self: Elementwise<T>,
+    {
+        self.add(sum.reborrow(), x, r)?;
+        self.rms_norm(y, rstd, sum.as_view(), w, eps)
+    }
 
     /// Overwrites `dx: [n, H]`, adds to `dw: [1, H]` in ascending rows. `past: [n, H]` is the gradient that reaches `x` past the
     /// norm, over a residual connection, and is added to `dx`.

@@ -95,6 +95,16 @@ fn norm<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
         cpu.rms_norm(y.cpu.view_mut()?, r.cpu.view_mut()?, x.cpu.view(), w.cpu.view(), 1e-5)?;
         case.compare(&format!("y {what}"), &y, tolerance)?;
         case.compare(&format!("rstd {what}"), &r, tolerance)?;
+        let mut sum = case.output::<T>(n, h)?;
+        let (to, r_to) = (y.gpu.view_mut()?, r.gpu.view_mut()?);
+        gpu.add_rms_norm(sum.gpu.view_mut()?, to, r_to, x.gpu.view(), dy.gpu.view(), w.gpu.view(), 1e-5)?;
+        let (to, r_to) = (y.cpu.view_mut()?, r.cpu.view_mut()?);
+        cpu.add_rms_norm(sum.cpu.view_mut()?, to, r_to, x.cpu.view(), dy.cpu.view(), w.cpu.view(), 1e-5)?;
+        case.compare(&format!("x + r {what}"), &sum, tolerance)?;
+        case.compare(&format!("norm of a sum {what}"), &y, tolerance)?;
+        gpu.rms_norm(y.gpu.view_mut()?, r.gpu.view_mut()?, x.gpu.view(), w.gpu.view(), 1e-5)?;
+        cpu.rms_norm(y.cpu.view_mut()?, r.cpu.view_mut()?, x.cpu.view(), w.cpu.view(), 1e-5)?;
+
         let (mut dx, mut dw) = (case.output::<T>(n, h)?, case.operand::<T::Acc>(1, h)?);
         let mut again = dw.gpu.copy(&gpu)?;
         let past = case.operand::<T>(n, h)?;
