@@ -144,66 +144,112 @@ __device__ __forceinline__ Key key_of(T x) {
     return bits & SIGN ? ~bits : bits | SIGN;
 }
 
-// Choices of a thread that are compared with the others of their expert at once.
-constexpr int OWN = 2;
+// kept[c] = −1 for the choices of each expert (`order[offsets[e]..offsets[e + 1]]`) before which `capacity` others of the same unit
+// go. A block for each expert looks for the last choice that stays, byte by byte of its weight and then of its slot: it counts what each
+// byte has among those that agree so far. That is a number of passes over the choices for each unit. `keys` and `places` have
+// room for all choices; `weights` may be null.
+constexpr int DROP_THREADS = 1024;
 
-// kept[c] = −1 for the choices of each expert (`order[offsets[e]..offsets[e + 1]]`) before which `capacity` others of the
-// same unit go. Blocks are (part, expert). `weights` may be null.
-extern "C" __global__ void __launch_bounds__(256)
-    drop_excess(i32 *kept, i64 ks, const i32 *order, const i32 *offsets, const T *weights, i64 ws, const i32 *slots, u32 k, i64 n,
-         i32 num_experts, u32 unit_slots, i64 capacity, Fault not_a_number, Fault negative) {
-    __shared__ Key keys[256];
-    __shared__ i32 places[256];
-    __shared__ u32 units[256];
+// The least of what all threads have and of what is there.
+__device__ __forceinline__ void lower(u32 *shared, u32 x) {
+    for (int lane = 16; lane > 0; lane /= 2) x = min(x, __shfl_xor_sync(FULL_MASK, x, lane));
+    if (threadIdx.x % 32 == 0) atomicMin(shared, x);
+}
+
+extern "C" __global__ void __launch_bounds__(DROP_THREADS)
+    drop_excess(i32 *kept, i64 ks, Key *keys, u32 *places, const i32 *order, const i32 *offsets, const T *weights, i64 ws,
+                const i32 *slots, u32 k, i64 n, i32 num_experts, u32 unit_slots, i64 capacity, Fault not_a_number,
+                Fault negative) {
+    constexpr u32 NO_UNIT = ~0u;
+    constexpr int KEY_BYTES = sizeof(Key), BYTES = KEY_BYTES + 4;
+    __shared__ u32 bins[256], next_unit;
+    // Of the byte that is looked for: which it is, how many choices have it, and how many of these stay; and of how many choices.
+    __shared__ i64 found, having, staying, among;
+    i32 lane = threadIdx.x % 32;
     // What is wrong with weights and slots, also of choices that are routed nowhere.
-    i64 threads = i64(gridDim.x) * gridDim.y * 256;
-    i64 thread = (i64(blockIdx.y) * gridDim.x + blockIdx.x) * 256 + threadIdx.x;
-    for (i64 i = thread; i < n; i += threads) {
+    for (i64 i = i64(blockIdx.x) * DROP_THREADS + threadIdx.x; i < n; i += i64(gridDim.x) * DROP_THREADS) {
         if (slots[i] < 0) negative.raise(i);
         if (weights)
             for (u32 j = 0; j < k; j++)
                 if (weights[i * ws + j] != weights[i * ws + j]) not_a_number.raise(i);
     }
-    for (i32 e = blockIdx.y; e < num_experts; e += gridDim.y) {
+    for (i32 e = blockIdx.x; e < num_experts; e += gridDim.x) {
         i64 first = offsets[e], end = offsets[e + 1];
-        for (i64 part = first + blockIdx.x * 256 * OWN; part < end; part += i64(gridDim.x) * 256 * OWN) {
-            u32 own[OWN], unit[OWN];
-            i32 place[OWN], before[OWN];
-            Key key[OWN];
-#pragma unroll
-            for (int q = 0; q < OWN; q++) {
-                i64 at = part + q * 256 + threadIdx.x;
-                own[q] = order[at < end ? at : first];
-                place[q] = slots[own[q] / k];
-                unit[q] = u32(place[q]) / unit_slots;
-                key[q] = weights ? key_of(weights[own[q] / k * ws + own[q] % k]) : 0;
-                before[q] = 0;
-            }
-            // Where all fit, nobody has to be compared.
-            for (i64 at = end - first > capacity ? first : end; at < end; at += 256) {
+        __syncthreads();
+        if (threadIdx.x == 0) next_unit = NO_UNIT;
+        __syncthreads();
+        u32 least = NO_UNIT;
+        for (i64 at = first + threadIdx.x; at < end; at += DROP_THREADS) {
+            u32 choice = order[at], token = choice / k;
+            u32 place = slots[token];
+            places[at] = place;
+            keys[at] = weights ? key_of(weights[token * ws + choice % k]) : 0;
+            least = min(least, place / unit_slots);
+        }
+        lower(&next_unit, least);
+        __syncthreads();
+        for (u32 unit = next_unit; unit != NO_UNIT; unit = next_unit) {
+            // The last choice that stays; all bytes that are not looked for are 0, so that any choice which agrees so far stays.
+            Key key = 0;
+            u32 early = 0;
+            i64 stay = capacity;
+            for (int byte = weights ? 0 : KEY_BYTES; byte < BYTES && stay > 0; byte++) {
+                bool of_key = byte < KEY_BYTES;
+                int shift = 8 * ((of_key ? KEY_BYTES : BYTES) - 1 - byte);
+                for (int bin = threadIdx.x; bin < 256; bin += DROP_THREADS) bins[bin] = 0;
                 __syncthreads();
-                if (at + threadIdx.x < end) {
-                    u32 rival = order[at + threadIdx.x], r = rival / k;
-                    places[threadIdx.x] = slots[r];
-                    units[threadIdx.x] = u32(slots[r]) / unit_slots;
-                    keys[threadIdx.x] = weights ? key_of(weights[r * ws + rival % k]) : 0;
+                for (i64 start = first + threadIdx.x - lane; start < end; start += DROP_THREADS) {
+                    u32 bin = 256;
+                    if (start + lane < end) {
+                        u32 place = places[start + lane];
+                        Key own = keys[start + lane];
+                        // Bytes before this one.
+                        bool agrees = of_key ? shift + 8 == 8 * KEY_BYTES || (own ^ key) >> (shift + 8) == 0
+                                             : own == key && (shift == 24 || (~place ^ early) >> (shift + 8) == 0);
+                        if (agrees && place / unit_slots == unit) bin = u32(of_key ? own >> shift : ~place >> shift) & 255;
+                    }
+                    u32 peers = __match_any_sync(FULL_MASK, bin);
+                    if (bin < 256 && __ffs(peers) - 1 == lane) atomicAdd(&bins[bin], __popc(peers));
                 }
                 __syncthreads();
-                int rivals = int(min(i64(256), end - at));
-#pragma unroll 4
-                for (int r = 0; r < rivals; r++) {
-                    Key rival = keys[r];
-                    i32 rival_place = places[r];
-                    u32 rival_unit = units[r];
+                if (threadIdx.x < 32) {
+                    // Lane 0 has the largest bins.
+                    i64 own = 0;
+                    for (int b = 0; b < 8; b++) own += bins[255 - 8 * lane - b];
+                    i64 sum = own;
 #pragma unroll
-                    for (int q = 0; q < OWN; q++)
-                        before[q] += (rival_unit == unit[q]) &
-                                     ((rival > key[q]) | ((rival == key[q]) & (rival_place < place[q])));
+                    for (int up = 1; up < 32; up *= 2) {
+                        i64 other = __shfl_up_sync(FULL_MASK, sum, up);
+                        if (lane >= up) sum += other;
+                    }
+                    i64 before = sum - own;
+                    if (before < stay && (sum >= stay || lane == 31)) {
+                        int bin = 255 - 8 * lane;
+                        for (; before + bins[bin] < stay && bin > 255 - 8 * lane - 7; bin--) before += bins[bin];
+                        found = bin, having = bins[bin], staying = stay - before;
+                    }
+                    if (lane == 31) among = sum;
                 }
+                __syncthreads();
+                if (among <= stay) break;
+                if (of_key) key |= Key(found) << shift;
+                else early |= u32(found) << shift;
+                stay = staying;
+                if (having == stay) break;
             }
-#pragma unroll
-            for (int q = 0; q < OWN; q++)
-                if (part + q * 256 + threadIdx.x < end) kept[own[q] / k * ks + own[q] % k] = before[q] < capacity ? e : -1;
+            __syncthreads();
+            if (threadIdx.x == 0) next_unit = NO_UNIT;
+            __syncthreads();
+            least = NO_UNIT;
+            for (i64 at = first + threadIdx.x; at < end; at += DROP_THREADS) {
+                u32 choice = order[at], place = places[at], of = place / unit_slots;
+                if (of > unit) least = min(least, of);
+                if (of != unit) continue;
+                bool stays = keys[at] > key || (keys[at] == key && ~place >= early);
+                kept[choice / k * ks + choice % k] = stays && capacity > 0 ? e : -1;
+            }
+            lower(&next_unit, least);
+            __syncthreads();
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::Cuda;
 use super::fault::Fault;
+use super::launch::blocks;
 use super::source::CHOICES;
 use crate::family::{DropLimit, SortOutput};
 use crate::{Device, Float, Result, Tensor, View, ViewMut, check};
@@ -14,11 +15,8 @@ const SORT_WARPS: usize = 16;
 /// Integers that a sort may have in shared memory (48 KiB, or all that every GPU has for an unusual number of experts).
 const SHARED: usize = 12 << 10;
 const MOST_SHARED: usize = 24 << 10;
-/// Choices of a block that drops, and its threads; most blocks for one expert, and beside those.
-const DROP_CHOICES: usize = 2 * DROP_THREADS;
-const DROP_THREADS: usize = 256;
-const DROP_PARTS: usize = 32;
-const MOST_EXPERTS: usize = 65535;
+/// Threads of a block that drops: `DROP_THREADS` of the kernel.
+const DROP_THREADS: usize = 1024;
 
 /// What a sort writes: [`SortOutput`], tokens only if they are asked for.
 struct Sorted<'a> {
@@ -83,8 +81,8 @@ impl Cuda {
         self.sort(KERNEL, Sorted { order, tokens: Some(tokens), position, offsets }, experts, rows_per_expert)
     }
 
-    /// [`Routing::drop_excess`](crate::family::Routing::drop_excess): choices are sorted by expert, and each is compared with
-    /// all others of its expert, if these are more than the capacity.
+    /// [`Routing::drop_excess`](crate::family::Routing::drop_excess): choices are sorted by expert, and of each
+    /// expert the last one that stays is looked for.
     pub(super) fn without_excess<T: Float>(
         &self,
         mut kept: ViewMut<'_, i32, Self>,
@@ -107,15 +105,19 @@ impl Cuda {
         let position = kept.reborrow();
         let out = Sorted { order: order.view_mut()?, tokens: None, position, offsets: offsets.view_mut()? };
         self.sort(KERNEL, out, experts, None)?;
+        let keys = self.alloc(n * k * size_of::<T>())?;
+        let places = self.alloc(n * k * size_of::<u32>())?;
         let launch = self.kernel(&CHOICES.of(T::DTYPE), KERNEL)?.mat_mut(&mut kept);
+        let launch = launch.scratch(&keys).scratch(&places);
         let launch = launch.vector(order.view()).vector(offsets.view()).mat_or_null(weights).vector(slots);
         // All slots are below 2^31: so large a unit has all of them.
         let unit_slots = unit_slots.min(1 << 31) as u32;
         let launch = launch.value(k as u32).size(n).value(num_experts as i32).value(unit_slots);
         let launch = launch.value(i64::try_from(capacity).unwrap_or(i64::MAX)).fault(Fault::NotANumber);
         let launch = launch.fault(Fault::Argument { what: "a slot is negative" });
-        let grid = [n.div_ceil(DROP_CHOICES).min(DROP_PARTS), num_experts.clamp(1, MOST_EXPERTS), 1];
-        // SAFETY: `order` holds choices of `kept`, as the sort before leaves it, and `offsets` lie inside it.
+        let grid = blocks(num_experts.max(1), 1);
+        // SAFETY: `order` holds choices of `kept`, as the sort before leaves it, and `offsets` lie inside it; `keys` and
+        // `places` have as many elements.
         unsafe { launch.grid(grid).block([DROP_THREADS, 1, 1]).launch() }
     }
 }
