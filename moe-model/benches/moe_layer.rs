@@ -77,8 +77,8 @@ fn layer(world: &ThreadRank, tokens: usize, experts: usize, iterations: u64) -> 
     let values: Vec<f32> = (0..tokens * HIDDEN).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
     let x = Tensor::from_slice(&device, tokens, HIDDEN, &values)?;
     let pass = |cx: &mut Cx<f32, Cpu>| {
-        let (y, saved) = mlp.forward(0, x.clone(), cx)?;
-        let (_, deferred) = mlp.backward_input(0, y, saved, cx)?;
+        let (y, saved) = mlp.forward(0, x.clone().into(), cx)?;
+        let (_, deferred) = mlp.backward_input(0, y.sum(&cx.device)?, saved, cx)?;
         mlp.backward_weight(0, deferred, cx)
     };
     pass(&mut cx)?;

@@ -9,7 +9,7 @@ use crate::bias::{Bias, BiasPlace};
 use crate::cache::LayerCache;
 use crate::config::ModelConfig;
 use crate::context::{ContextAttention, ContextAttentionInputs, ContextAttentionSaved, Heads};
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer, Passed};
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::projections::{Projections, ProjectionsDeferred, ProjectionsSaved};
@@ -122,14 +122,14 @@ impl SelfAttention {
     pub fn extend<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        x: Tensor<T, D>,
+        x: Hidden<T, D>,
         cache: LayerCache<'_, T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Tensor<T, D>> {
-        let (h, _) = self.norm.forward(x.clone(), cx)?;
+    ) -> Result<Hidden<T, D>> {
+        let (h, norm) = self.norm.forward(x, cx)?;
         let (q, kv, _) = self.qkv.forward(m, &h, cx)?;
         let o = self.core.extend(m, &q, &kv, cache, cx)?;
-        self.add_output(&x, &o, cx)
+        self.add_output(norm.x, &o, cx)
     }
 
     /// Elements of a token's keys and values.
@@ -140,20 +140,19 @@ impl SelfAttention {
     /// `x + W_o · o`, with the bias if there is one.
     fn add_output<T: Float, D: Backend<T>>(
         &self,
-        x: &Tensor<T, D>,
+        x: Tensor<T, D>,
         o: &Tensor<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Tensor<T, D>> {
-        let (device, [tokens, hidden]) = (&cx.device, x.shape());
-        let mut partial = Tensor::uninit(device, o.shape()[0], hidden)?;
+    ) -> Result<Hidden<T, D>> {
+        let device = &cx.device;
+        let mut partial = Tensor::uninit(device, o.shape()[0], x.shape()[1])?;
         device.gemm(partial.view_mut()?, o.view(), Op::N, cx.params.weight(self.out)?, Op::T)?;
         let attended = cx.group(Attention::TP)?.reduce_scatter_rows(&partial)?;
-        let mut y = Tensor::uninit(device, tokens, hidden)?;
-        device.add(y.view_mut()?, x.view(), attended.view())?;
-        if let Some(bias) = self.out_bias {
-            bias.add_to(y.view_mut()?, cx)?;
-        }
-        Ok(y)
+        let y = Hidden { x, added: Some(attended) };
+        let Some(bias) = self.out_bias else { return Ok(y) };
+        let mut y = y.sum(device)?;
+        bias.add_to(y.view_mut()?, cx)?;
+        Ok(y.into())
     }
 }
 
@@ -161,11 +160,11 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for SelfAttention {
     type Saved = SelfAttentionSaved<T, D>;
     type Deferred = SelfAttentionDeferred<T, D>;
 
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
-        let (h, norm) = self.norm.forward(x.clone(), cx)?;
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
+        let (h, norm) = self.norm.forward(x, cx)?;
         let (q, kv, qkv) = self.qkv.forward(m, &h, cx)?;
         let (o, core) = self.core.forward(m, q, kv, cx)?;
-        let y = self.add_output(&x, &o, cx)?;
+        let y = self.add_output(norm.x.clone(), &o, cx)?;
         let core = match self.keep_core {
             true => CoreSaved::Whole { o, core },
             false => CoreSaved::Inputs(core.into_inputs()),

@@ -6,7 +6,7 @@ use crate::attention::SelfAttention;
 use crate::cache::LayerCache;
 use crate::config::ModelConfig;
 use crate::dense::DenseMlp;
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer, Passed};
 use crate::moe::MoeMlp;
 use crate::params::{ParamLayoutBuilder, Segment};
 use crate::recompute::{Recompute, RecomputeModule, RecomputeSaved, Rerun};
@@ -59,10 +59,10 @@ impl Block {
     pub fn extend<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        x: Tensor<T, D>,
+        x: Hidden<T, D>,
         cache: LayerCache<'_, T, D>,
         cx: &mut Cx<T, D>,
-    ) -> Result<Tensor<T, D>> {
+    ) -> Result<Hidden<T, D>> {
         cx.params.await_weights(self.segment)?;
         let x = self.attention.extend(m, x, cache, cx)?;
         Ok(self.mlp.layer.forward(m, x, cx)?.0)
@@ -86,7 +86,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Mlp {
     type Saved = Either<Saved<DenseMlp, T, D>, Saved<MoeMlp, T, D>>;
     type Deferred = Either<Deferred<DenseMlp, T, D>, Deferred<MoeMlp, T, D>>;
 
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
         Ok(match self {
             Mlp::Dense(mlp) => {
                 let (y, saved) = mlp.forward(m, x, cx)?;
@@ -138,7 +138,7 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for Mlp {
         }
     }
 
-    fn rerun(&self, m: u32, x: Tensor<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+    fn rerun(&self, m: u32, x: Hidden<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
         match (self, kept) {
             (Mlp::Dense(mlp), None) => Ok(Either::Dense(mlp.rerun(m, x, (), cx)?)),
             (Mlp::Moe(mlp), Some(kept)) => Ok(Either::Moe(mlp.rerun(m, x, kept, cx)?)),
@@ -151,7 +151,7 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for Block {
     type Saved = (Saved<SelfAttention, T, D>, Saved<Recompute<Mlp>, T, D>);
     type Deferred = (Deferred<SelfAttention, T, D>, Deferred<Mlp, T, D>);
 
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
         cx.params.await_weights(self.segment)?;
         let (x, attention) = self.attention.forward(m, x, cx)?;
         let (x, mlp) = self.mlp.forward(m, x, cx)?;
@@ -187,7 +187,7 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for Block {
         }
     }
 
-    fn rerun(&self, m: u32, x: Tensor<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+    fn rerun(&self, m: u32, x: Hidden<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved> {
         let (x, attention) = self.attention.forward(m, x, cx)?;
         Ok((attention, RecomputeSaved::Whole(self.mlp.layer.rerun(m, x, kept, cx)?)))
     }

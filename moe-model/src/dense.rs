@@ -7,7 +7,7 @@ use moe_topology::{Attention, Axes, Owner, Placement};
 use crate::axes::{CP_DP, TP_CP_DP};
 use crate::bias::{Bias, BiasPlace};
 use crate::config::ModelConfig;
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer, Passed};
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::recompute::{RecomputeModule, RecomputeModules, Rerun};
@@ -216,11 +216,10 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for DenseMlp {
     type Saved = DenseMlpSaved<T, D>;
     type Deferred = GatedMlpDeferred<T, D>;
 
-    fn forward(&self, _m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
-        let (h, norm) = self.norm.forward(x.clone(), cx)?;
+    fn forward(&self, _m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
+        let (h, norm) = self.norm.forward(x, cx)?;
         let (out, mlp) = self.mlp.forward(&h, cx)?;
-        let mut y = Tensor::uninit(&cx.device, x.shape()[0], x.shape()[1])?;
-        cx.device.add(y.view_mut()?, x.view(), out.view())?;
+        let y = Hidden { x: norm.x.clone(), added: Some(out) };
         Ok((y, DenseMlpSaved { norm, h: self.keep_normed.then_some(h), mlp }))
     }
 
@@ -248,7 +247,7 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for DenseMlp {
 
     fn keep(_saved: Self::Saved) {}
 
-    fn rerun(&self, _m: u32, x: Tensor<T, D>, _kept: (), cx: &mut Cx<T, D>) -> Result<Self::Saved> {
+    fn rerun(&self, _m: u32, x: Hidden<T, D>, _kept: (), cx: &mut Cx<T, D>) -> Result<Self::Saved> {
         let (h, norm) = self.norm.forward(x, cx)?;
         let mlp = self.mlp.activate(&h, cx)?;
         Ok(DenseMlpSaved { norm, h: self.keep_normed.then_some(h), mlp })

@@ -1,8 +1,37 @@
 //! The shape of a layer: forward, and backward in two halves.
 
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::{Backend, Device, Float, Tensor};
 
 use crate::{Cx, Result};
+
+/// Hidden states between two layers, `[tokens of this rank, hidden]`: `x`, and what the layer before adds to it over its residual
+/// connection. The sum is left to whoever needs it: a norm makes it in passing.
+#[derive(Debug)]
+pub struct Hidden<T: Float, D: Device> {
+    /// One summand.
+    pub x: Tensor<T, D>,
+    /// The other, if there is one.
+    pub added: Option<Tensor<T, D>>,
+}
+
+impl<T: Float, D: Device> From<Tensor<T, D>> for Hidden<T, D> {
+    fn from(x: Tensor<T, D>) -> Self {
+        Hidden { x, added: None }
+    }
+}
+
+impl<T: Float, D: Backend<T>> Hidden<T, D> {
+    /// The sum.
+    pub fn sum(self, device: &D) -> Result<Tensor<T, D>> {
+        let Hidden { x, added: Some(added) } = self else { return Ok(self.x) };
+        let mut y = Tensor::uninit(device, x.shape()[0], x.shape()[1])?;
+        device.add(y.view_mut()?, x.view(), added.view())?;
+        Ok(y)
+    }
+}
+
+/// What a layer's forward pass gives: its output, and what backward needs.
+pub type Passed<T, D, Saved> = (Hidden<T, D>, Saved);
 
 /// A layer with explicit forward and backward.
 ///
@@ -16,8 +45,8 @@ pub trait Layer<T: Float, D: Backend<T>> {
     /// Kept from the input gradient to the weight gradients.
     type Deferred;
 
-    /// `x, y: [tokens of this rank, hidden]`; `m` is the micro-batch.
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)>;
+    /// From hidden states to hidden states; `m` is the micro-batch.
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>>;
 
     /// Gradient of the input.
     fn backward_input(

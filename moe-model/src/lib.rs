@@ -111,7 +111,7 @@ pub use cx::{Choices, Cx, MicroBatch, Mode, MoeStats, Objective, Recorded, Recor
 pub use error::{Error, Result};
 pub use execution::Execution;
 pub use forced::ForcedRouting;
-pub use layer::Layer;
+pub use layer::{Hidden, Layer};
 pub use loss::LossSum;
 pub use pipeline::PipelineLayout;
 pub use recompute::{RecomputeModule, RecomputeModules};

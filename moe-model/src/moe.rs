@@ -16,7 +16,7 @@ use crate::cx::{Mode, RecordedRouting};
 use crate::dense::GatedMlpDeferred;
 use crate::expert_bias::ExpertBias;
 use crate::expert_mlp_bias::ExpertMlpBias;
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer, Passed};
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::recompute::{RecomputeModule, Rerun};
@@ -382,14 +382,13 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     type Saved = MoeMlpSaved<T, D>;
     type Deferred = MoeMlpDeferred<T, D>;
 
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
         let device = cx.device.clone();
-        let (h, norm) = self.norm.forward(x.clone(), cx)?;
+        let (h, norm) = self.norm.forward(x, cx)?;
         let routed = self.route(m, &h, cx)?;
         let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.forward(&h, cx))?;
         let [gate_up, activated] = self.gate_up(&rows, cx)?;
-        let [tokens, hidden] = x.shape();
-        let mut out = Tensor::uninit(&device, rows.rows, hidden)?;
+        let mut out = Tensor::uninit(&device, rows.rows, h.shape()[1])?;
         let weight = cx.params.weight(self.down)?;
         device.grouped_gemm(out.view_mut()?, activated.view(), weight, Op::T, rows.offsets.view())?;
         if let Some(bias) = self.mlp_bias {
@@ -397,14 +396,13 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         }
         let combined = self.dispatcher.combine(&self.fabric(cx)?, out, &routed.state)?;
 
-        let mut y = Tensor::uninit(&device, tokens, hidden)?;
-        device.add(y.view_mut()?, x.view(), combined.view())?;
+        let mut y = Hidden { x: norm.x.clone(), added: Some(combined) };
         if let (None, Some(expert)) = (&shared, &self.shared) {
             shared = Some(expert.forward(&h, cx)?);
         }
         let shared = match shared {
             Some((out, saved)) => {
-                device.add_assign(y.view_mut()?, out.view())?;
+                y = Hidden { x: y.sum(&device)?, added: Some(out) };
                 self.keeps(RecomputeModule::SharedExperts).then_some(saved)
             }
             None => None,
@@ -507,7 +505,7 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
     fn rerun(
         &self,
         _m: u32,
-        x: Tensor<T, D>,
+        x: Hidden<T, D>,
         routed: Routed<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<Self::Saved> {

@@ -4,6 +4,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Owner, Placement};
 
 use crate::axes::TP_CP_DP;
+use crate::layer::Hidden;
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed};
 use crate::{Cx, Result};
 
@@ -43,22 +44,28 @@ impl RmsNorm {
         Ok(RmsNorm { weight, eps })
     }
 
-    /// `x, y: [tokens, hidden]`.
+    /// `x, y: [tokens, hidden]`. What is saved has the sum of `x`.
     pub fn forward<T: Float, D: Backend<T>>(
         &self,
-        x: Tensor<T, D>,
+        x: impl Into<Hidden<T, D>>,
         cx: &Cx<T, D>,
     ) -> Result<(Tensor<T, D>, RmsNormSaved<T, D>)> {
+        let (device, Hidden { x, added }) = (&cx.device, x.into());
         let [tokens, hidden] = x.shape();
-        let mut y = Tensor::uninit(&cx.device, tokens, hidden)?;
-        let mut rstd = Tensor::uninit(&cx.device, 1, tokens)?;
-        cx.device.rms_norm(
-            y.view_mut()?,
-            rstd.view_mut()?,
-            x.view(),
-            cx.params.weight(self.weight)?,
-            self.eps,
-        )?;
+        let mut y = Tensor::uninit(device, tokens, hidden)?;
+        let mut rstd = Tensor::uninit(device, 1, tokens)?;
+        let (to, r, weight) = (y.view_mut()?, rstd.view_mut()?, cx.params.weight(self.weight)?);
+        let x = match added {
+            None => {
+                device.rms_norm(to, r, x.view(), weight, self.eps)?;
+                x
+            }
+            Some(added) => {
+                let mut sum = Tensor::uninit(device, tokens, hidden)?;
+                device.add_rms_norm(sum.view_mut()?, to, r, x.view(), added.view(), weight, self.eps)?;
+                sum
+            }
+        };
         Ok((y, RmsNormSaved { x, rstd }))
     }
 

@@ -10,7 +10,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer, Passed};
 use crate::{Cx, Error, Result};
 
 /// What can be recomputed, under the names of Megatron's `--recompute-modules` where it has them.
@@ -126,7 +126,7 @@ pub trait Rerun<T: Float, D: Backend<T>>: Layer<T, D> {
     fn keep(saved: Self::Saved) -> Self::Kept;
 
     /// What the forward pass of `x` saved, again. What backward does not read (the output) need not be computed.
-    fn rerun(&self, m: u32, x: Tensor<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved>;
+    fn rerun(&self, m: u32, x: Hidden<T, D>, kept: Self::Kept, cx: &mut Cx<T, D>) -> Result<Self::Saved>;
 }
 
 /// A layer that keeps its input alone, if it is recomputed, and all that its backward pass needs, if not.
@@ -156,13 +156,14 @@ impl<T: Float, D: Backend<T>, L: Rerun<T, D>> Layer<T, D> for Recompute<L> {
     type Saved = RecomputeSaved<L::Saved, L::Kept, T, D>;
     type Deferred = L::Deferred;
 
-    fn forward(&self, m: u32, x: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<(Tensor<T, D>, Self::Saved)> {
-        let input = self.enabled.then(|| x.clone());
-        let (y, saved) = self.layer.forward(m, x, cx)?;
-        Ok(match input {
-            Some(x) => (y, RecomputeSaved::Input { x, kept: L::keep(saved) }),
-            None => (y, RecomputeSaved::Whole(saved)),
-        })
+    fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
+        if !self.enabled {
+            let (y, saved) = self.layer.forward(m, x, cx)?;
+            return Ok((y, RecomputeSaved::Whole(saved)));
+        }
+        let x = x.sum(&cx.device)?;
+        let (y, saved) = self.layer.forward(m, x.clone().into(), cx)?;
+        Ok((y, RecomputeSaved::Input { x, kept: L::keep(saved) }))
     }
 
     fn backward_input(
@@ -174,7 +175,7 @@ impl<T: Float, D: Backend<T>, L: Rerun<T, D>> Layer<T, D> for Recompute<L> {
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
         let saved = match saved {
             RecomputeSaved::Whole(saved) => saved,
-            RecomputeSaved::Input { x, kept } => self.layer.rerun(m, x, kept, cx)?,
+            RecomputeSaved::Input { x, kept } => self.layer.rerun(m, x.into(), kept, cx)?,
         };
         self.layer.backward_input(m, dy, saved, cx)
     }

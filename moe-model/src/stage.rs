@@ -14,7 +14,7 @@ use crate::cx::MoeStats;
 use crate::embedding::TokenEmbedding;
 use crate::expert_bias::ExpertBias;
 use crate::head::Head;
-use crate::layer::Layer;
+use crate::layer::{Hidden, Layer};
 use crate::moe::MoeMlp;
 use crate::params::ParamLayoutBuilder;
 use crate::pipeline::PipelineLayout;
@@ -154,12 +154,13 @@ impl DecoderStage {
         cx: &mut Cx<T, D>,
         mut keep: impl FnMut(SavedBlock<T, D>),
     ) -> Result<Activation<T, D>> {
-        let mut x = self.input(m, x, cx)?;
+        let mut x = Hidden::from(self.input(m, x, cx)?);
         for block in &self.blocks {
             let (y, saved) = block.forward(m, x, cx)?;
             keep(saved);
             x = y;
         }
+        let x = x.sum(&cx.device)?;
         Ok(Activation { x, choices: cx.choices.take() })
     }
 
@@ -262,10 +263,11 @@ impl DecoderStage {
             return Err(self.error("a micro-batch has another number of sequences than the cache"));
         }
         cache.check_room(added)?;
-        let mut x = self.input(m, x, cx)?;
+        let mut x = Hidden::from(self.input(m, x, cx)?);
         for (block, layer) in self.blocks.iter().zip(cache.layers()) {
             x = block.layer.extend(m, x, layer, cx)?;
         }
+        let mut x = x.sum(&cx.device)?;
         cache.added(added);
         if let Some(head) = &self.head {
             let last = x.shape()[0].saturating_sub(logits * batch)..x.shape()[0];

@@ -8,7 +8,7 @@ use moe_model::axes::communicators;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
 use moe_model::recompute::Recompute;
 use moe_model::{
-    Block, Cx, DropUnit, Execution, ExpertCapacity, Layer, MicroBatch, Mode, ModelConfig, MoeStats,
+    Block, Cx, DropUnit, Execution, ExpertCapacity, Hidden, Layer, MicroBatch, Mode, ModelConfig, MoeStats,
     Objective, Result, RopeTable,
 };
 use moe_topology::{Folding, Mapping};
@@ -129,7 +129,7 @@ fn passes<T: Float, D: Backend<T>>(case: &Case, device: &D, waits: impl Fn(&D) -
     for (m, (x, dy)) in (0..MICRO_BATCHES).zip(operands) {
         let choices = (config.choices_of_all_layers() > 0).then(|| Tensor::zeros(device, 1, EXPERTS));
         cx.choices = choices.transpose()?;
-        let (mut x, mut dx, mut kept) = (x, dy, Vec::new());
+        let (mut x, mut dx, mut kept) = (Hidden::from(x), dy, Vec::new());
         for layer in &layers {
             let (y, saved) = layer.forward(m, x, &mut cx)?;
             kept.push(saved);

@@ -188,7 +188,7 @@ where
         (0..rows * model.hidden_size).map(|i| ((i * 37 + rank * 101) as f64).sin()).collect();
     let before = device.memory().live;
     let x = Tensor::from_f64(&device, rows, model.hidden_size, &values)?;
-    let (y, _saved) = layer.forward(0, x, &mut cx)?;
+    let (y, _saved) = layer.forward(0, x.into(), &mut cx)?;
     drop(y);
     Ok(device.memory().live - before)
 }

@@ -90,7 +90,8 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
     }
 
     pub fn forward(&mut self, x: &Tensor<T, D>) -> Result<Forward<T, D>, Error> {
-        Ok(self.mlp.forward(0, x.clone(), &mut self.cx)?)
+        let (y, saved) = self.mlp.forward(0, x.clone().into(), &mut self.cx)?;
+        Ok((y.sum(&self.cx.device)?, saved))
     }
 
     /// Output and gradient of the input; those of the weights are new, as in the first micro-batch of a step.
@@ -115,7 +116,7 @@ impl<T: Float, D: Backend<T>> MoeLayer<T, D> {
                 start = Instant::now();
                 Ok(())
             };
-            let (_, saved) = self.mlp.forward(0, x.clone(), &mut self.cx)?;
+            let (_, saved) = self.forward(x)?;
             lap(0)?;
             let (_, deferred) = self.mlp.backward_input(0, dy.clone(), saved, &mut self.cx)?;
             lap(1)?;
