@@ -51,25 +51,26 @@ impl HeadNorms {
         Ok([of(self.q, q, q_raw)?, of(self.k, k, k_raw)?])
     }
 
-    /// The gradients of what was normed; adds to those of the weights.
+    /// The gradients of what was normed, those of queries beside those of keys in `d`; adds to those of the weights.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        [dq_raw, dk_raw]: [ViewMut<'_, T, D>; 2],
+        mut d: ViewMut<'_, T, D>,
         [dq, dk]: [View<'_, T, D>; 2],
         [q, k]: [RmsNormSaved<T, D>; 2],
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
         let (device, rope) = (cx.device.clone(), cx.rope.clone());
         let positions = cx.batch(m)?.rotary_positions().clone();
-        let mut of = |norm: RmsNorm, dx, dy, saved: RmsNormSaved<T, D>| {
+        let mut of = |norm: RmsNorm, dx: ViewMut<'_, T, D>, dy, saved: RmsNormSaved<T, D>| {
             let (weight, grad) = cx.params.weight_and_grad(norm.weight)?;
             let (x, rstd, head) = (saved.x.view(), saved.rstd.view(), rope.head(self.head_dim));
             let (cos, sin, positions) = (rope.cos.view(), rope.sin.view(), positions.view());
             device.rms_norm_rope_backward(dx, grad, dy, x, weight, rstd, cos, sin, positions, head)?;
             Result::Ok(())
         };
-        of(self.q, dq_raw, dq, q)?;
-        of(self.k, dk_raw, dk, k)
+        let (q_width, both) = (dq.shape()[1], d.shape()[1]);
+        of(self.q, d.reborrow().columns(0..q_width)?, dq, q)?;
+        of(self.k, d.columns(q_width..both)?, dk, k)
     }
 }

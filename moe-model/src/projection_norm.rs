@@ -76,13 +76,14 @@ impl ProjectionNorms {
         Ok(([q, k], [q_saved, k_saved]))
     }
 
-    /// The gradients of what was normed; adds to those of the weights.
+    /// The gradients of what was normed, those of queries beside those of keys in `d`; adds to those of the weights.
     pub fn backward<T: Float, D: Backend<T>>(
         &self,
+        mut d: ViewMut<'_, T, D>,
         [dq, dk]: [&Tensor<T, D>; 2],
         [q, k]: [RmsNormSaved<T, D>; 2],
         cx: &mut Cx<T, D>,
-    ) -> Result<[Tensor<T, D>; 2]> {
+    ) -> Result<()> {
         let (device, whole) = (cx.device.clone(), cx.group(Attention::TP)?.size());
         let of = |sums: ViewMut<'_, T::Acc, D>, dy: &Tensor<T, D>, x: &Tensor<T, D>, weight: ParamId| {
             Ok(device.rms_norm_backward_sums(sums, dy.view(), x.view(), cx.params.weight(weight)?)?)
@@ -92,21 +93,19 @@ impl ProjectionNorms {
             cx,
             [&|sums| of(sums, dq, &q.x, self.q), &|sums| of(sums, dk, &k.x, self.k)],
         )?;
-        let mut part = |dy: &Tensor<T, D>,
+        let mut part = |dx: ViewMut<'_, T, D>,
+                        dy: &Tensor<T, D>,
                         saved: RmsNormSaved<T, D>,
                         weight: ParamId,
                         sums: View<'_, T::Acc, D>| {
-            let [n, width] = dy.shape();
-            let mut dx = Tensor::uninit(&device, n, width)?;
             let (weight, grad) = cx.params.weight_and_grad(weight)?;
             let (x, rstd) = (saved.x.view(), saved.rstd.view());
-            let whole = width * whole;
-            device.rms_norm_part_backward(dx.view_mut()?, grad, dy.view(), x, weight, rstd, sums, whole)?;
-            Result::Ok(dx)
+            let whole = dy.shape()[1] * whole;
+            Result::Ok(device.rms_norm_part_backward(dx, grad, dy.view(), x, weight, rstd, sums, whole)?)
         };
-        let dq = part(dq, q, self.q, sums.view().rows(0..1)?)?;
-        let dk = part(dk, k, self.k, sums.view().rows(1..2)?)?;
-        Ok([dq, dk])
+        let (q_width, both) = (dq.shape()[1], d.shape()[1]);
+        part(d.reborrow().columns(0..q_width)?, dq, q, self.q, sums.view().rows(0..1)?)?;
+        part(d.columns(q_width..both)?, dk, k, self.k, sums.view().rows(1..2)?)
     }
 }
 

@@ -20,11 +20,21 @@ use crate::{Cx, Result};
 /// are summed.
 #[derive(Debug, Clone, Copy)]
 pub struct Qkv {
-    q: ParamId,
-    kv: ParamId,
+    weights: Weights,
+    /// Columns of queries and of keys on this rank.
+    widths: [usize; 2],
     biases: Option<Biases>,
     norms: Option<Norms>,
     head_dim: usize,
+}
+
+/// How the weights of queries, keys and values are stored.
+#[derive(Debug, Clone, Copy)]
+enum Weights {
+    /// One below the other, so that all are one product.
+    Together(ParamId),
+    /// Ranks that share KV heads sum gradients of keys and values, below each other here, over other ranks than those of queries.
+    Apart { q: ParamId, kv: ParamId },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +65,8 @@ pub type Projected<T, D, Saved> = (Tensor<T, D>, Tensor<T, D>, Saved);
 #[derive(Debug)]
 pub struct QkvDeferred<T: Float, D: Device> {
     rows: Tensor<T, D>,
-    dq: Tensor<T, D>,
-    dkv: Tensor<T, D>,
+    /// Of queries, keys and values, beside each other.
+    d: Tensor<T, D>,
 }
 
 impl Qkv {
@@ -70,8 +80,12 @@ impl Qkv {
         let (hidden, head_dim) = (config.hidden_size, config.head_dim());
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         // The inner digit of TP tells apart ranks that hold the same KV head (size 1 unless heads are fewer than TP).
+        let shared = params.folding().size(Attention::TP_INNER) > 1;
         let queries = BiasPlace { sharded: Attention::TP, partial: CP_DP, stage };
-        let keys = BiasPlace { sharded: Attention::TP_OUTER, partial: SHARED_KV, stage };
+        let keys = match shared {
+            true => BiasPlace { sharded: Attention::TP_OUTER, partial: SHARED_KV, stage },
+            false => queries,
+        };
         let weight = |name: &str, heads: usize, place: BiasPlace| -> Result<Logical> {
             let (dims, shards) = ([heads * head_dim, hidden], [(0, place.sharded)]);
             Ok(Logical {
@@ -85,8 +99,12 @@ impl Qkv {
                 init: Init::Normal(config.initializer_range),
             })
         };
-        let q = params.add(&[weight("q_proj", heads, queries)?])?;
-        let kv = params.add(&[weight("k_proj", kv_heads, keys)?, weight("v_proj", kv_heads, keys)?])?;
+        let (q, k) = (weight("q_proj", heads, queries)?, weight("k_proj", kv_heads, keys)?);
+        let v = weight("v_proj", kv_heads, keys)?;
+        let weights = match shared {
+            true => Weights::Apart { q: params.add(&[q])?, kv: params.add(&[k, v])? },
+            false => Weights::Together(params.add(&[q, k, v])?),
+        };
         let mut bias =
             |name, heads: usize, place| Bias::new(params, prefix, &[name], heads * head_dim, place);
         let biases = match config.attention_bias {
@@ -104,7 +122,10 @@ impl Qkv {
                 Some(Norms::Projections(ProjectionNorms::new(params, config, prefix, queries, keys)?))
             }
         };
-        Ok(Qkv { q, kv, biases, norms, head_dim })
+        let of_rank =
+            |heads: usize, place: BiasPlace| heads / params.folding().size(place.sharded) * head_dim;
+        let widths = [of_rank(heads, queries), of_rank(kv_heads, keys)];
+        Ok(Qkv { weights, widths, biases, norms, head_dim })
     }
 
     /// `h: [tokens of this rank, hidden]` of micro-batch `m`; returns `q: [n, heads · head_dim]` and, keys before values,
@@ -117,25 +138,34 @@ impl Qkv {
     ) -> Result<Projected<T, D, QkvSaved<T, D>>> {
         let (device, rows) = (&cx.device, cx.group(Attention::TP)?.all_gather_rows(h)?);
         let n = rows.shape()[0];
-        let (q_weight, kv_weight) = (cx.params.weight(self.q)?, cx.params.weight(self.kv)?);
-        let (q_width, kv_width) = (q_weight.shape()[0], kv_weight.shape()[0] / 2);
-        let (keys, values) = (0..kv_width, kv_width..2 * kv_width);
-        let project = |mut y: ViewMut<'_, T, D>, weight: View<'_, T, D>, bias: Option<Bias>| {
-            device.gemm(y.reborrow(), rows.view(), Op::N, weight, Op::T)?;
-            bias.map_or(Ok(()), |bias| bias.add_to(y, cx))
-        };
-        let [q_bias, k_bias, v_bias] = match self.biases {
-            None => [None; 3],
-            Some(Biases { q, k, v }) => [Some(q), Some(k), Some(v)],
-        };
-        let (mut q_raw, mut k_raw) =
-            (Tensor::uninit(device, n, q_width)?, Tensor::uninit(device, n, kv_width)?);
+        let ([q_width, kv_width], [both, all]) = (self.widths, self.ends());
+        let values = kv_width..2 * kv_width;
+        let project = |y: ViewMut<'_, T, D>, weight| device.gemm(y, rows.view(), Op::N, weight, Op::T);
+        let mut raw = Tensor::uninit(device, n, both)?;
         let (mut q, mut kv) = (Tensor::uninit(device, n, q_width)?, Tensor::uninit(device, n, 2 * kv_width)?);
-        project(q_raw.view_mut()?, q_weight, q_bias)?;
-        project(k_raw.view_mut()?, kv_weight.rows(keys.clone())?, k_bias)?;
-        project(kv.view_mut()?.columns(values.clone())?, kv_weight.rows(values)?, v_bias)?;
+        let v_to = kv.view_mut()?.columns(values.clone())?;
+        match self.weights {
+            Weights::Together(id) => {
+                let weight = cx.params.weight(id)?;
+                project(raw.view_mut()?, weight.rows(0..both)?)?;
+                project(v_to, weight.rows(both..all)?)?;
+            }
+            Weights::Apart { q, kv } => {
+                let kv_weight = cx.params.weight(kv)?;
+                project(raw.view_mut()?.columns(0..q_width)?, cx.params.weight(q)?)?;
+                project(raw.view_mut()?.columns(q_width..both)?, kv_weight.rows(0..kv_width)?)?;
+                project(v_to, kv_weight.rows(values.clone())?)?;
+            }
+        }
+        if let Some(Biases { q, k, v }) = self.biases {
+            q.add_to(raw.view_mut()?.columns(0..q_width)?, cx)?;
+            k.add_to(raw.view_mut()?.columns(q_width..both)?, cx)?;
+            v.add_to(kv.view_mut()?.columns(values)?, cx)?;
+        }
+        let (mut q_raw, mut k_raw) = (raw.columns(0..q_width)?, raw.columns(q_width..both)?);
+        drop(raw);
 
-        let (q_to, k_to) = (q.view_mut()?, kv.view_mut()?.columns(keys)?);
+        let (q_to, k_to) = (q.view_mut()?, kv.view_mut()?.columns(0..kv_width)?);
         let mut norms = None;
         match self.norms {
             Some(Norms::Heads(norm)) => norms = Some(norm.forward(m, [q_to, k_to], [q_raw, k_raw], cx)?),
@@ -165,36 +195,45 @@ impl Qkv {
         let device = cx.device.clone();
         let QkvSaved { norms } = saved;
         let rows = cx.group(Attention::TP)?.start_all_gather_rows(&h)?;
-        let ([n, q_width], kv_width, hidden) = (dq.shape(), dk.shape()[1], h.shape()[1]);
-        let (mut dq_raw, mut dkv) =
-            (Tensor::uninit(&device, n, q_width)?, Tensor::uninit(&device, n, 2 * kv_width)?);
-        let (dq_to, dk_to) = (dq_raw.view_mut()?, dkv.view_mut()?.columns(0..kv_width)?);
+        let (q_width, [both, all], [n, hidden]) =
+            (self.widths[0], self.ends(), [dq.shape()[0], h.shape()[1]]);
+        let mut d = Tensor::uninit(&device, n, all)?;
+        let turn = |to: ViewMut<'_, T, D>, dy: &Tensor<T, D>, cx: &Cx<T, D>| {
+            cx.rope.apply(&device, to, dy.view(), self.head_dim, cx.batch(m)?, Rotation::Backward)
+        };
         match (self.norms, norms) {
             (Some(Norms::Heads(norm)), Some(saved)) => {
-                norm.backward(m, [dq_to, dk_to], [dq.view(), dk.view()], saved, cx)?;
+                norm.backward(m, d.view_mut()?.columns(0..both)?, [dq.view(), dk.view()], saved, cx)?;
             }
-            (other, saved) => {
-                let batch = cx.batch(m)?;
-                cx.rope.apply(&device, dq_to, dq.view(), self.head_dim, batch, Rotation::Backward)?;
-                cx.rope.apply(&device, dk_to, dk.view(), self.head_dim, batch, Rotation::Backward)?;
-                if let (Some(Norms::Projections(norm)), Some(saved)) = (other, saved) {
-                    let dk_turned = dkv.columns(0..kv_width)?;
-                    let dk_raw;
-                    [dq_raw, dk_raw] = norm.backward([&dq_raw, &dk_turned], saved, cx)?;
-                    drop(dk_turned);
-                    device.copy_rows(dkv.view_mut()?.columns(0..kv_width)?, dk_raw.view())?;
-                }
+            (Some(Norms::Projections(norm)), Some(saved)) => {
+                let mut turned = Tensor::uninit(&device, n, both)?;
+                turn(turned.view_mut()?.columns(0..q_width)?, &dq, cx)?;
+                turn(turned.view_mut()?.columns(q_width..both)?, &dk, cx)?;
+                let turned = [turned.columns(0..q_width)?, turned.columns(q_width..both)?];
+                norm.backward(d.view_mut()?.columns(0..both)?, turned.each_ref(), saved, cx)?;
+            }
+            _ => {
+                turn(d.view_mut()?.columns(0..q_width)?, &dq, cx)?;
+                turn(d.view_mut()?.columns(q_width..both)?, &dk, cx)?;
             }
         }
-        device.copy_rows(dkv.view_mut()?.columns(kv_width..2 * kv_width)?, dv.view())?;
+        device.copy_rows(d.view_mut()?.columns(both..all)?, dv.view())?;
 
         let mut d_rows = Tensor::uninit(&device, n, hidden)?;
-        device.gemm(d_rows.view_mut()?, dq_raw.view(), Op::N, cx.params.weight(self.q)?, Op::N)?;
-        let mut d_rows_kv = Tensor::uninit(&device, n, hidden)?;
-        device.gemm(d_rows_kv.view_mut()?, dkv.view(), Op::N, cx.params.weight(self.kv)?, Op::N)?;
-        device.add_assign(d_rows.view_mut()?, d_rows_kv.view())?;
+        let project = |d_rows: ViewMut<'_, T, D>, d: View<'_, T, D>, weight, cx: &Cx<T, D>| {
+            Result::Ok(device.gemm(d_rows, d, Op::N, cx.params.weight(weight)?, Op::N)?)
+        };
+        match self.weights {
+            Weights::Together(weight) => project(d_rows.view_mut()?, d.view(), weight, cx)?,
+            Weights::Apart { q, kv } => {
+                project(d_rows.view_mut()?, d.view().columns(0..q_width)?, q, cx)?;
+                let mut d_rows_kv = Tensor::uninit(&device, n, hidden)?;
+                project(d_rows_kv.view_mut()?, d.view().columns(q_width..all)?, kv, cx)?;
+                device.add_assign(d_rows.view_mut()?, d_rows_kv.view())?;
+            }
+        }
         let dh = cx.group(Attention::TP)?.reduce_scatter_rows(&d_rows)?;
-        Ok((dh, QkvDeferred { rows: rows.wait()?, dq: dq_raw, dkv }))
+        Ok((dh, QkvDeferred { rows: rows.wait()?, d }))
     }
 
     /// Adds to the gradients of weights and biases.
@@ -203,15 +242,29 @@ impl Qkv {
         deferred: QkvDeferred<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<()> {
-        let QkvDeferred { rows, dq, dkv } = deferred;
-        cx.params.add_product(self.q, dq.view(), Op::T, rows.view(), Op::N)?;
-        cx.params.add_product(self.kv, dkv.view(), Op::T, rows.view(), Op::N)?;
+        let QkvDeferred { rows, d } = deferred;
+        let (q_width, [both, all]) = (self.widths[0], self.ends());
+        match self.weights {
+            Weights::Together(weight) => {
+                cx.params.add_product(weight, d.view(), Op::T, rows.view(), Op::N)?;
+            }
+            Weights::Apart { q, kv } => {
+                let (dq, dkv) = (d.view().columns(0..q_width)?, d.view().columns(q_width..all)?);
+                cx.params.add_product(q, dq, Op::T, rows.view(), Op::N)?;
+                cx.params.add_product(kv, dkv, Op::T, rows.view(), Op::N)?;
+            }
+        }
         if let Some(Biases { q, k, v }) = self.biases {
-            let (width, both) = (dkv.shape()[1] / 2, dkv.shape()[1]);
-            q.backward(&dq, cx)?;
-            k.backward(&dkv.columns(0..width)?, cx)?;
-            v.backward(&dkv.columns(width..both)?, cx)?;
+            q.backward(&d.columns(0..q_width)?, cx)?;
+            k.backward(&d.columns(q_width..both)?, cx)?;
+            v.backward(&d.columns(both..all)?, cx)?;
         }
         Ok(())
+    }
+
+    /// Where keys and values end beside queries on this rank.
+    fn ends(&self) -> [usize; 2] {
+        let [q, kv] = self.widths;
+        [q + kv, q + 2 * kv]
     }
 }
