@@ -6,7 +6,7 @@ use moe_topology::{Attention, Owner, Placement};
 use crate::axes::CP_DP;
 use crate::config::ModelConfig;
 use crate::params::{Init, Logical, Name, ParamId, ParamLayoutBuilder, Placed, Segment};
-use crate::{Cx, Result};
+use crate::{Cx, PipelineLayout, Result};
 
 /// Looks ids up in this rank's block of the table, then sums the blocks' results over TP while scattering the sequence.
 #[derive(Debug, Clone, Copy)]
@@ -21,38 +21,45 @@ pub struct TokenEmbedding {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The matrix `[vocab, hidden]` of the embedding (`own_name` is its name) or of the head, vocabulary-parallel: its storage
-/// and the first row of this rank's block. If the two are tied it is the embedding's, which the first and the last stage
-/// own together.
+/// and the first row of this rank's block; it is on pipeline rank `owner`. If the two are tied it is the embedding's, which the first and the last stage
+/// own together: a copy each, also if both are on one rank, so that sums do not depend on where stages are.
 pub(crate) fn vocabulary_matrix(
     params: &mut ParamLayoutBuilder<'_>,
     config: &ModelConfig,
+    layout: &PipelineLayout,
     own_name: &str,
-    stage: usize,
+    owner: usize,
 ) -> Result<(ParamId, usize)> {
     let dims = [config.vocab_size, config.hidden_size];
-    let last_stage = params.folding().size(Attention::PP) - 1;
+    let [first, last] = layout.ends();
     let (name, owner) = match config.tie_word_embeddings {
-        true => (EMBEDDING, Owner::Tied(0, last_stage)),
-        false => (own_name, Owner::Stage(stage)),
+        true => (EMBEDDING, Owner::Tied(first, last)),
+        false => (own_name, Owner::Stage(owner)),
     };
     let placement = Placement::new(&dims, &[(0, Attention::TP)], CP_DP, owner)?;
-    let first = placement.slice(params.folding(), params.rank())[0].start;
-    if let Some(id) = params.find(name) {
-        return Ok((id, first));
-    }
-    let id = params.add(&[Logical {
-        name: Name::One(name.to_owned()),
-        placement: Placed::Attention(placement),
-        init: Init::Normal(config.initializer_range),
-    }])?;
-    Ok((id, first))
+    let first_row = placement.slice(params.folding(), params.rank())[0].start;
+    let id = match params.find(name) {
+        Some(id) if layout.stages() == 1 => params.share(id),
+        Some(id) => params.copy(id),
+        None => params.add(&[Logical {
+            name: Name::One(name.to_owned()),
+            placement: Placed::Attention(placement),
+            init: Init::Normal(config.initializer_range),
+        }])?,
+    };
+    Ok((id, first_row))
 }
 
 impl TokenEmbedding {
     /// On the first stage.
-    pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        layout: &PipelineLayout,
+    ) -> Result<Self> {
         let segment = params.begin_segment();
-        let (table, first) = vocabulary_matrix(params, config, EMBEDDING, stage)?;
+        let [owner, _] = layout.ends();
+        let (table, first) = vocabulary_matrix(params, config, layout, EMBEDDING, owner)?;
         Ok(TokenEmbedding { segment, table, first, pad_token_id: config.pad_token_id })
     }
 

@@ -87,6 +87,20 @@ pub enum Error {
         /// Pipeline ranks of the folding.
         pp: usize,
     },
+    /// A placement for other stages than those of a layout.
+    #[error(
+        "a layout of {} stages on {} ranks cannot be placed as {} stages on {} ranks in {} copies",
+        expected.1, expected.0, got.1, got.0, got.2
+    )]
+    Placement {
+        /// Ranks, stages and copies of the layout.
+        expected: (u32, u32, u32),
+        /// Those of the placement.
+        got: (u32, u32, u32),
+    },
+    /// Stages cannot be placed so.
+    #[error(transparent)]
+    Pipeline(#[from] moe_pipeline::Error),
     /// A stage got what it does not take.
     #[error("stage {stage}: {what}")]
     Stage {

@@ -14,7 +14,7 @@ use crate::config::ModelConfig;
 use crate::embedding::vocabulary_matrix;
 use crate::norm::{RmsNorm, RmsNormSaved};
 use crate::params::{ParamId, ParamLayoutBuilder, Segment};
-use crate::{Cx, Result};
+use crate::{Cx, PipelineLayout, Result};
 
 /// Bytes that a chunk's logits take at most on one rank, but for the least number of tokens: few beside what else a model keeps,
 /// and yet so many tokens (2,048 in bf16 with 151,936 words) that on an H200 fewer chunks are not faster. Each chunk reads the
@@ -49,11 +49,16 @@ struct Normed<T: Float, D: Device> {
 
 impl Head {
     /// On the last stage.
-    pub fn new(params: &mut ParamLayoutBuilder<'_>, config: &ModelConfig, stage: usize) -> Result<Self> {
+    pub fn new(
+        params: &mut ParamLayoutBuilder<'_>,
+        config: &ModelConfig,
+        layout: &PipelineLayout,
+    ) -> Result<Self> {
         let segment = params.begin_segment();
+        let [_, owner] = layout.ends();
         let norm =
-            RmsNorm::new(params, "model.norm.weight".into(), config.hidden_size, config.rms_norm_eps, stage)?;
-        let (weight, first) = vocabulary_matrix(params, config, "lm_head.weight", stage)?;
+            RmsNorm::new(params, "model.norm.weight".into(), config.hidden_size, config.rms_norm_eps, owner)?;
+        let (weight, first) = vocabulary_matrix(params, config, layout, "lm_head.weight", owner)?;
         let largest_block = config.vocab_size.div_ceil(params.folding().size(Attention::TP));
         Ok(Head { segment, norm, weight, first, largest_block, chunk_bytes: CHUNK_BYTES })
     }

@@ -4,9 +4,12 @@ mod text;
 
 use std::ops::Range;
 
+use moe_pipeline::Placement;
+
 use crate::{Error, Result};
 
-/// Consecutive layers cut into PP·VPP stages; stage `s` is on pipeline rank `s mod PP`, so with several virtual stages a
+/// Consecutive layers cut into PP·VPP stages; stage `s` is on pipeline rank `s mod PP` unless it is [placed](Self::placed)
+/// otherwise, so with several virtual stages a
 /// rank has layers from all over the model. The embedding is on the first stage, the head on the last.
 ///
 /// ```
@@ -23,7 +26,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PipelineLayout {
-    ranks: usize,
+    placement: Placement,
     /// Where each stage begins, and the number of layers.
     bounds: Vec<usize>,
 }
@@ -38,7 +41,8 @@ impl PipelineLayout {
         if stages == 0 || layers < stages {
             return Err(Error::FewLayers { layers, stages });
         }
-        Ok(PipelineLayout { ranks, bounds: (0..=stages).map(|stage| stage * layers / stages).collect() })
+        let bounds = (0..=stages).map(|stage| stage * layers / stages).collect();
+        Ok(PipelineLayout { placement: looped(ranks, virtual_stages)?, bounds })
     }
 
     /// `layers_per_stage[s]` of `layers` layers on stage `s`. The first and the last stage may have none.
@@ -58,7 +62,7 @@ impl PipelineLayout {
             bounds.push(bounds[bounds.len() - 1] + layers);
         }
         match bounds[stages] {
-            got if got == layers => Ok(PipelineLayout { ranks, bounds }),
+            got if got == layers => Ok(PipelineLayout { placement: looped(ranks, stages / ranks)?, bounds }),
             got => Err(Error::LayerCount { got, layers }),
         }
     }
@@ -83,9 +87,37 @@ impl PipelineLayout {
         Self::new(layers, ranks, &text::layers_per_stage(text)?)
     }
 
+    /// The same stages on other ranks: where a schedule has them.
+    ///
+    /// ```
+    /// use moe_model::PipelineLayout;
+    /// use moe_pipeline::Placement;
+    ///
+    /// // Down the ranks and back up: the embedding and the head are on the first.
+    /// let v_shaped = PipelineLayout::even(8, 2, 2)?.placed(Placement::v_shaped(2)?)?;
+    /// assert_eq!(v_shaped.stages_of(0).collect::<Vec<_>>(), [0, 3]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Other numbers of ranks or stages, or several copies of a stage.
+    pub fn placed(self, placement: Placement) -> Result<Self> {
+        let sizes = |placement: &Placement| (placement.ranks(), placement.stages(), placement.copies());
+        let (expected, got) = (sizes(&self.placement), sizes(&placement));
+        match got == expected {
+            true => Ok(PipelineLayout { placement, ..self }),
+            false => Err(Error::Placement { expected, got }),
+        }
+    }
+
+    /// Which rank has which stage.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
     /// Pipeline ranks, PP.
     pub fn ranks(&self) -> usize {
-        self.ranks
+        self.placement.ranks() as usize
     }
 
     /// Stages, PP·VPP.
@@ -95,7 +127,7 @@ impl PipelineLayout {
 
     /// Stages per rank, VPP.
     pub fn virtual_stages(&self) -> usize {
-        self.stages() / self.ranks
+        self.stages() / self.ranks()
     }
 
     /// The layers of a stage.
@@ -110,8 +142,18 @@ impl PipelineLayout {
 
     /// The stages of a pipeline rank, ascending.
     pub fn stages_of(&self, rank: usize) -> impl Iterator<Item = usize> {
-        (rank..self.stages()).step_by(self.ranks)
+        self.placement.stages_of(rank as u32).iter().map(|&stage| stage as usize)
     }
+
+    /// The pipeline rank of the embedding, and that of the head.
+    pub fn ends(&self) -> [usize; 2] {
+        [0, self.placement.stages() - 1].map(|stage| self.placement.rank_of(stage).unwrap_or(0) as usize)
+    }
+}
+
+fn looped(ranks: usize, virtual_stages: usize) -> Result<Placement> {
+    let [ranks, virtual_stages] = [ranks, virtual_stages].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+    Ok(Placement::looped(ranks, virtual_stages)?)
 }
 
 #[cfg(test)]
@@ -138,6 +180,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn stages_are_where_they_are_placed() {
+        for ranks in 1..=5 {
+            let looped = PipelineLayout::even(2 * ranks + 3, ranks, 2).unwrap();
+            assert_eq!(looped.ends(), [0, ranks - 1]);
+            let placed = looped.clone().placed(Placement::v_shaped(ranks as u32).unwrap()).unwrap();
+            assert_eq!(placed.ends(), [0, 0]);
+            for rank in 0..ranks {
+                assert!(placed.stages_of(rank).eq([rank, 2 * ranks - 1 - rank]));
+            }
+            assert!((0..2 * ranks).all(|stage| placed.layers(stage) == looped.layers(stage)));
+        }
+        let refusal = |placement: moe_pipeline::Result<Placement>| {
+            let layout = PipelineLayout::even(8, 2, 2).unwrap();
+            layout.placed(placement.unwrap()).unwrap_err().to_string()
+        };
+        assert_eq!(
+            refusal(Placement::v_shaped(4)),
+            "a layout of 4 stages on 2 ranks cannot be placed as 8 stages on 4 ranks in 1 copies"
+        );
+        assert_eq!(
+            refusal(Placement::bidirectional(2)),
+            "a layout of 4 stages on 2 ranks cannot be placed as 4 stages on 2 ranks in 2 copies"
+        );
     }
 
     #[test]

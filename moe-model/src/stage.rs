@@ -88,7 +88,7 @@ impl DecoderStage {
             .stages_of(owner)
             .map(|stage| {
                 let (first, last) = (stage == 0, stage + 1 == layout.stages());
-                let embedding = first.then(|| TokenEmbedding::new(params, config, owner)).transpose()?;
+                let embedding = first.then(|| TokenEmbedding::new(params, config, layout)).transpose()?;
                 let blocks = layout
                     .layers(stage)
                     .map(|layer| {
@@ -96,7 +96,7 @@ impl DecoderStage {
                         Ok(Recompute { layer, enabled: full })
                     })
                     .collect::<Result<Vec<_>>>()?;
-                let head = last.then(|| Head::new(params, config, owner)).transpose()?;
+                let head = last.then(|| Head::new(params, config, layout)).transpose()?;
                 Ok(DecoderStage { stage, choices: config.choices_of_all_layers(), embedding, blocks, head })
             })
             .collect()

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::ops::Range;
 
-use moe_model::params::{BucketLayout, Init, Logical, Name, ParamLayout, ParamLayoutBuilder, Placed, Stream};
+use moe_model::params::{
+    BucketLayout, Init, Logical, Name, OtherCopy, ParamLayout, ParamLayoutBuilder, Placed, Stream,
+};
 use moe_model::{DecoderStage, Execution, ModelConfig, PipelineLayout};
+use moe_pipeline::Placement as StagePlacement;
 use moe_topology::{Attention, Folding, Mapping, Owner, Placement};
 use proptest::prelude::*;
 
@@ -23,12 +26,16 @@ fn model() -> ModelConfig {
     model
 }
 
-/// Even with one stage per rank, or uneven with two, as the size of a stage is even or odd.
+/// Even with one stage per rank, or uneven with two, in rounds or in a V, as the size of a stage is even, odd, or a multiple
+/// of 3.
 fn pipeline(folding: &Folding) -> PipelineLayout {
     let pp = folding.size(Attention::PP);
-    match (folding.world_size() / pp) % 2 {
-        0 => PipelineLayout::even(6, pp, 1).unwrap(),
-        _ => PipelineLayout::new(6, pp, &[&[0][..], &vec![1; 2 * pp - 2], &[8 - 2 * pp]].concat()).unwrap(),
+    let ranks = folding.world_size() / pp;
+    let uneven = || PipelineLayout::new(6, pp, &[&[0][..], &vec![1; 2 * pp - 2], &[8 - 2 * pp]].concat());
+    match (ranks % 3, ranks % 2) {
+        (0, _) => uneven().unwrap().placed(StagePlacement::v_shaped(pp as u32).unwrap()).unwrap(),
+        (_, 0) => PipelineLayout::even(6, pp, 1).unwrap(),
+        _ => uneven().unwrap(),
     }
 }
 
@@ -166,15 +173,33 @@ proptest! {
             None => Some(if name == "model.norm.weight" { "head" } else { "embedding" }.to_owned()),
         };
         let layout = layout(&folding, pick % folding.world_size());
+        let [first_rank, last_rank] = pipeline(&folding).ends();
+        let stages = pipeline(&folding).stages();
         let mut last = BTreeMap::new();
         for (index, bucket) in layout.buckets().iter().enumerate() {
+            let tied = bucket.parts[0].name == "model.embed_tokens.weight" && stages > 1;
+            match bucket.other_copy {
+                None => prop_assert!(!tied),
+                Some(OtherCopy::OtherEnd) => prop_assert!(tied && first_rank != last_rank),
+                Some(OtherCopy::Bucket(other)) => {
+                    prop_assert!(tied && first_rank == last_rank);
+                    let copy = &layout.buckets()[other];
+                    prop_assert_eq!(copy.other_copy, Some(OtherCopy::Bucket(index)));
+                    prop_assert_eq!((&copy.slice, copy.len), (&bucket.slice, bucket.len));
+                    if other < index {
+                        // The second copy, that of the head, counts nowhere.
+                        prop_assert!(bucket.parts.iter().all(|part| !part.counts));
+                        continue;
+                    }
+                }
+            }
             let first = layer(&bucket.parts[0].name);
             prop_assert!(bucket.parts.iter().all(|part| layer(&part.name) == first));
             // Neighbours, in the order of the layers.
             let before = last.insert(first.clone(), index);
             prop_assert!(before.is_none_or(|before| before + 1 == index), "{first:?}");
-            // Embedding and head share their matrix where one rank has both.
-            let shared = bucket.parts[0].name == "model.embed_tokens.weight" && folding.size(Attention::PP) == 1;
+            // Embedding and head share their matrix where one stage has both.
+            let shared = bucket.parts[0].name == "model.embed_tokens.weight" && stages == 1;
             prop_assert_eq!(bucket.users, if shared { 2 } else { 1 });
         }
     }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{equals_sequential, equals_sequential_with};
-use moe_pipeline::generate::{forward_only, interleaved_1f1b, interleaved_forward_only, one_f_one_b};
+use moe_pipeline::generate::{forward_only, forward_only_over, interleaved_1f1b, one_f_one_b};
 use moe_pipeline::{
     Costs, Error, Kind, Link, Placement, Program, Schedule, StageCost, lower, simulate, validate,
 };
@@ -11,6 +11,10 @@ use proptest::prelude::*;
 
 fn program(schedule: &Schedule) -> Program {
     validate(lower(schedule).unwrap(), None).unwrap()
+}
+
+fn evaluation(p: u32, v: u32, m: u32) -> Schedule {
+    forward_only_over(&Placement::looped(p, v).unwrap(), m).unwrap()
 }
 
 /// Megatron's `get_schedule_table` for 5 micro-batches in groups of 3: chunk 0 of 0, 1, 2, chunk 1 of them, then 3, 4.
@@ -33,7 +37,7 @@ fn a_last_group_that_is_smaller() {
 fn one_virtual_stage_is_one_f_one_b() {
     for (p, m, group) in [(1, 1, None), (4, 2, None), (3, 7, Some(1)), (4, 8, Some(100))] {
         assert_eq!(interleaved_1f1b(p, 1, m, group), one_f_one_b(p, m));
-        assert_eq!(interleaved_forward_only(p, 1, m), forward_only(p, m));
+        assert_eq!(evaluation(p, 1, m), forward_only(p, m).unwrap());
     }
 }
 
@@ -68,7 +72,6 @@ fn other_sizes_are_refused_with_the_nearest() {
     assert_eq!(interleaved_1f1b(0, 2, 4, None), Err(nothing("stage")));
     assert_eq!(interleaved_1f1b(2, 0, 4, None), Err(nothing("stage")));
     assert_eq!(interleaved_1f1b(2, 2, 0, None), Err(nothing("micro-batch")));
-    assert_eq!(interleaved_forward_only(2, 2, 0), Err(nothing("micro-batch")));
     assert_eq!(Placement::looped(1 << 16, 1 << 15), Err(Error::TooManyStages { stages: 1 << 31 }));
     assert_eq!(Placement::looped(1 << 31, 2), Err(Error::TooManyStages { stages: 1 << 32 }));
 }
@@ -93,7 +96,7 @@ fn whatever_is_accepted_is_valid() {
                         "p={p} v={v} m={m} group={group}"
                     );
                 }
-                let evaluation = program(&interleaved_forward_only(p, v, m).unwrap());
+                let evaluation = program(&evaluation(p, v, m));
                 assert_eq!(evaluation.peak_in_flight(), vec![0; p as usize]);
             }
         }
@@ -141,7 +144,7 @@ fn sums_are_those_of_sequential_execution_bit_for_bit() {
         equals_sequential(&program(&interleaved_1f1b(p, v, m, group).unwrap()));
     }
     for (p, v, m) in [(2, 2, 1), (2, 3, 3), (3, 2, 7), (4, 3, 5)] {
-        equals_sequential(&program(&interleaved_forward_only(p, v, m).unwrap()));
+        equals_sequential(&program(&evaluation(p, v, m)));
     }
 }
 

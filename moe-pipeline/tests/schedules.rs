@@ -4,8 +4,8 @@ mod common;
 
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{
-    Named, Sizes, breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_1f1b, one_f_one_b,
-    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
+    Named, Sizes, breadth_first, dual_pipe, dual_pipe_v, forward_only, forward_only_over, gpipe,
+    interleaved_1f1b, one_f_one_b, overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{
     Action, Error, Flow, Kind, Message, Pass, Placement, Schedule, add_waits, lower, validate,
@@ -36,6 +36,30 @@ fn gpipe_and_forward_only() {
     let evaluation = forward_only(2, 3).unwrap();
     assert_eq!(evaluation.to_string(), "0F0,0F1,0F2\n1F0,1F1,1F2\n");
     assert_eq!(evaluation.pass(), Pass::ForwardOnly);
+}
+
+#[test]
+fn forward_only_over_any_placement() {
+    let text = |placement, m| forward_only_over(&placement, m).unwrap().to_string();
+    assert_eq!(
+        text(Placement::looped(2, 2).unwrap(), 5),
+        "0F0,0F1,2F0,2F1,0F2,0F3,2F2,2F3,0F4,2F4\n1F0,1F1,3F0,3F1,1F2,1F3,3F2,3F3,1F4,3F4\n"
+    );
+    assert_eq!(
+        text(Placement::v_shaped(2).unwrap(), 3),
+        "0F0,0F1,0F2,3F0,3F1,3F2\n1F0,2F0,1F1,2F1,1F2,2F2\n"
+    );
+    for p in 1..=6 {
+        for m in 1..=9 {
+            assert_eq!(forward_only_over(&Placement::linear(p).unwrap(), m), forward_only(p, m));
+            let v_shaped = forward_only_over(&Placement::v_shaped(p).unwrap(), m).unwrap();
+            validate(lower(&v_shaped).unwrap(), None).unwrap();
+        }
+    }
+    let v_shaped = Placement::v_shaped(2).unwrap();
+    assert_eq!(forward_only_over(&v_shaped, 0), Err(Error::Empty { what: "micro-batch" }));
+    let copies = forward_only_over(&Placement::bidirectional(2).unwrap(), 4);
+    assert!(matches!(copies, Err(Error::OtherCopy { .. })), "{copies:?}");
 }
 
 #[test]

@@ -168,6 +168,14 @@ pub enum Error {
     /// The schedule is illegal.
     #[error(transparent)]
     Schedule(#[from] moe_pipeline::Error),
+    /// Stages are on other ranks than the schedule has them on.
+    #[error(
+        "{schedule} has stages on other ranks than the pipeline's layout: give it PipelineLayout::placed(Named::placement)"
+    )]
+    StagePlacement {
+        /// The schedule.
+        schedule: moe_pipeline::generate::Named,
+    },
     /// A step of the pipeline failed.
     #[error(transparent)]
     Pipeline(#[from] ExecuteError<moe_model::Error, moe_model::Error>),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use moe_kernels::{Backend, Cpu, Float};
 use moe_model::RecomputeModule;
+use moe_pipeline::generate::Named;
 use moe_train::checkpoint::Weights;
 use moe_train::config::{Dispatcher, ParallelConfig};
 use moe_train::run::open_weights;
@@ -64,7 +65,7 @@ impl Golden {
     }
 }
 
-/// `8 tp2 cp4 u2 pp2 v2 ep4 etp2 ag order`: ranks, sizes of axes, all-gather.
+/// `8 tp2 cp4 u2 pp2 v2 zb-v ep4 etp2 ag order`: ranks, sizes of axes, a schedule, all-gather.
 fn parallel(text: &str) -> ParallelConfig {
     let mut parallel = ParallelConfig::default();
     for word in text.split(' ') {
@@ -79,6 +80,7 @@ fn parallel(text: &str) -> ParallelConfig {
             "v" => parallel.vpp = size(),
             "ep" => parallel.ep = size(),
             "etp" => parallel.etp = size(),
+            "zb-v" => parallel.schedule = Some(Named::ZbV),
             "ag" => parallel.dispatcher = Dispatcher::AllGather,
             order => parallel.order = order.to_owned(),
         }
@@ -172,6 +174,7 @@ fn qwen3_moe() {
             "8 cp8 u2 ep4 etp2",
             "4 pp4",
             "2 pp2 v2",
+            "4 tp2 pp2 v2 zb-v ep2",
             "8 tp2 cp2 pp2 ep2 etp2",
             "12 tp6 pp2 ep2 etp3",
             "12 tp2 cp2 ep4 etp3 ag",

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use moe_pipeline::generate::Named;
 use moe_train::checkpoint::Weights;
 use moe_train::config::{Dispatcher, ParallelConfig};
 use moe_train::eval::{Document, Options, Perplexity, Text, perplexity};
@@ -160,7 +161,13 @@ fn no_number_depends_on_the_folding() {
                 ParallelConfig { layers_per_stage: Some(vec![2, 1]), ..of(4, 1, 1, 1, 2, 2, 1) },
             ],
         ),
-        ("qwen2_moe_sparse_step", vec![ParallelConfig { vpp: 2, ..of(8, 1, 2, 1, 2, 2, 1) }]),
+        (
+            "qwen2_moe_sparse_step",
+            vec![
+                ParallelConfig { vpp: 2, ..of(8, 1, 2, 1, 2, 2, 1) },
+                ParallelConfig { vpp: 2, schedule: Some(Named::ZbV), ..of(4, 1, 1, 1, 2, 2, 1) },
+            ],
+        ),
     ];
     for (name, foldings) in cases {
         let weights = weights(name);

@@ -15,6 +15,7 @@ use moe_comm::{ThreadWorld, World, WorldError};
 use moe_dispatch::DispatcherKind;
 use moe_kernels::{Backend, Cpu, Float, bf16};
 use moe_model::{ModelConfig, PipelineLayout};
+use moe_pipeline::generate::Named;
 use moe_topology::{Attention, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
@@ -285,6 +286,37 @@ fn any_layout_of_layers_goes_on_from_any_other() {
             assert!(tensors(&again.path().join(format!("step-{CUT}"))) == written, "{what}");
             assert_equal(&resumed.outcome, &whole.outcome, &one, &what);
         }
+    }
+}
+
+/// The same for the schedule and the stages that it needs: bit for bit under the same folding, of a tied matrix too.
+#[test]
+fn any_schedule_goes_on_from_any_other() {
+    let under = |schedule: Named| {
+        let layers: &[usize] = if schedule.virtual_stages() == Some(1) { &[1, 2] } else { &[1, 1, 1, 0] };
+        let layout = PipelineLayout::new(3, 2, layers).unwrap();
+        let placement = schedule.placement(2, layout.virtual_stages() as u32).unwrap();
+        Setup { schedule, pipeline: layout.placed(placement).unwrap(), ..case(CASES[1]) }
+    };
+    let one = case(ONE);
+    let of_one = after_cut(run::<f64>(&one, Leg { last: LAST, ..Leg::default() }));
+    let whole = after_cut(run::<f64>(&under(Named::OneFOneB), Leg { last: LAST, ..Leg::default() }));
+    let schedules = [Named::OneFOneB, Named::ZbH2, Named::BreadthFirst, Named::ZbV, Named::DualPipeV];
+    for writer in schedules {
+        let folder = tempfile::tempdir().unwrap();
+        run::<f64>(&under(writer), Leg { last: CUT, saves: vec![(CUT, folder.path())], ..Leg::default() });
+        let path = folder.path().join(format!("step-{CUT}"));
+        let written = tensors(&path);
+        for reader in schedules {
+            let what = format!("{writer} to {reader}");
+            let again = tempfile::tempdir().unwrap();
+            let leg = Leg { from: Some(&path), last: LAST, saves: vec![(CUT, again.path())] };
+            let resumed = run::<f64>(&under(reader), leg);
+            assert!(tensors(&again.path().join(format!("step-{CUT}"))) == written, "{what}");
+            assert_same_bits(&resumed.outcome, &whole.outcome, &what);
+        }
+        let resumed = run::<f64>(&one, Leg { from: Some(&path), last: LAST, saves: Vec::new() });
+        assert_equal(&resumed.outcome, &of_one.outcome, &one, &format!("{writer} to one rank"));
     }
 }
 

@@ -31,8 +31,17 @@ const FOLDINGS: [(Sizes, DispatcherKind); 6] = [
 
 /// Schedules of one stage per rank, and of two.
 const OF_ONE: [Named; 5] = [Named::OneFOneB, Named::GPipe, Named::Overlapped1F1B, Named::ZbH1, Named::ZbH2];
-const OF_TWO: [Named; 4] =
-    [Named::Interleaved1F1B, Named::BreadthFirst, Named::Overlapped1F1B, Named::InterleavedZeroBubble];
+const OF_TWO: [Named; 8] = [
+    Named::Interleaved1F1B,
+    Named::BreadthFirst,
+    Named::Overlapped1F1B,
+    Named::InterleavedZeroBubble,
+    // The first and the last stage are on one rank.
+    Named::ZbV,
+    Named::VHalf,
+    Named::VMin,
+    Named::DualPipeV,
+];
 
 /// One or two stages per rank, of layers that are as even as they can be, or are not.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +78,9 @@ fn case(
     let mapping = Mapping { world_size: tp * cp * dp * pp, tp, cp, pp, etp, ep, ..Mapping::default() };
     // A ring.
     let mapping = mapping.split(Attention::CP_INNER, 1);
-    let pipeline = layout(pp, deal);
+    let layout = layout(pp, deal);
+    let placement = schedule.placement(pp as u32, layout.virtual_stages() as u32).unwrap();
+    let pipeline = layout.placed(placement).unwrap();
     Setup { pipeline, schedule, dispatcher, global_batch_size: 12, ..setup(model.clone(), mapping) }
 }
 
@@ -116,7 +127,7 @@ fn no_bit_depends_on_the_schedule() {
     }
 }
 
-/// Weight gradients of every kind of tensor, one of them added to by two stages, and statistics and buffers beside them.
+/// Weight gradients of every kind of tensor, one of them added to by two stages on one or two ranks, and statistics and buffers beside them.
 #[test]
 fn nor_with_every_kind_of_layer() {
     let model = seven(ModelConfig {
@@ -197,5 +208,18 @@ fn evaluation_follows_the_stages() {
     let reference = loss(Even(1), Named::OneFOneB);
     for schedule in OF_TWO {
         assert_eq!(loss(Uneven(2), schedule), reference, "{schedule}");
+    }
+}
+
+#[test]
+fn stages_that_are_elsewhere_are_refused() {
+    let model = seven(tiny_model());
+    for (placed_for, schedule) in [(Named::ZbV, Named::Interleaved1F1B), (Named::BreadthFirst, Named::VMin)] {
+        let setup = case(&model, FOLDINGS[0].0, AllToAll, Even(2), placed_for);
+        let error = Setup { schedule, ..setup }.training_program(12).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("{schedule} has stages on other ranks than the pipeline's layout")),
+            "{error}"
+        );
     }
 }

@@ -6,7 +6,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::axes::communicators;
 use moe_model::head::Head;
 use moe_model::params::{ParamLayoutBuilder, ParamStore};
-use moe_model::{Cx, LossSum, MicroBatch, ModelConfig, Objective, RopeTable};
+use moe_model::{Cx, LossSum, MicroBatch, ModelConfig, Objective, PipelineLayout, RopeTable};
 use moe_topology::{Folding, Mapping};
 
 use crate::Error;
@@ -35,7 +35,7 @@ impl<T: Float, D: Backend<T>> HeadModel<T, D> {
         }))?;
         let folding = Folding::new(Mapping::default())?;
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
-        let head = Head::new(&mut layout, &config, 0)?;
+        let head = Head::new(&mut layout, &config, &PipelineLayout::even(1, 1, 1)?)?;
         let mut params = ParamStore::<T, D>::new(layout.build(), 1, &device)?;
         params.zero_grads(false);
         let comms = communicators::<D>().build(&SoloWorld::new(device.clone()), &device, &folding)?;

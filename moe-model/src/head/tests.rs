@@ -11,7 +11,7 @@ use moe_topology::{Attention, Folding, Mapping};
 use super::Head;
 use crate::axes::communicators;
 use crate::params::{ParamLayoutBuilder, ParamStore};
-use crate::{Cx, LossSum, MicroBatch, ModelConfig, Objective, Result, RopeTable};
+use crate::{Cx, LossSum, MicroBatch, ModelConfig, Objective, PipelineLayout, Result, RopeTable};
 
 const HIDDEN: usize = 12;
 const TOKENS: usize = 300;
@@ -114,7 +114,7 @@ fn rank(input: &Input, tp: usize, chunk_bytes: usize, world: &ThreadRank) -> Res
     let folding = Folding::new(Mapping { world_size: tp, tp, ..Mapping::default() })?;
     let rank = World::<Cpu>::rank(world);
     let mut layout = ParamLayoutBuilder::new(&folding, rank);
-    let head = Head { chunk_bytes, ..Head::new(&mut layout, &config, 0)? };
+    let head = Head { chunk_bytes, ..Head::new(&mut layout, &config, &PipelineLayout::even(1, 1, 1)?)? };
     let mut params = ParamStore::<f64, Cpu>::zeros(layout.build(), &device)?;
     for bucket in 0..params.buckets().len() {
         for part in params.buckets()[bucket].parts.clone() {
@@ -235,7 +235,11 @@ fn chunks_are_nearly_equal_and_fit() {
         let config = model(37);
         let folding = Folding::new(Mapping::default()).unwrap();
         let mut layout = ParamLayoutBuilder::new(&folding, 0);
-        Head { largest_block, chunk_bytes, ..Head::new(&mut layout, &config, 0).unwrap() }
+        Head {
+            largest_block,
+            chunk_bytes,
+            ..Head::new(&mut layout, &config, &PipelineLayout::even(1, 1, 1).unwrap()).unwrap()
+        }
     };
     for (block, n, len) in [(151_936, 16384, 2048), (32000, 16384, 8192), (32000, 6, 128), (1, 0, 128)] {
         assert_eq!(

@@ -211,6 +211,15 @@ impl Slot {
     }
 }
 
+/// Where the other copy of a tied tensor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherCopy {
+    /// On the last pipeline rank, or on the first.
+    OtherEnd,
+    /// In another bucket of this rank, which has the first and the last stage.
+    Bucket(usize),
+}
+
 /// The tensors of one segment that have one reduction group.
 #[derive(Debug, Clone)]
 pub struct BucketLayout {
@@ -219,9 +228,9 @@ pub struct BucketLayout {
     /// With several instances of the distributed optimizer: the ranks that keep the same slice, one of each instance, over
     /// which the sums of `group` are partial.
     pub instances: Option<GroupKey>,
-    /// True if the first and the last stage hold a copy each of what is in it: after the reduction over `group` their
-    /// gradients are to be added. Both have the same slices, as nothing else is in the bucket.
-    pub tied: bool,
+    /// Where the other copy is, if the first and the last stage hold one each of what is in it: after the reduction over `group`
+    /// their gradients are to be added. Both have the same slices, as nothing else is in the bucket.
+    pub other_copy: Option<OtherCopy>,
     /// Segments that use it: two where embedding and head share their matrix on one rank.
     pub users: usize,
     /// Elements, padded so that every rank of the group has an equal slice.
@@ -346,6 +355,8 @@ struct Storage {
     reduction: Reduction,
     shape: [usize; 2],
     parts: Vec<Part>,
+    /// The storage tensor of this rank that has the same weights.
+    copy: Option<usize>,
 }
 
 impl<'a> ParamLayoutBuilder<'a> {
@@ -371,13 +382,29 @@ impl<'a> ParamLayoutBuilder<'a> {
         Segment(self.segments.len() - 1)
     }
 
-    /// The storage tensor that holds the logical tensor `name` alone, if it was added: embedding and head share one that
-    /// is tied. The present segment uses it, too.
-    pub fn find(&mut self, name: &str) -> Option<ParamId> {
+    /// The storage tensor that holds the logical tensor `name` alone, if it was added.
+    pub fn find(&self, name: &str) -> Option<ParamId> {
         let alone = |parts: &[Part]| matches!(parts, [part] if part.name == name);
-        let found = self.storage.iter().position(|storage| alone(&storage.parts))?;
-        self.use_here(found);
-        Some(ParamId(found))
+        self.storage.iter().position(|storage| alone(&storage.parts)).map(ParamId)
+    }
+
+    /// The same storage tensor for the present segment, too: embedding and head of one stage share a tied matrix.
+    pub fn share(&mut self, id: ParamId) -> ParamId {
+        self.use_here(id.0);
+        id
+    }
+
+    /// A storage tensor of its own for the present segment, with the same weights and a part of the gradient, as embedding and head
+    /// of two stages of one rank have it of a tied matrix. Neither tensor may have been copied before.
+    pub fn copy(&mut self, id: ParamId) -> ParamId {
+        let (copy, segment) = (self.storage.len(), self.segments.len() - 1);
+        let original = &mut self.storage[id.0];
+        original.copy = Some(copy);
+        let parts = original.parts.iter().map(|part| Part { counts: false, ..part.clone() }).collect();
+        let (reduction, shape) = (original.reduction, original.shape);
+        self.storage.push(Storage { segment, reduction, shape, parts, copy: Some(id.0) });
+        self.use_here(copy);
+        ParamId(copy)
     }
 
     fn use_here(&mut self, storage: usize) {
@@ -417,7 +444,7 @@ impl<'a> ParamLayoutBuilder<'a> {
             parts.push(part);
         }
         let (id, segment) = (self.storage.len(), self.segments.len() - 1);
-        self.storage.push(Storage { segment, reduction: common, shape: [rows, cols], parts });
+        self.storage.push(Storage { segment, reduction: common, shape: [rows, cols], parts, copy: None });
         self.use_here(id);
         Ok(ParamId(id))
     }
@@ -475,7 +502,7 @@ impl<'a> ParamLayoutBuilder<'a> {
     pub fn build(self) -> ParamLayout {
         let key = |storage: &Storage| {
             let Reduction { group, tied, .. } = storage.reduction;
-            (storage.segment, group, tied)
+            (storage.segment, group, tied || storage.copy.is_some())
         };
         let groups: BTreeMap<_, Reduction> =
             self.storage.iter().map(|storage| (key(storage), storage.reduction)).collect();
@@ -498,12 +525,17 @@ impl<'a> ParamLayoutBuilder<'a> {
             buckets.push(BucketLayout {
                 group,
                 instances,
-                tied,
+                other_copy: tied.then_some(OtherCopy::OtherEnd),
                 users: 0,
                 len: per_rank * size,
                 slice,
                 parts: all,
             });
+        }
+        for (slot, storage) in slots.iter().zip(&self.storage) {
+            if let Some(copy) = storage.copy {
+                buckets[slot.bucket].other_copy = Some(OtherCopy::Bucket(slots[copy].bucket));
+            }
         }
         let mut segments = Vec::with_capacity(self.segments.len());
         for storages in self.segments {

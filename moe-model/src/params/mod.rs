@@ -16,7 +16,7 @@ mod store;
 
 pub use init::{Init, Stream};
 pub use layout::{
-    BucketLayout, BufferId, BufferLayout, Logical, Name, ParamId, ParamLayout, ParamLayoutBuilder, Part,
-    Placed, Segment,
+    BucketLayout, BufferId, BufferLayout, Logical, Name, OtherCopy, ParamId, ParamLayout, ParamLayoutBuilder,
+    Part, Placed, Segment,
 };
 pub use store::{ParamStore, WeightAndGrad};

@@ -74,21 +74,6 @@ pub fn breadth_first(ranks: u32, virtual_stages: u32, microbatches: u32) -> Resu
     Schedule::new(placement, microbatches, Pass::ForwardBackward, (0..ranks).map(list).collect())
 }
 
-/// Forward passes alone over [looped](Placement::looped) stages, for evaluation: any number of micro-batches, in groups of
-/// p. One virtual stage is [`forward_only`](super::forward_only)(super::forward_only).
-///
-/// # Errors
-/// No rank, virtual stage or micro-batch.
-pub fn interleaved_forward_only(ranks: u32, virtual_stages: u32, microbatches: u32) -> Result<Schedule> {
-    let placement = Placement::looped(ranks, virtual_stages)?;
-    let list = |rank: u32| {
-        grouped(virtual_stages, microbatches, ranks)
-            .map(|(v, m)| Action::new(v * ranks + rank, Kind::Forward, m))
-            .collect()
-    };
-    Schedule::new(placement, microbatches, Pass::ForwardOnly, (0..ranks).map(list).collect())
-}
-
 /// Sizes of an interleaved schedule.
 pub(super) struct Interleaved {
     placement: Placement,

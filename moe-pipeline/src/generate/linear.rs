@@ -31,6 +31,32 @@ pub fn forward_only(ranks: u32, microbatches: u32) -> Result<Schedule> {
     linear(ranks, microbatches, Pass::ForwardOnly, |_| microbatches)
 }
 
+/// Forward passes alone over any placement of one pipeline. In every unit of time each rank takes the latest of its stages that
+/// has something to do: over [looped](Placement::looped) stages, groups of p micro-batches, each through one stage before the
+/// next.
+///
+/// # Errors
+/// No micro-batch, or a placement of several copies.
+pub fn forward_only_over(placement: &Placement, microbatches: u32) -> Result<Schedule> {
+    let mut lists = vec![Vec::new(); placement.ranks() as usize];
+    let mut done = vec![0; placement.stages() as usize];
+    while done.last().is_some_and(|&done| done < microbatches) {
+        let before = done.clone();
+        let ready = |&stage: &usize| match stage.checked_sub(1) {
+            Some(earlier) => before[stage] < before[earlier],
+            None => before[stage] < microbatches,
+        };
+        for (rank, list) in (0..).zip(&mut lists) {
+            let own = placement.stages_of(rank).iter().rev().map(|&stage| stage as usize);
+            if let Some(stage) = own.into_iter().find(ready) {
+                list.push(Action::new(stage as u32, Kind::Forward, done[stage]));
+                done[stage] += 1;
+            }
+        }
+    }
+    Schedule::new(placement.clone(), microbatches, Pass::ForwardOnly, lists)
+}
+
 /// One stage per rank; `ahead(rank)` forward passes come before the rank's first backward pass, then they alternate.
 fn linear(ranks: u32, microbatches: u32, pass: Pass, ahead: impl Fn(u32) -> u32) -> Result<Schedule> {
     let list = |rank| {

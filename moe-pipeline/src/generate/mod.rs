@@ -12,7 +12,7 @@
 //! | [`dual_pipe_v`] | 2 | `B`, `I`, `W`, in overlaps | overlaps through the whole step |
 //! | [`dual_pipe`] | 1, twice | `B`, `I`, `W`, in overlaps | the same over two copies of the weights |
 //! | [`for_costs`] | any | `I`, `W`, or as published | the shortest step found for measured costs and a memory limit |
-//! | [`forward_only`], [`interleaved_forward_only`] | 1, any | none | evaluation |
+//! | [`forward_only`], [`forward_only_over`] | 1, any | none | evaluation |
 //!
 //! # A tour
 //!
@@ -120,8 +120,8 @@ mod zero_bubble;
 
 pub use controllable::{v_half, v_min};
 pub use dual::{dual_pipe, dual_pipe_v};
-pub use interleaved::{breadth_first, interleaved_1f1b, interleaved_forward_only, overlapped_1f1b};
-pub use linear::{forward_only, gpipe, one_f_one_b};
+pub use interleaved::{breadth_first, interleaved_1f1b, overlapped_1f1b};
+pub use linear::{forward_only, forward_only_over, gpipe, one_f_one_b};
 pub use list::for_costs;
 pub use named::{Named, Sizes};
 pub use zero_bubble::{interleaved_zero_bubble, zb_h1, zb_h2, zb_v};

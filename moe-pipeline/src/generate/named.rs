@@ -7,7 +7,7 @@ use super::{
     breadth_first, dual_pipe, dual_pipe_v, gpipe, interleaved_1f1b, interleaved_zero_bubble, one_f_one_b,
     overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
-use crate::{Error, Result, Schedule};
+use crate::{Error, Placement, Result, Schedule};
 
 /// A published schedule for training. Its text is its name, and torch's name (`"ZBVZeroBubble"`) is read as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,6 +118,28 @@ impl Named {
         }
     }
 
+    /// Where it has the stages of so many ranks, with so many on each.
+    ///
+    /// # Errors
+    /// Another number of stages per rank than it has, no rank, or more stages than can be numbered.
+    pub fn placement(self, ranks: u32, virtual_stages: u32) -> Result<Placement> {
+        self.check_stages(virtual_stages)?;
+        match self {
+            Named::ZbV | Named::VHalf | Named::VMin | Named::DualPipeV => Placement::v_shaped(ranks),
+            Named::DualPipe => Placement::bidirectional(ranks),
+            _ => Placement::looped(ranks, virtual_stages),
+        }
+    }
+
+    fn check_stages(self, got: u32) -> Result<()> {
+        match self.virtual_stages() {
+            Some(expected) if expected != got => {
+                Err(Error::VirtualStages { schedule: self.name(), expected, got })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether several virtual stages take micro-batches in [groups](Sizes::group).
     pub const fn has_groups(self) -> bool {
         matches!(self, Named::Interleaved1F1B | Named::Overlapped1F1B | Named::InterleavedZeroBubble)
@@ -129,11 +151,7 @@ impl Named {
     /// Another number of stages per rank than it has, or sizes that its generator refuses.
     pub fn generate(self, sizes: Sizes) -> Result<Schedule> {
         let Sizes { ranks: p, virtual_stages: v, microbatches: m, group } = sizes;
-        if let Some(expected) = self.virtual_stages()
-            && expected != v
-        {
-            return Err(Error::VirtualStages { schedule: self.name(), expected, got: v });
-        }
+        self.check_stages(v)?;
         let rounds = m.checked_div(p).unwrap_or(0).max(1);
         let group = group.or(Some(m / rounds));
         match self {

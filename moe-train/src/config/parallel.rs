@@ -75,11 +75,17 @@ impl ParallelConfig {
         Ok(instances)
     }
 
-    /// Which of `layers` layers are on which pipeline rank.
+    /// Which of `layers` layers are on which pipeline rank: where the schedule has its stages.
     ///
     /// # Errors
-    /// `layers_per_stage` or `pipeline_layout` does not fit, or both are given.
+    /// `layers_per_stage` or `pipeline_layout` does not fit, or both are given; or those of [`schedule`](Self::schedule).
     pub fn pipeline(&self, layers: usize) -> Result<PipelineLayout, ConfigError> {
+        let placement = self.schedule()?.placement(self.pp as u32, self.vpp as u32)?;
+        self.stages(layers)?.placed(placement).map_err(ConfigError::Layers)
+    }
+
+    /// The layers of each stage.
+    fn stages(&self, layers: usize) -> Result<PipelineLayout, ConfigError> {
         let ParallelConfig { pp, vpp, layers_per_stage, pipeline_layout, .. } = self;
         if let Some(text) = pipeline_layout {
             let setting = "parallel.pipeline_layout";

@@ -29,15 +29,9 @@ impl ParallelConfig {
             None if self.vpp > 1 => Named::Interleaved1F1B,
             None => Named::OneFOneB,
         };
-        let fix = match named {
-            Named::DualPipe => Some("it keeps two copies of each stage's weights; choose another one"),
-            Named::ZbV | Named::VHalf | Named::VMin | Named::DualPipeV => {
-                Some("it needs the first and the last stage on one rank; choose another one")
-            }
-            _ => None,
-        };
-        if let Some(fix) = fix {
+        if named == Named::DualPipe {
             let setting = format!("parallel.schedule = \"{named}\"");
+            let fix = "it keeps two copies of each stage's weights; \"dual-pipe-v\" overlaps the same passes over one";
             return Err(ConfigError::Unsupported { setting, fix });
         }
         if let Some(expected) = named.virtual_stages() {

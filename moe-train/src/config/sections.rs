@@ -43,7 +43,8 @@ pub struct ParallelConfig {
     /// [`Named`], ours or torch's. Changes no bit.
     #[serde(with = "super::schedule", skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Named>,
-    /// Layers of each of the pp·vpp stages, of which rank r has r, r + pp, …; even unless given.
+    /// Layers of each of the pp·vpp stages, of which rank r has r, r + pp, … (in schedules that need a V: r and 2·pp − 1 − r);
+    /// even unless given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_per_stage: Option<Vec<usize>>,
     /// The same in Megatron's notation, as in `"Et*3|(tt|)*2t|L"`: see [`PipelineLayout::parse`]. In place of

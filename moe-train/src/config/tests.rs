@@ -528,11 +528,14 @@ fn schedules_are_chosen_by_name_and_fit_the_stages() {
         (&["parallel.schedule=GPipe"], Named::GPipe),
         (&["parallel.schedule=LoopedBFS", "parallel.vpp=2"], Named::BreadthFirst),
         (&["parallel.schedule=interleaved-zero-bubble"], Named::InterleavedZeroBubble),
+        (&["parallel.schedule=ZBVZeroBubble", "parallel.vpp=2"], Named::ZbV),
         // One micro-batch.
         (&["parallel.schedule=overlapped-1f1b", "train.global_batch_size=4"], Named::Overlapped1F1B),
     ] {
         assert_eq!(chosen(overrides), schedule, "{overrides:?}");
     }
+    let v_shaped = with(&["parallel.schedule=v-min", "parallel.vpp=2"]).unwrap().pipeline().unwrap();
+    assert!(v_shaped.stages_of(0).eq([0, 3]) && v_shaped.ends() == [0, 0]);
     let written = with(&["parallel.schedule=LoopedBFS", "parallel.vpp=2"]).unwrap();
     assert!(written.to_toml().unwrap().contains("schedule = \"breadth-first\""));
     assert_eq!(RunConfig::parse(&written.to_toml().unwrap(), "written", &[] as &[&str]).unwrap(), written);
@@ -544,6 +547,15 @@ fn schedules_are_chosen_by_name_and_fit_the_stages() {
         (
             &["parallel.schedule=gpipe", "parallel.vpp=2"],
             "parallel.vpp = 2, but it must be 1 with parallel.schedule = \"gpipe\"",
+        ),
+        (
+            &["parallel.schedule=v-half"],
+            "parallel.vpp = 1, but it must be 2 with parallel.schedule = \"v-half\"",
+        ),
+        (
+            &["parallel.schedule=dual-pipe-v", "parallel.vpp=2"],
+            "[parallel] DualPipeV on 2 ranks cannot take 2 micro-batches: it needs at least 4, where a step has \
+             global_batch_size / (micro_batch_size · dp) micro-batches",
         ),
         (
             &["parallel.schedule=dual-pipe"],

@@ -3,7 +3,7 @@
 use moe_comm::World;
 use moe_kernels::{Backend, Float};
 use moe_model::{LossSum, Objective};
-use moe_pipeline::generate::interleaved_forward_only;
+use moe_pipeline::generate::forward_only_over;
 use moe_pipeline::{execute, lower, validate};
 use moe_topology::Attention;
 
@@ -50,11 +50,7 @@ pub(super) fn run<T: Float, D: Backend<T>>(
                 .collect::<Result<_>>()?;
             let sequences = count * dp * batch;
             cx.objective = Objective { micro_batches: count * dp, sequences, tokens: sequences * length };
-            let schedule = interleaved_forward_only(
-                pipeline.ranks() as u32,
-                pipeline.virtual_stages() as u32,
-                count as u32,
-            )?;
+            let schedule = forward_only_over(pipeline.placement(), count as u32)?;
             let program = validate(lower(&schedule)?, None)?;
             execute(&program, folding.stage(rank) as u32, &stages, &mut transport, &mut cx)?;
         }

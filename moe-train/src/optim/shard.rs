@@ -6,7 +6,7 @@ use moe_comm::{Pending, Reduction};
 use moe_kernels::family::Elementwise;
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
-use moe_model::params::{BucketLayout, Part};
+use moe_model::params::{BucketLayout, OtherCopy, Part};
 use moe_topology::Attention;
 
 use crate::Result;
@@ -21,7 +21,7 @@ pub fn sliced_parts(bucket: &BucketLayout) -> impl Iterator<Item = (&Part, Range
 }
 
 /// Waits for the sums of every bucket's gradients over its group, starting those that have not started, adds those of all
-/// instances of the optimizer, and of tied weights those of the two stages that hold them, and returns this rank's slices, `[1, slice]` each. Collective.
+/// instances of the optimizer, and of tied weights those of both stages that hold them, and returns this rank's slices, `[1, slice]` each. Collective.
 pub fn reduce_gradients<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>) -> Result<Vec<Tensor<T::Acc, D>>> {
     cx.params.start_reductions(&cx.comms)?;
     let sums = (0..cx.params.buckets().len())
@@ -35,16 +35,30 @@ pub fn reduce_gradients<T: Float, D: Backend<T>>(cx: &mut Cx<T, D>) -> Result<Ve
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    sums.into_iter()
+    let mut slices = sums
+        .into_iter()
         .zip(cx.params.buckets())
         .map(|(sum, bucket)| {
             let slice = match sum {
                 Sum::Here(slice) => slice,
                 Sum::Arriving(pending) => pending.wait()?,
             };
-            if bucket.tied { add_other_stage(cx, slice) } else { Ok(slice) }
+            match bucket.other_copy {
+                Some(OtherCopy::OtherEnd) => add_other_stage(cx, slice),
+                Some(OtherCopy::Bucket(_)) | None => Ok(slice),
+            }
         })
-        .collect()
+        .collect::<Result<Vec<_>>>()?;
+    for (bucket, layout) in cx.params.buckets().iter().enumerate() {
+        if let Some(OtherCopy::Bucket(other)) = layout.other_copy
+            && bucket < other
+        {
+            let both = [(bucket, other), (other, bucket)].map(|(a, b)| sum(cx, &slices[a], &slices[b]));
+            let [one, two] = both;
+            (slices[bucket], slices[other]) = (one?, two?);
+        }
+    }
+    Ok(slices)
 }
 
 /// A slice of gradients, summed over one instance of the optimizer or, on its way, over all.
@@ -65,7 +79,16 @@ fn add_other_stage<T: Float, D: Backend<T>>(
     let sent = stages.send(other, TAG, &slice)?;
     let received = stages.recv(other, TAG, rows, cols)?.wait()?;
     sent.wait()?;
+    sum(cx, &slice, &received)
+}
+
+fn sum<T: Float, D: Backend<T>>(
+    cx: &Cx<T, D>,
+    a: &Tensor<T::Acc, D>,
+    b: &Tensor<T::Acc, D>,
+) -> Result<Tensor<T::Acc, D>> {
+    let [rows, cols] = a.shape();
     let mut sum = Tensor::uninit(&cx.device, rows, cols)?;
-    Elementwise::<T::Acc>::add(&cx.device, sum.view_mut()?, slice.view(), received.view())?;
+    Elementwise::<T::Acc>::add(&cx.device, sum.view_mut()?, a.view(), b.view())?;
     Ok(sum)
 }

@@ -69,6 +69,9 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
     folder.write_config(&config.to_toml()?)?;
 
     println!("{}", draw::text(&setup.folding).trim_end());
+    if setup.pipeline.ranks() > 1 {
+        println!("{}", pipeline(&setup));
+    }
     println!(
         "\n{} parameters, {} of them used by a token",
         grouped(config.model.parameters()),
@@ -362,6 +365,22 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
          --etp {etp} --order {order} --format svg"
     );
     Ok(())
+}
+
+/// The schedule, and the layers of each pipeline rank.
+fn pipeline(setup: &Setup) -> String {
+    /// More ranks are left out.
+    const RANKS: usize = 8;
+    let Setup { pipeline, schedule, .. } = setup;
+    let layers = |stage| match pipeline.layers(stage) {
+        layers if layers.is_empty() => "none".to_owned(),
+        layers if layers.len() == 1 => layers.start.to_string(),
+        layers => format!("{}-{}", layers.start, layers.end - 1),
+    };
+    let of_rank = |rank| pipeline.stages_of(rank).map(layers).collect::<Vec<_>>().join(", ");
+    let ranks: Vec<String> = (0..pipeline.ranks().min(RANKS)).map(of_rank).collect();
+    let rest = if pipeline.ranks() > RANKS { " | …" } else { "" };
+    format!("schedule {schedule}, layers by stage {}{rest}", ranks.join(" | "))
 }
 
 /// Another TP under which the run could go on.

@@ -9,8 +9,8 @@ use moe_kernels::{Backend, Float, Tensor};
 use moe_model::context::positions;
 use moe_model::params::Part;
 use moe_model::{Cx, Objective};
-use moe_pipeline::generate::{breadth_first, interleaved_forward_only};
-use moe_pipeline::{execute, lower, validate};
+use moe_pipeline::generate::forward_only_over;
+use moe_pipeline::{Action, Kind, Pass, Placement, Schedule, execute, lower, validate};
 use moe_topology::Attention;
 
 use super::Plan;
@@ -79,10 +79,9 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
     let host = HostBatch::new(&host, sequences.start as u64, folding, rank)?;
     cx.batches = vec![host.upload(&cx.device, plan.targets() as f64, folding, rank)?];
 
-    let (pp, vpp) = (pipeline.ranks() as u32, pipeline.virtual_stages() as u32);
     let schedule = match plan.grads {
-        true => breadth_first(pp, vpp, 1)?,
-        false => interleaved_forward_only(pp, vpp, 1)?,
+        true => there_and_back(pipeline.placement())?,
+        false => forward_only_over(pipeline.placement(), 1)?,
     };
     let program = validate(lower(&schedule)?, None)?;
     let pipeline_rank = folding.stage(rank) as u32;
@@ -119,6 +118,17 @@ pub(super) fn run<T: Float<Acc = T>, D: Backend<T>>(
         });
     }
     Ok(traced)
+}
+
+/// One micro-batch forward through all stages, then backward.
+fn there_and_back(placement: &Placement) -> Result<Schedule> {
+    let list = |rank| {
+        let own = placement.stages_of(rank).iter();
+        let forward = own.clone().map(|&stage| Action::new(stage, Kind::Forward, 0));
+        forward.chain(own.rev().map(|&stage| Action::new(stage, Kind::Backward, 0))).collect()
+    };
+    let lists = (0..placement.ranks()).map(list).collect();
+    Ok(Schedule::new(placement.clone(), 1, Pass::ForwardBackward, lists)?)
 }
 
 /// This rank's slices of the gradients, of what several ranks hold on one of them. Collective.

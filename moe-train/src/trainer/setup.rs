@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
 use moe_model::{ExpertCapacity, ForcedRouting, Objective, PipelineLayout, RecomputeModules};
-use moe_pipeline::generate::{Named, Sizes, interleaved_forward_only};
+use moe_pipeline::generate::{Named, Sizes, forward_only_over};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
 
-use crate::Result;
 use crate::config::ConfigError;
 use crate::data::{BatchSizes, RampUp};
 use crate::optim::{Hyper, ParamGroup};
 use crate::schedule::LrSchedule;
+use crate::{Error, Result};
 
 /// Everything that a rank needs to know to train, the same on all ranks.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ pub struct Setup {
     pub model: ModelConfig,
     /// Which rank does what.
     pub folding: Folding,
-    /// Which layers are on which pipeline rank.
+    /// Which layers are on which pipeline rank: where the schedule [has them](Named::placement).
     pub pipeline: PipelineLayout,
     /// In which order ranks pass micro-batches through their stages. Changes no bit.
     pub schedule: Named,
@@ -94,25 +94,26 @@ impl Setup {
     /// The passes over the pipeline of a training step of `sequences` sequences.
     ///
     /// # Errors
-    /// The schedule is for another number of virtual stages, or does not take so many micro-batches.
-    pub fn training_program(&self, sequences: usize) -> moe_pipeline::Result<Program> {
-        let (ranks, virtual_stages) = self.ranks_and_stages();
+    /// The schedule is for another number of virtual stages, has them on other ranks than `pipeline`, or does not take so many
+    /// micro-batches.
+    pub fn training_program(&self, sequences: usize) -> Result<Program> {
+        let (ranks, virtual_stages) = (self.pipeline.ranks() as u32, self.pipeline.virtual_stages() as u32);
         let group = self.micro_batch_group_size.map_or(ranks, |group| group as u32);
         let micro_batches = sequences / (self.micro_batch_size * self.folding.size(Attention::DP));
         let sizes = Sizes { ranks, virtual_stages, microbatches: micro_batches as u32, group: Some(group) };
-        validate(lower(&self.schedule.generate(sizes)?)?, None)
+        let schedule = self.schedule.generate(sizes)?;
+        if schedule.placement() != self.pipeline.placement() {
+            return Err(Error::StagePlacement { schedule: self.schedule });
+        }
+        Ok(validate(lower(&schedule)?, None)?)
     }
 
     /// The passes of an evaluation of `micro_batches` micro-batches per data-parallel rank.
     ///
     /// # Errors
     /// There is no micro-batch.
-    pub fn evaluation_program(&self, micro_batches: usize) -> moe_pipeline::Result<Program> {
-        let (ranks, stages) = self.ranks_and_stages();
-        validate(lower(&interleaved_forward_only(ranks, stages, micro_batches as u32)?)?, None)
-    }
-
-    fn ranks_and_stages(&self) -> (u32, u32) {
-        (self.pipeline.ranks() as u32, self.pipeline.virtual_stages() as u32)
+    pub fn evaluation_program(&self, micro_batches: usize) -> Result<Program> {
+        let schedule = forward_only_over(self.pipeline.placement(), micro_batches as u32)?;
+        Ok(validate(lower(&schedule)?, None)?)
     }
 }

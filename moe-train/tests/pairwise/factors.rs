@@ -70,6 +70,22 @@ pub const FACTORS: &[Factor] = &[
     },
     Factor { name: "vpp", levels: &[Level("1", NONE), Level("2", &["parallel.vpp=2"])] },
     Factor {
+        name: "schedule",
+        levels: &[
+            Level("1f1b", NONE),
+            Level("overlapped-1f1b", &["parallel.schedule=overlapped-1f1b"]),
+            Level("gpipe", &["parallel.schedule=gpipe"]),
+            Level("breadth-first", &["parallel.schedule=breadth-first"]),
+            Level("zb-h1", &["parallel.schedule=zb-h1"]),
+            Level("interleaved-zero-bubble", &["parallel.schedule=interleaved-zero-bubble"]),
+            Level("zb-h2", &["parallel.schedule=zb-h2"]),
+            Level("zb-v", &["parallel.schedule=zb-v"]),
+            Level("v-half", &["parallel.schedule=v-half"]),
+            Level("v-min", &["parallel.schedule=v-min"]),
+            Level("dual-pipe-v", &["parallel.schedule=dual-pipe-v"]),
+        ],
+    },
+    Factor {
         name: "ep",
         levels: &[
             Level("1", NONE),
@@ -437,6 +453,12 @@ impl Choice<'_> {
         ["tp", "cp", "dp", "pp"].map(|axis| self.number(axis)).iter().product()
     }
 
+    /// Whether virtual stages take micro-batches in groups.
+    fn has_groups(&self) -> bool {
+        let schedules = ["1f1b", "overlapped-1f1b", "interleaved-zero-bubble"];
+        self.number("vpp") > 1 && schedules.contains(&self.level("schedule"))
+    }
+
     pub fn stages(&self) -> usize {
         self.number("pp") * self.number("vpp")
     }
@@ -527,19 +549,40 @@ pub const RULES: &[Rule] = &[
         holds: |c| c.number("pp") > 1 || c.number("vpp") == 1,
     },
     Rule {
-        why: "groups of micro-batches are for virtual stages",
+        why: "some schedules are for one stage per rank",
+        refusals: &["parallel.vpp = 2, but it must be 1 with parallel.schedule"],
+        factors: &["vpp", "schedule"],
+        holds: |c| c.number("vpp") == 1 || !["gpipe", "zb-h1", "zb-h2"].contains(&c.level("schedule")),
+    },
+    Rule {
+        why: "some schedules are for two stages per rank, in a V",
+        refusals: &["parallel.vpp = 1, but it must be 2 with parallel.schedule"],
+        factors: &["pp", "vpp", "schedule"],
+        holds: |c| {
+            let two = c.number("vpp") == 2 && c.number("pp") > 1;
+            two || !["zb-v", "v-half", "v-min", "dual-pipe-v"].contains(&c.level("schedule"))
+        },
+    },
+    Rule {
+        why: "DualPipeV is for two micro-batches per rank at least",
+        refusals: &["DualPipeV on"],
+        factors: &["dp", "pp", "schedule", "micro-batch"],
+        holds: |c| !c.is("schedule", "dual-pipe-v") || c.micro_batches() >= 2 * c.number("pp"),
+    },
+    Rule {
+        why: "groups of micro-batches are for virtual stages, in schedules that know them",
         refusals: &["parallel.micro_batch_group_size"],
-        factors: &["pp", "vpp", "micro-batch group"],
-        holds: |c| c.is("micro-batch group", "pp") || (c.number("vpp") > 1 && c.number("pp") > 1),
+        factors: &["pp", "vpp", "schedule", "micro-batch group"],
+        holds: |c| c.is("micro-batch group", "pp") || (c.has_groups() && c.number("pp") > 1),
     },
     Rule {
         why: "interleaved stages take groups of at least pp micro-batches, the last one too",
         refusals: &["micro-batches"],
-        factors: &["dp", "pp", "vpp", "micro-batch", "micro-batch group"],
+        factors: &["dp", "pp", "vpp", "schedule", "micro-batch", "micro-batch group"],
         holds: |c| {
             let (pp, m) = (c.number("pp"), c.micro_batches());
             let group = if c.is("micro-batch group", "all") { m } else { pp };
-            c.number("vpp") == 1 || (pp <= group && group <= m && (m % group == 0 || m % group >= pp))
+            !c.has_groups() || (pp <= group && group <= m && (m % group == 0 || m % group >= pp))
         },
     },
     Rule {
