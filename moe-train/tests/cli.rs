@@ -1113,6 +1113,37 @@ fn a_run_goes_on_under_another_folding() {
     }
 }
 
+/// A run begins in a V, and goes on with one stage per rank: bit for bit what it is without either.
+#[test]
+fn a_schedule_is_chosen_and_changes_no_bit() {
+    let place = Place::new();
+    let train =
+        |arguments: &[&str]| place.train(&[&["--set", "model.num_hidden_layers=4"], arguments].concat());
+    train(&["--set", "train.output=plain"]).ok();
+    let in_a_v = ["--set", "parallel.schedule=zb-v", "--set", "parallel.vpp=2"];
+    let begun = train(&[&in_a_v[..], &["--set", "train.steps=3"]].concat()).ok();
+    assert!(begun.out.contains("\nschedule zb-v, layers by stage 0, 3 | 1, 2\n"), "{begun:?}");
+    // Held-out tokens in the stages of the run, text in those of the command line.
+    let loss = |more: &[&str]| place.run(&[&["eval", "run"], more].concat()).ok().out;
+    assert_eq!(loss(&[]), loss(&["--world-size", "4", "--tp", "2", "--pp", "2", "--ep", "2"]));
+    let text = ["--text", "text/1.txt", "--sequence-length", "16"];
+    assert_eq!(loss(&text), loss(&[&text[..], &["--pp", "1"]].concat()));
+    let resumed = train(&["--resume", "--set", "parallel.schedule=GPipe"]).ok();
+    assert!(resumed.out.contains("\nschedule gpipe, layers by stage 0-1 | 2-3\n"), "{resumed:?}");
+    assert_eq!(place.timeless("run"), place.timeless("plain"));
+    place.run(&["diff", "run", "plain"]).ok();
+
+    for (schedule, parts) in [
+        ("dual-pipe", &["parallel.schedule = \"dual-pipe\"", "two copies", "dual-pipe-v"][..]),
+        ("v-half", &["parallel.vpp = 1", "must be 2 with parallel.schedule = \"v-half\""]),
+        ("zbv", &["[parallel] schedule", "is no schedule", "zb-v"]),
+    ] {
+        let set = format!("parallel.schedule={schedule}");
+        train(&["--set", "train.output=other", "--set", &set]).refused(2, parts);
+    }
+    assert!(!place.path("other").exists());
+}
+
 /// Held-out tokens under any folding, and the same as a file of text, which takes another way through the model.
 #[test]
 fn a_run_is_evaluated_on_tokens_and_on_text() {
