@@ -8,8 +8,8 @@ Both train on 4 sequences of 4096 random tokens: forward, backward, AdamW. trans
 fused AdamW, its grouped products for the experts, no loss but that of the tokens and no clipping; moe-train has weights in bf16 beside
 master weights, gradients and moments in f32, the load-balancing loss and clipping. Times are medians of 8 steps after 6 (4 of transformers).
 The share of the GPU's peak (MFU) counts what `docs/semantics.md` counts: causal attention once, the experts that a token goes to, nothing
-that is computed again. Tab-separated: whose, model, milliseconds, tokens/s, MFU, peak memory in GB, least and largest load of an expert of any
-layer in multiples of a balanced one, in the last step.
+that is computed again. Tab-separated: whose, model, milliseconds, tokens/s, MFU, peak memory in GB of tensors (ours also of all
+that the process takes), least and largest load of an expert of any layer in multiples of a balanced one, in the last step.
 """
 
 import array
@@ -69,7 +69,8 @@ def ours(model, folder, deterministic):
     used = [int(text) for text in (folder / "memory").read_text().split()]
     loads = [load * len(layer) for layer in records[-1]["expert_load"] for load in layer]
     whose = "moe-train" if deterministic == "true" else "moe-train, any order"
-    line(whose, model, statistics.median(seconds), f"{max(used) * 2**20 / 1e9:.1f} (nvidia-smi)", (min(loads), max(loads)))
+    peak = f"{records[-1]['peak_memory_bytes'] / 1e9:.1f} (allocated; {max(used) * 2**20 / 1e9:.1f} by nvidia-smi)"
+    line(whose, model, statistics.median(seconds), peak, (min(loads), max(loads)))
 
 
 def peer(model, compiled):

@@ -248,14 +248,14 @@ fn vocabulary_and_update(c: &mut Criterion) {
     });
     let parameters = EXPERTS * 3 * FFN * HIDDEN;
     measure(c, "adamw", parameters, |cpu| {
-        let [mut master, mut m, mut v, g] = [2, 3, 4, 5].map(|_| matrix(cpu, 1, parameters));
+        let [mut weight, mut m, mut v, g] = [2, 3, 4, 5].map(|_| matrix(cpu, 1, parameters));
         let update =
             AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: 10, grad_scale: black_box(1.0) };
         let runs = [AdamWRun { elements: 0..parameters, lr_scale: 1.0, weight_decay: 0.1 }];
         let cpu = cpu.clone();
         Box::new(move || {
-            let (master, m, v) = (mutable!(master), mutable!(m).into(), mutable!(v).into());
-            let slice = AdamWSlice { weight: None, master, m, v, grad: g.clone(), runs: &runs };
+            let (weight, m, v) = (mutable!(weight), mutable!(m).into(), mutable!(v).into());
+            let slice = AdamWSlice { weight, remainder: None, m, v, grad: g.clone(), runs: &runs };
             Optim::<f32>::adamw(&cpu, vec![slice], &update).expect("adamw");
         })
     });

@@ -6,15 +6,16 @@ constexpr int N = 16 / sizeof(Acc);
 constexpr int VECTORS = 4;
 constexpr int THREADS = 256;
 
-// The factors that all elements have in common, rounded to the type of the master weights; `correction2` = 1 / (1 − β2^step).
+// The factors that all elements have in common, rounded to the type of the masters; `correction2` = 1 / (1 − β2^step).
 struct Factors {
     Acc grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, correction2, eps;
 };
 
-// Elements of one slice that are updated alike. All that is kept of them begins at these addresses; `weight` may be null.
+// Elements of one slice that are updated alike. All that is kept of them begins at these addresses; `remainder` is null where the
+// weights are their own masters.
 struct Run {
     T *weight;
-    Acc *master;
+    u16 *remainder;
     void *m, *v;
     const Acc *grad;
     i64 n;
@@ -34,35 +35,57 @@ __device__ __forceinline__ double root(double x) { return __dsqrt_rn(x); }
 __device__ __forceinline__ float over(float x, float y) { return __fdiv_rn(x, y); }
 __device__ __forceinline__ double over(double x, double y) { return __ddiv_rn(x, y); }
 
+// Whether weights lack something of their masters, as the host's `Float::split` and `Float::join` have it.
+constexpr bool SPLIT = sizeof(T) < sizeof(Acc);
+
+__device__ __forceinline__ float join(float weight, u16) { return weight; }
+__device__ __forceinline__ double join(double weight, u16) { return weight; }
+__device__ __forceinline__ float join(bf16 weight, u16 remainder) {
+    u32 low = remainder;
+    return __uint_as_float((u32(weight.bits) << 16 | low) - ((low & 0x8000) << 1));
+}
+
+__device__ __forceinline__ u16 split(float master, float &weight) { return weight = master, 0; }
+__device__ __forceinline__ u16 split(double master, double &weight) { return weight = master, 0; }
+__device__ __forceinline__ u16 split(float master, bf16 &weight) {
+    u32 bits = __float_as_uint(master);
+    weight.bits = master == master ? (bits + 0x8000) >> 16 : 0x7fc0;
+    return master == master ? bits : 0;
+}
+
 // Updates `count` elements from the `j`-th of a run on.
 template <typename M, typename V>
 __device__ __forceinline__ void update(const Run &run, i64 j, int count, const Factors &f, Acc step_size, Acc keep) {
     bool vectors = run.vectors;
     M *m = static_cast<M *>(run.m) + j;
     V *v = static_cast<V *>(run.v) + j;
-    Words<Acc, N> masters = load_up_to<N>(run.master + j, count, vectors), grads = load_up_to<N>(run.grad + j, count, vectors);
+    Words<T, N> weights = load_up_to<N>(run.weight + j, count, vectors);
+    Words<u16, N> remainders = {};
+    if constexpr (SPLIT) remainders = load_up_to<N>(run.remainder + j, count, vectors);
+    Words<Acc, N> grads = load_up_to<N>(run.grad + j, count, vectors);
     Words<M, N> ms = load_up_to<N>(m, count, vectors);
     Words<V, N> vs = load_up_to<N>(v, count, vectors);
-    Words<Acc, N> new_masters = {};
+    Words<T, N> new_weights = {};
+    Words<u16, N> new_remainders = {};
     Words<M, N> new_ms = {};
     Words<V, N> new_vs = {};
-    Words<T, N> weights = {};
 #pragma unroll
     for (int k = 0; k < N; k++) {
         Acc g = times(grads.get(k), f.grad_scale);
         Acc mean = plus(times(f.beta1, Acc(widen(ms.get(k)))), times(f.one_minus_beta1, g));
         Acc square = plus(times(f.beta2, Acc(widen(vs.get(k)))), times(f.one_minus_beta2, times(g, g)));
         Acc step = over(times(step_size, mean), plus(root(times(square, f.correction2)), f.eps));
-        Acc updated = plus(times(keep, masters.get(k)), -step);
-        new_masters.set(k, updated);
+        T weight;
+        u16 remainder = split(plus(times(keep, join(weights.get(k), remainders.get(k))), -step), weight);
+        new_weights.set(k, weight);
+        if constexpr (SPLIT) new_remainders.set(k, remainder);
         new_ms.set(k, narrow<M>(mean));
         new_vs.set(k, narrow<V>(square));
-        weights.set(k, narrow<T>(updated));
     }
-    store_up_to(run.master + j, new_masters, count, vectors);
+    store_up_to(run.weight + j, new_weights, count, vectors);
+    if constexpr (SPLIT) store_up_to(run.remainder + j, new_remainders, count, vectors);
     store_up_to(m, new_ms, count, vectors);
     store_up_to(v, new_vs, count, vectors);
-    if (run.weight) store_up_to(run.weight + j, weights, count, vectors);
 }
 
 // A block has `THREADS` · `VECTORS` vectors of one run, of which there is at least one; `first` of the first run is 0.

@@ -17,6 +17,8 @@ pub enum DType {
     I64,
     /// 32-bit signed integer.
     I32,
+    /// 16-bit unsigned integer.
+    U16,
     /// Byte.
     U8,
 }
@@ -27,7 +29,7 @@ impl DType {
         match self {
             DType::F64 | DType::I64 => 8,
             DType::F32 | DType::I32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::U16 => 2,
             DType::U8 => 1,
         }
     }
@@ -40,6 +42,7 @@ impl DType {
             DType::Bf16 => "bf16",
             DType::I64 => "i64",
             DType::I32 => "i32",
+            DType::U16 => "u16",
             DType::U8 => "u8",
         }
     }
@@ -64,7 +67,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f64 => F64, f32 => F32, half::bf16 => Bf16, i64 => I64, i32 => I32, u8 => U8);
+element!(f64 => F64, f32 => F32, half::bf16 => Bf16, i64 => I64, i32 => I32, u16 => U16, u8 => U8);
 
 /// A floating-point element and the type its sums are kept in.
 ///
@@ -98,6 +101,15 @@ pub trait Float:
     /// Widens to the accumulator (exact).
     fn to_acc(self) -> Self::Acc;
 
+    /// A master weight as the weight and what the weight lacks of it: [`join`](Self::join) makes the same bits of them again.
+    /// A type that is its own accumulator lacks nothing. Of bf16 the weight is the master rounded to the nearest, ties away
+    /// from zero, and the remainder the lower half of the master's bits, whose highest says whether that was up. (Ties to
+    /// even need a seventeenth bit: where the weight is even, both neighbouring ties belong to it.) NaN becomes the weight NaN.
+    fn split(master: Self::Acc) -> (Self, u16);
+
+    /// The master weight of a weight and its remainder.
+    fn join(self, remainder: u16) -> Self::Acc;
+
     /// Whether the type is its own accumulator.
     fn is_acc() -> bool {
         Self::DTYPE == Self::Acc::DTYPE
@@ -105,7 +117,9 @@ pub trait Float:
 }
 
 macro_rules! float {
-    ($t:ty, $acc:ty, $zero:expr, $one:expr, $from64:expr, $to64:expr, $fromacc:expr, $toacc:expr) => {
+    (
+        $t:ty, $acc:ty, $zero:expr, $one:expr, $from64:expr, $to64:expr, $fromacc:expr, $toacc:expr, $split:expr, $join:expr
+    ) => {
         impl Float for $t {
             type Acc = $acc;
             const ZERO: Self = $zero;
@@ -126,11 +140,19 @@ macro_rules! float {
             fn to_acc(self) -> $acc {
                 $toacc(self)
             }
+            #[inline(always)]
+            fn split(master: $acc) -> (Self, u16) {
+                $split(master)
+            }
+            #[inline(always)]
+            fn join(self, remainder: u16) -> $acc {
+                $join(self, remainder)
+            }
         }
     };
 }
-float!(f64, f64, 0.0, 1.0, |x| x, |x| x, |x| x, |x| x);
-float!(f32, f32, 0.0, 1.0, |x| x as f32, |x| x as f64, |x| x, |x| x);
+float!(f64, f64, 0.0, 1.0, |x| x, |x| x, |x| x, |x| x, |x| (x, 0), |x, _| x);
+float!(f32, f32, 0.0, 1.0, |x| x as f32, |x| x as f64, |x| x, |x| x, |x| (x, 0), |x, _| x);
 float!(
     half::bf16,
     f32,
@@ -139,8 +161,29 @@ float!(
     bf16_from_f64,
     half::bf16::to_f64,
     half::bf16::from_f32,
-    half::bf16::to_f32
+    half::bf16::to_f32,
+    split_bf16,
+    join_bf16
 );
+
+/// The lower half of a float that lies in the middle of two bf16.
+const TIE: u32 = 0x8000;
+
+fn split_bf16(master: f32) -> (half::bf16, u16) {
+    if master.is_nan() {
+        return (half::bf16::NAN, 0);
+    }
+    // Bits without their sign ascend with the value: a carry out of the mantissa is the next exponent, after the last infinity.
+    let bits = master.to_bits();
+    (half::bf16::from_bits(((bits + TIE) >> 16) as u16), bits as u16)
+}
+
+fn join_bf16(weight: half::bf16, remainder: u16) -> f32 {
+    let remainder = u32::from(remainder);
+    let bits = (u32::from(weight.to_bits()) << 16) | remainder;
+    // What was rounded up goes back.
+    f32::from_bits(bits.wrapping_sub((remainder & TIE) << 1))
+}
 
 /// Rounds to the nearest bf16, ties to even. (`half::bf16::from_f64` drops the last bits of a double first, so that what is
 /// just above a tie may go down.)
@@ -161,6 +204,29 @@ mod tests {
     use half::bf16;
 
     use super::Float;
+
+    /// All upper halves of a float with the lower halves that matter and some others.
+    #[test]
+    fn weights_and_remainders_are_their_masters() {
+        let edges = [0, 1, 2, 0x7ffe, 0x7fff, 0x8000, 0x8001, 0x8002, 0xfffe, 0xffff];
+        let lows: Vec<u32> = edges.into_iter().chain((0..0x1_0000).step_by(4093)).collect();
+        for bits in (0..0x1_0000).flat_map(|high| lows.iter().map(move |low| high << 16 | low)) {
+            let x = f32::from_bits(bits);
+            let (weight, remainder) = bf16::split(x);
+            if x.is_nan() {
+                assert!(weight.is_nan() && weight.join(remainder).is_nan(), "{bits:x}");
+                continue;
+            }
+            assert_eq!(weight.join(remainder).to_bits(), bits, "{bits:x}");
+            // `half` rounds ties to even.
+            let tie = bits & 0xffff == 0x8000;
+            let want = if tie { bf16::from_bits((bits >> 16) as u16 + 1) } else { bf16::from_f32(x) };
+            assert_eq!(weight.to_bits(), want.to_bits(), "{bits:x}");
+        }
+        for x in [1.5f32, f32::MAX, f32::NAN] {
+            assert_eq!(f32::split(x).0.join(0).to_bits(), x.to_bits());
+        }
+    }
 
     /// Around every tie of two neighbours, by the neighbours themselves.
     #[test]

@@ -148,13 +148,13 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     bits.keep(cpu, "experts", &experts)?;
 
     let flat = 70_001;
-    let (mut weight, mut master) = (matrix(cpu, 1, flat, 18)?, matrix(cpu, 1, flat, 19)?);
+    let mut weight = matrix(cpu, 1, flat, 19)?;
     let (mut m, mut v) = (matrix(cpu, 1, flat, 20)?, Tensor::<f32, Cpu>::zeros(cpu, 1, flat)?);
     let grad = matrix(cpu, 1, flat, 21)?;
     let update = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: 3, grad_scale: 0.5 };
     let slice = AdamWSlice {
-        weight: Some(weight.view_mut()?),
-        master: master.view_mut()?,
+        weight: weight.view_mut()?,
+        remainder: None,
         m: m.view_mut()?.into(),
         v: v.view_mut()?.into(),
         grad: grad.clone(),
@@ -164,7 +164,7 @@ fn run(cpu: &Cpu) -> Result<Bits> {
     bits.keep(cpu, "adamw", &weight)?;
 
     let mut out = Tensor::<f64, Cpu>::zeros(cpu, 1, 1)?;
-    cpu.dot(out.view_mut()?, grad.view(), master.view())?;
+    cpu.dot(out.view_mut()?, grad.view(), weight.view())?;
     cpu.dot(out.view_mut()?, x.view(), dy.view())?;
     bits.keep(cpu, "dot", &out)?;
     let mut sums = matrix(cpu, 1, h, 0)?;

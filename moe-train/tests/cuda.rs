@@ -2,13 +2,16 @@
 
 mod common;
 
+use common::checkpoints::meta;
 use common::{
     Outcome, RandomBatches, assert_equal, assert_same_bits, gather, pieces, setup, tiny_model, train_in,
 };
 use moe_comm::SoloWorld;
-use moe_kernels::{Backend, Cuda, Float, bf16, cuda};
+use moe_kernels::{Backend, Cpu, Cuda, Float, bf16, cuda};
 use moe_model::ModelConfig;
 use moe_topology::Mapping;
+use moe_train::checkpoint::container::Checkpoint;
+use moe_train::checkpoint::{restore, save};
 use moe_train::optim::Moment;
 use moe_train::trainer::{RankTrainer, Setup};
 
@@ -108,4 +111,37 @@ fn in_narrower_types_it_is_as_near_as_they_allow() {
         let relative = f64::sqrt(error / norm);
         assert!(relative <= 4.0 * tolerance, "{name}: first moments are off by {relative}");
     }
+}
+
+/// In bf16 a master weight is nowhere whole: it starts as a run in f32 starts, and goes through a checkpoint bit by bit.
+#[test]
+fn master_weights_in_bf16_are_kept_to_the_last_bit() {
+    let Some(gpu) = gpu("master_weights_in_bf16_are_kept_to_the_last_bit") else { return };
+    let setup = setup(tiny_model(), Mapping::default());
+    let (source, folder) = (batches(&setup), tempfile::tempdir().unwrap());
+    let world = SoloWorld::new(gpu.clone());
+    let mut trainer = RankTrainer::<bf16, Cuda>::new(setup.clone(), &world, gpu.clone()).unwrap();
+    let state = |trainer: &_| gather([(Vec::new(), pieces::<bf16, Cuda>(trainer).unwrap())]);
+    let host = SoloWorld::new(Cpu::new(1));
+    let in_f32 = RankTrainer::<f32, Cpu>::new(setup.clone(), &host, Cpu::new(1)).unwrap();
+    let in_f32 = gather([(Vec::new(), pieces(&in_f32).unwrap())]);
+    assert_same_bits(&state(&trainer), &in_f32, "at the start");
+
+    for step in 1..3 {
+        assert!(trainer.step(step, &source).unwrap().updated);
+    }
+    trainer.await_weights().unwrap();
+    let path = save(&trainer, folder.path(), 2, &meta(&setup, 2, trainer.optimizer().updates())).unwrap();
+    let mut again = RankTrainer::<bf16, Cuda>::zeros(setup.clone(), &world, gpu.clone()).unwrap();
+    restore(&mut again, &Checkpoint::open(&path).unwrap()).unwrap();
+    assert_same_bits(&state(&again), &state(&trainer), "from the checkpoint");
+    for bucket in 0..trainer.cx().params.buckets().len() {
+        let weights = |trainer: &RankTrainer<bf16, Cuda>| {
+            trainer.cx().params.weights(bucket).unwrap().to_f64(&gpu).unwrap()
+        };
+        assert_eq!(weights(&again), weights(&trainer), "the weights of bucket {bucket}");
+    }
+    let [one, two] = [&mut trainer, &mut again].map(|trainer| trainer.step(3, &source).unwrap());
+    assert_eq!(one, two);
+    assert_same_bits(&state(&again), &state(&trainer), "after another step");
 }

@@ -5,7 +5,7 @@ use moe_kernels::{Cuda, Result, Tensor, View, bf16};
 
 use crate::bench::Bench;
 
-/// Bytes of an element of a weight, and of everything else.
+/// Bytes of an element of a weight or its remainder, and of everything else.
 const BF16: usize = 2;
 const F32: usize = 4;
 
@@ -27,27 +27,27 @@ fn zeros<E: moe_kernels::Element>(bench: &Bench, n: usize) -> Result<Tensor<E, C
 
 fn one_slice(bench: &Bench, n: usize) -> Result<()> {
     let (gpu, shape, runs) = (&bench.gpu, format!("{n}"), [all(n)]);
-    let (grad, mut master, mut weight) =
-        (bench.random::<f32>(1, n)?, bench.random::<f32>(1, n)?, zeros::<bf16>(bench, n)?);
+    let (grad, mut weight, mut remainder) =
+        (bench.random::<f32>(1, n)?, bench.random::<bf16>(1, n)?, zeros::<u16>(bench, n)?);
     let [mut m, mut v] = [zeros::<f32>(bench, n)?, zeros(bench, n)?];
-    bench.kernel("adamw", &shape, n * (7 * F32 + BF16), || {
-        let (weight, master) = (Some(weight.view_mut()?), master.view_mut()?);
+    bench.kernel("adamw", &shape, n * (5 * F32 + 4 * BF16), || {
+        let (weight, remainder) = (weight.view_mut()?, Some(remainder.view_mut()?));
         let (m, v) = (m.view_mut()?.into(), v.view_mut()?.into());
-        gpu.adamw(vec![AdamWSlice { weight, master, m, v, grad: grad.clone(), runs: &runs }], &UPDATE)
+        gpu.adamw(vec![AdamWSlice { weight, remainder, m, v, grad: grad.clone(), runs: &runs }], &UPDATE)
     })?;
     let [mut m, mut v] = [zeros::<bf16>(bench, n)?, zeros(bench, n)?];
-    bench.kernel("adamw_moments_in_bf16", &shape, n * (3 * F32 + 5 * BF16), || {
-        let (weight, master) = (Some(weight.view_mut()?), master.view_mut()?);
+    bench.kernel("adamw_moments_in_bf16", &shape, n * (F32 + 8 * BF16), || {
+        let (weight, remainder) = (weight.view_mut()?, Some(remainder.view_mut()?));
         let (m, v) = (MomentMut::Bf16(m.view_mut()?), MomentMut::Bf16(v.view_mut()?));
-        gpu.adamw(vec![AdamWSlice { weight, master, m, v, grad: grad.clone(), runs: &runs }], &UPDATE)
+        gpu.adamw(vec![AdamWSlice { weight, remainder, m, v, grad: grad.clone(), runs: &runs }], &UPDATE)
     })
 }
 
 /// What is kept of one slice.
 struct Slice {
     weight: Tensor<bf16, Cuda>,
-    /// Master weights and moments.
-    kept: [Tensor<f32, Cuda>; 3],
+    remainder: Tensor<u16, Cuda>,
+    moments: [Tensor<f32, Cuda>; 2],
     grad: Tensor<f32, Cuda>,
     /// Elements of each tensor.
     tensors: Vec<usize>,
@@ -59,8 +59,9 @@ impl Slice {
         let [decayed, others] = [&matrices, &vectors].map(|tensors| tensors.iter().sum::<usize>());
         let n = decayed + others;
         Ok(Slice {
-            weight: zeros(bench, n)?,
-            kept: [bench.random(1, n)?, zeros(bench, n)?, zeros(bench, n)?],
+            weight: bench.random(1, n)?,
+            remainder: zeros(bench, n)?,
+            moments: [zeros(bench, n)?, zeros(bench, n)?],
             grad: bench.random(1, n)?,
             tensors: [matrices, vectors].concat(),
             runs: vec![all(decayed), AdamWRun { elements: decayed..n, lr_scale: 1.0, weight_decay: 0.0 }],
@@ -68,10 +69,10 @@ impl Slice {
     }
 
     fn slice_mut(&mut self) -> Result<AdamWSlice<'_, bf16, Cuda>> {
-        let [master, m, v] = &mut self.kept;
+        let [m, v] = &mut self.moments;
         Ok(AdamWSlice {
-            weight: Some(self.weight.view_mut()?),
-            master: master.view_mut()?,
+            weight: self.weight.view_mut()?,
+            remainder: Some(self.remainder.view_mut()?),
             m: m.view_mut()?.into(),
             v: v.view_mut()?.into(),
             grad: self.grad.clone(),
@@ -101,7 +102,7 @@ fn layers(bench: &Bench, layers: usize) -> Result<()> {
     }
     let n: usize = slices.iter().flat_map(|slice| &slice.tensors).sum();
     let shape = format!("{layers} layers of Qwen3-30B-A3B");
-    bench.kernel("adamw", &shape, n * (7 * F32 + BF16), || {
+    bench.kernel("adamw", &shape, n * (5 * F32 + 4 * BF16), || {
         gpu.adamw(slices.iter_mut().map(Slice::slice_mut).collect::<Result<_>>()?, &UPDATE)
     })?;
     let pieces = slices.iter().flat_map(Slice::pieces).collect::<Result<Vec<_>>>()?;

@@ -2,7 +2,7 @@
 
 use super::{argument, shape};
 use crate::family::{AdamW, AdamWRun, AdamWSlice};
-use crate::{Device, Float, Result};
+use crate::{Device, Element, Float, Result};
 
 /// Operands of `adamw`.
 pub(crate) fn adamw<T: Float, D: Device>(
@@ -17,10 +17,14 @@ pub(crate) fn adamw<T: Float, D: Device>(
 fn adamw_slice<T: Float, D: Device>(kernel: &'static str, slice: &AdamWSlice<'_, T, D>) -> Result<()> {
     let [_, n] = slice.grad.shape();
     shape(kernel, "grad", [1, n], slice.grad.shape())?;
-    if let Some(weight) = &slice.weight {
-        shape(kernel, "weight", [1, n], weight.shape())?;
+    shape(kernel, "weight", [1, n], slice.weight.shape())?;
+    argument(kernel, slice.remainder.is_none() == T::is_acc(), || match T::is_acc() {
+        true => format!("a remainder of weights in {}, which are their own masters", T::DTYPE),
+        false => format!("no remainder of weights in {}, whose masters are in {}", T::DTYPE, T::Acc::DTYPE),
+    })?;
+    if let Some(remainder) = &slice.remainder {
+        shape(kernel, "remainder", [1, n], remainder.shape())?;
     }
-    shape(kernel, "master", [1, n], slice.master.shape())?;
     shape(kernel, "m", [1, n], slice.m.shape())?;
     shape(kernel, "v", [1, n], slice.v.shape())?;
     let mut end = 0;

@@ -91,7 +91,7 @@ fn margins(cols: usize) -> (usize, usize) {
 }
 
 impl<E: Element, D: Device> Placed<E, D> {
-    fn new(device: &D, rows: usize, cols: usize, elements: &[E], around: E) -> Self {
+    pub(super) fn new(device: &D, rows: usize, cols: usize, elements: &[E], around: E) -> Self {
         assert_eq!(elements.len(), rows * cols);
         let (before, after) = margins(cols);
         let stride = before + cols + after;

@@ -68,31 +68,46 @@ fn nearest_bf16(x: f64) -> f64 {
     (x / unit).round_ties_even() * unit
 }
 
-/// A slice on the device: its weights, of which some have a master, and what is kept of them.
+/// A slice on the device: its weights, what they lack of their masters, and its moments.
 struct Slice<T: Float, D: Device> {
-    weight: Option<Placed<T, D>>,
-    master: Placed<T::Acc, D>,
+    weight: Placed<T, D>,
+    remainder: Option<Placed<u16, D>>,
     m: Kept<T::Acc, D>,
     v: Kept<T::Acc, D>,
 }
 
 impl<T: Float, D: Device> Slice<T, D> {
-    fn new(device: &D, master: &Matrix, has_master: bool, bf16: [bool; 2]) -> Self {
+    fn new(device: &D, master: &Matrix, bf16: [bool; 2]) -> Self {
         let n = master.cols;
-        let nan = Matrix::from_fn(1, n, |_, _| f64::NAN);
+        let split = master.data.iter().map(|&x| T::split(T::Acc::from_f64(x)));
+        let (weight, remainder): (Vec<T>, Vec<u16>) = split.unzip();
+        let weight = Placed::new(device, 1, n, &weight, T::from_f64(f64::NAN));
+        let remainder = (!T::is_acc()).then(|| Placed::new(device, 1, n, &remainder, 0xabcd));
         let [m, v] = bf16.map(|bf16| Kept::zeros(device, n, bf16));
-        Slice { weight: has_master.then(|| place(device, &nan)), master: place(device, master), m, v }
+        Slice { weight, remainder, m, v }
     }
 
     fn with<'a>(&'a mut self, grad: Tensor<T::Acc, D>, runs: &'a [AdamWRun]) -> AdamWSlice<'a, T, D> {
         AdamWSlice {
-            weight: self.weight.as_mut().map(Placed::view_mut),
-            master: self.master.view_mut(),
+            weight: self.weight.view_mut(),
+            remainder: self.remainder.as_mut().map(Placed::view_mut),
             m: self.m.view_mut(),
             v: self.v.view_mut(),
             grad,
             runs,
         }
+    }
+
+    /// Weights and remainders together, of which the weights have to be the nearest.
+    fn master(&self) -> Matrix {
+        let weights = self.weight.elements();
+        let remainders = self.remainder.as_ref().map_or_else(|| vec![0; weights.len()], Placed::elements);
+        let masters = weights.iter().zip(remainders).map(|(&weight, remainder)| {
+            let master = weight.join(remainder);
+            assert_eq!(T::split(master), (weight, remainder), "a weight is its master rounded");
+            master.to_f64()
+        });
+        Matrix::row(&masters.collect::<Vec<_>>())
     }
 }
 
@@ -115,7 +130,7 @@ fn runs(n: usize) -> Vec<AdamWRun> {
     }
 }
 
-/// The same elements as weights that have a master, as their own master, and cut into two slices of one call.
+/// Elements in one slice, and the same cut into two slices of one call.
 fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], tolerance: f64) {
     let mut random = Random::new(11);
     let mut master = random.matrix::<T::Acc>(1, n);
@@ -123,10 +138,8 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
     let [mut m, mut v] = [(); 2].map(|()| Matrix::from_fn(1, n, |_, _| 0.0));
     let cut = n / 2;
     let part = |all: &Matrix, range: Range<usize>| Matrix::row(&all.data[range]);
-    let mut whole = Slice::<T, D>::new(device, &master, true, bf16);
-    let mut own = Slice::<T, D>::new(device, &master, false, bf16);
-    let mut halves =
-        [0..cut, cut..n].map(|half| Slice::<T, D>::new(device, &part(&master, half), true, bf16));
+    let mut whole = Slice::<T, D>::new(device, &master, bf16);
+    let mut halves = [0..cut, cut..n].map(|half| Slice::<T, D>::new(device, &part(&master, half), bf16));
     let runs = runs(n);
     let runs_of_halves = [0..cut, cut..n].map(|half| {
         let inside = runs.iter().map(|run| {
@@ -159,32 +172,28 @@ fn several_steps<T: Float, D: Optim<T>>(device: &D, n: usize, bf16: [bool; 2], t
         let what = |of: &str| format!("{of} of {n} after step {step}, in bf16: {bf16:?}");
         m = whole.m.check(&what("m"), &m, tolerance);
         v = whole.v.check(&what("v"), &v, tolerance);
-        let got = whole.master.read();
+        let got = whole.master();
         assert_close(&what("master"), &got, &master, tolerance);
-        let weight = whole.weight.as_ref().expect("weights beside the master").read();
         let mut updated = vec![false; n];
         runs.iter().for_each(|run| updated[run.elements.clone()].fill(true));
         for (i, &updated) in updated.iter().enumerate() {
-            let want = if updated { T::from_f64(got.data[i]).to_f64() } else { f64::NAN };
-            assert!(weight.data[i] == want || weight.data[i].is_nan() && want.is_nan(), "{}", what("weight"));
             assert!(updated || got.data[i] == first.data[i], "{}", what("what is in no run"));
         }
 
         let cuts = halves.iter_mut().zip([0..cut, cut..n]).zip(&runs_of_halves);
         let slices = cuts.map(|((half, range), runs)| half.with(gradient(device, &part(&grad, range)), runs));
         device.adamw(slices.collect(), &update).expect("adamw of two slices");
-        let joined: Vec<f64> = halves.iter().flat_map(|half| half.master.read().data).collect();
+        let joined: Vec<f64> = halves.iter().flat_map(|half| half.master().data).collect();
         assert_close(&what("the master in two slices"), &Matrix::row(&joined), &got, 0.0);
-
-        device
-            .adamw(vec![own.with(given(), &runs)], &update)
-            .expect("adamw of weights that are their own master");
-        assert_close(&what("the master alone"), &own.master.read(), &got, 0.0);
 
         let longer = gradient(device, &Matrix::from_fn(1, n + 1, |_, _| 0.0));
         assert_refused("grad", device.adamw(vec![whole.with(longer, &runs)], &update));
         let zeroth = AdamW { step: 0, ..update };
         assert_refused("step 0", device.adamw(vec![whole.with(given(), &runs)], &zeroth));
+        let mut other = whole.with(given(), &runs);
+        let mut remainder = Placed::new(device, 1, n, &vec![0; n], 0);
+        other.remainder = other.remainder.is_none().then(|| remainder.view_mut());
+        assert_refused("no remainder, or one too many", device.adamw(vec![other], &update));
         let past = AdamWRun { elements: 0..n + 1, lr_scale: 1.0, weight_decay: 0.0 };
         assert_refused("a run past the end", device.adamw(vec![whole.with(given(), &[past])], &update));
         let twice = [0..1, 0..1].map(|elements| AdamWRun { elements, lr_scale: 1.0, weight_decay: 0.0 });

@@ -46,12 +46,12 @@ impl<T: CpuFloat> Factors<T> {
 }
 
 simd! {
-    fn update<T>(master: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], f: Factors<T>) {
-        for (((master, m), v), &g) in master.iter_mut().zip(m).zip(v).zip(grad) {
+    fn update<T>(weight: &mut [T], m: &mut [T], v: &mut [T], grad: &[T], f: Factors<T>) {
+        for (((weight, m), v), &g) in weight.iter_mut().zip(m).zip(v).zip(grad) {
             let g = g * f.grad_scale;
             *m = f.beta1 * *m + f.one_minus_beta1 * g;
             *v = f.beta2 * *v + f.one_minus_beta2 * (g * g);
-            *master = f.keep * *master - f.step_size * *m / ((*v * f.correction2).sqrt() + f.eps);
+            *weight = f.keep * *weight - f.step_size * *m / ((*v * f.correction2).sqrt() + f.eps);
         }
     }
 }
@@ -115,31 +115,25 @@ impl Cpu {
     ) -> Result<()> {
         let factors = Factors::new(update, run);
         let grad = Mat::from(slice.grad.view().columns(run.elements.clone())?).vector();
-        let mut weight =
-            slice.weight.as_mut().map(|weight| &mut MatMut::from(weight).vector()[run.elements.clone()]);
-        let mut master = &mut MatMut::from(&mut slice.master).vector()[run.elements.clone()];
+        let mut weight = &mut MatMut::from(&mut slice.weight).vector()[run.elements.clone()];
         let (mut m, mut v) = (Kept::new(&mut slice.m), Kept::new(&mut slice.v));
         m.take(run.elements.start);
         v.take(run.elements.start);
         let tasks = blocks(run.elements.len(), rows_per_piece(1))
             .map(|r| {
                 let len = r.len();
-                let weight = weight.as_mut().map(|weight| take(weight, len));
-                (weight, take(&mut master, len), m.take(len), v.take(len), &grad[r])
+                (take(&mut weight, len), m.take(len), v.take(len), &grad[r])
             })
             .collect();
-        self.for_each(tasks, |(mut weight, mut master, mut m, mut v, grad)| {
+        self.for_each(tasks, |(mut weight, mut m, mut v, grad)| {
             let (mut wide_m, mut wide_v) = ([T::ZERO; CHUNK], [T::ZERO; CHUNK]);
             for grad in grad.chunks(CHUNK) {
                 let len = grad.len();
-                let master = take(&mut master, len);
+                let weight = take(&mut weight, len);
                 let (mut m, mut v) = (m.take(len), v.take(len));
-                self::update(master, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
+                self::update(weight, m.open(&mut wide_m), v.open(&mut wide_v), grad, factors);
                 m.close(&wide_m);
                 v.close(&wide_v);
-                if let Some(weight) = &mut weight {
-                    take(weight, len).copy_from_slice(master);
-                }
             }
         })
     }

@@ -14,7 +14,7 @@ const VECTORS: usize = 4;
 /// By whether the first moment is kept in bf16, and the second.
 const KERNELS: [[&str; 2]; 2] = [["adamw_acc_acc", "adamw_acc_bf16"], ["adamw_bf16_acc", "adamw_bf16_bf16"]];
 
-/// `Factors` of the kernels: those that all elements have in common, rounded to the type of the master weights.
+/// `Factors` of the kernels: those that all elements have in common, rounded to the type of the masters.
 fn factors<A: Float>(h: &AdamW) -> [A; 7] {
     let correction2 = 1.0 / (1.0 - h.beta2.powf(h.step as f64));
     [h.grad_scale, h.beta1, 1.0 - h.beta1, h.beta2, 1.0 - h.beta2, correction2, h.eps].map(A::from_f64)
@@ -39,28 +39,28 @@ impl Runs {
     ) -> Result<()> {
         let (n, each) = (run.elements.len(), vector::<T::Acc>());
         let elements = || run.elements.clone();
-        let weight = match &slice.weight {
-            Some(weight) => device.start(weight.as_view().columns(elements())?, each)?,
+        let weight = device.start(slice.weight.as_view().columns(elements())?, each)?;
+        let remainder = match &slice.remainder {
+            Some(remainder) => device.start(remainder.as_view().columns(elements())?, each)?,
             None => Start { address: 0, vectors: true },
         };
         let moment = |moment: &MomentMut<'_, T::Acc, Cuda>| match moment {
             MomentMut::Acc(view) => device.start(view.as_view().columns(elements())?, each),
             MomentMut::Bf16(view) => device.start(view.as_view().columns(elements())?, each),
         };
-        let master = device.start(slice.master.as_view().columns(elements())?, each)?;
         let grad = device.start(slice.grad.view().columns(elements())?, each)?;
-        let starts = [weight, master, moment(&slice.m)?, moment(&slice.v)?, grad];
+        let starts = [weight, remainder, moment(&slice.m)?, moment(&slice.v)?, grad];
         if n == 0 {
             return Ok(());
         }
         let lr = update.lr * run.lr_scale;
         let step_size = lr / (1.0 - update.beta1.powf(update.step as f64));
         let keep = 1.0 - lr * run.weight_decay;
-        let [weight, master, m, v, grad] = starts.map(|start| start.address);
+        let [weight, remainder, m, v, grad] = starts.map(|start| start.address);
         let vectors = u64::from(starts.iter().all(|start| start.vectors));
         let (n, first, blocks) = (n as u64, self.blocks as u64, n.div_ceil(THREADS * VECTORS * each));
         let [step_size, keep] = [step_size, keep].map(f64::to_bits);
-        self.rows.push([weight, master, m, v, grad, n, first, vectors, step_size, keep]);
+        self.rows.push([weight, remainder, m, v, grad, n, first, vectors, step_size, keep]);
         self.blocks += blocks;
         Ok(())
     }

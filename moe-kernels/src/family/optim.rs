@@ -60,10 +60,10 @@ impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
 /// A flat slice of parameters, what is kept of it between updates, and its gradient; all `[1, n]`.
 #[derive(Debug)]
 pub struct AdamWSlice<'a, T: Float, D: Device> {
-    /// The weights; none where they are their own master.
-    pub weight: Option<ViewMut<'a, T, D>>,
-    /// The master weights.
-    pub master: ViewMut<'a, T::Acc, D>,
+    /// The weights.
+    pub weight: ViewMut<'a, T, D>,
+    /// What the weights lack of their masters, as [`Float::split`] has it; none where `T` is its own accumulator.
+    pub remainder: Option<ViewMut<'a, u16, D>>,
     /// The first moment.
     pub m: MomentMut<'a, T::Acc, D>,
     /// The second moment.
@@ -76,9 +76,8 @@ pub struct AdamWSlice<'a, T: Float, D: Device> {
 
 /// Optimizer updates on flat slices.
 pub trait Optim<T: Float>: Device {
-    /// With `g = grad · grad_scale`: `m = β1·m + (1−β1)·g`, `v = β2·v + (1−β2)·g²`,
-    /// `master −= lr · lr_scale · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`, `weight` = `master` rounded, unless the
-    /// weights are their own master.
+    /// With `g = grad · grad_scale` and `master` what a weight and its remainder are together: `m = β1·m + (1−β1)·g`,
+    /// `v = β2·v + (1−β2)·g²`, `master −= lr · lr_scale · (m/(1−β1^step) / (sqrt(v/(1−β2^step)) + eps) + λ·master)`.
     /// Everything is computed in `T::Acc`; a moment that is kept in bf16 is rounded after `master` was
     /// updated by its unrounded value.
     fn adamw(&self, slices: Vec<AdamWSlice<'_, T, Self>>, update: &AdamW) -> Result<()>;

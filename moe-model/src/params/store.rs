@@ -107,10 +107,15 @@ fn zeroed<'a, A: Float, D: Device>(
 }
 
 impl<T: Float, D: Device> ParamStore<T, D> {
-    /// Weights at their starting values, which depend on `seed` and names alone: rounded to `T::Acc`, then to `T`.
+    /// Weights at their starting values, which depend on `seed` and names alone: rounded to `T::Acc`, then as [`Float::split`] rounds.
     pub fn new(layout: ParamLayout, seed: u64, device: &D) -> Result<Self> {
         let mut params = Self::zeros(layout, device)?;
-        params.start(seed, device)?;
+        for (bucket, weights) in params.layout.buckets().iter().zip(&mut params.weights) {
+            let rounded = |x| T::split(T::Acc::from_f64(x)).0;
+            bucket.initial(seed, 0..bucket.len, rounded, |at, values| {
+                Ok::<_, Error>(weights.here_mut()?.upload(device, at, values)?)
+            })?;
+        }
         Ok(params)
     }
 
@@ -131,17 +136,6 @@ impl<T: Float, D: Device> ParamStore<T, D> {
             reduce_early: false,
             device: device.clone(),
         })
-    }
-
-    /// Makes weights of 0 what they are at the start, as in [`new`](Self::new).
-    pub fn start(&mut self, seed: u64, device: &D) -> Result<()> {
-        for (bucket, weights) in self.layout.buckets().iter().zip(&mut self.weights) {
-            let rounded = |x| T::from_acc(T::Acc::from_f64(x));
-            bucket.initial(seed, 0..bucket.len, rounded, |at, values| {
-                Ok::<_, Error>(weights.here_mut()?.upload(device, at, values)?)
-            })?;
-        }
-        Ok(())
     }
 
     /// Where everything lies.

@@ -205,7 +205,7 @@ pub(crate) fn read_params<T: Float, D: Device>(
         for part in params.buckets()[index].parts.clone() {
             let block: Vec<T::Acc> =
                 weights.read(&part.name, part.dims, part.rows.clone(), part.cols.clone())?;
-            let values: Vec<T> = block.into_iter().map(T::from_acc).collect();
+            let values: Vec<T> = block.into_iter().map(|master| T::split(master).0).collect();
             params.weights_mut(index)?.upload(device, part.offset, &values)?;
         }
     }
@@ -276,7 +276,7 @@ fn take_over<T: Float, D: Backend<T>>(
     buffers: Buffers<T, D>,
 ) -> Result<()> {
     let (optimizer, cx) = trainer.state_mut();
-    optimizer.weights_from_master(cx, updates)?;
+    optimizer.gather_weights(cx, updates)?;
     for (id, values) in buffers {
         cx.params.set_buffer(id, values)?;
     }

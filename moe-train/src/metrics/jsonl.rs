@@ -143,6 +143,7 @@ mod tests {
             tokens_per_second: 1234.5,
             tflops_per_rank: 0.75,
             mfu: (step > 1).then_some(0.375),
+            peak_memory_bytes: (step > 1).then_some(u64::MAX),
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
             global_aux_loss: 1.0,

@@ -132,6 +132,7 @@ mod tests {
             tokens_per_second: 4096.0,
             tflops_per_rank: 0.25,
             mfu: None,
+            peak_memory_bytes: None,
             aux_loss: 1.0,
             sequence_aux_loss: 1.0,
             global_aux_loss: 1.0,

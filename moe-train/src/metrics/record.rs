@@ -31,6 +31,9 @@ pub struct StepRecord {
     /// The same as a fraction of the device's peak, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mfu: Option<f64>,
+    /// On a GPU, the most bytes of its memory that tensors have taken so far in this run, or since it was resumed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory_bytes: Option<u64>,
     /// Mean over MoE layers of the load-balancing loss, without its coefficient; balanced is 1. That over all layers, if that
     /// is asked for; balanced is then K.
     pub aux_loss: f64,
@@ -75,6 +78,7 @@ impl StepRecord {
             ("train/tokens_per_second", Some(self.tokens_per_second)),
             ("train/tflops_per_rank", Some(self.tflops_per_rank)),
             ("train/mfu", self.mfu),
+            ("train/peak_memory_bytes", self.peak_memory_bytes.map(|bytes| bytes as f64)),
             ("train/skipped_steps", Some(self.skipped_steps as f64)),
             ("moe/aux_loss", Some(self.aux_loss)),
             ("moe/sequence_aux_loss", Some(self.sequence_aux_loss)),
@@ -168,6 +172,7 @@ mod tests {
             tokens_per_second: 1.0,
             tflops_per_rank: 2.0,
             mfu: Some(0.5),
+            peak_memory_bytes: Some(1 << 40),
             aux_loss: 1.1,
             sequence_aux_loss: 1.2,
             global_aux_loss: 1.3,
@@ -192,8 +197,9 @@ mod tests {
         assert_eq!(of_layer_3, wanted.each_ref());
         assert!(scalars.contains(&("moe/z_loss_layer_1".into(), 2.0)));
         assert!(scalars.contains(&("train/tflops_per_rank".into(), 2.0)));
-        assert!(scalars.contains(&("train/mfu".into(), 0.5)));
-        let unknown = StepRecord { mfu: None, ..record };
-        assert!(unknown.scalars().iter().all(|(name, _)| name != "train/mfu"));
+        let known = [("train/mfu".into(), 0.5), ("train/peak_memory_bytes".into(), 2f64.powi(40))];
+        assert!(known.iter().all(|scalar| scalars.contains(scalar)));
+        let unknown = StepRecord { mfu: None, peak_memory_bytes: None, ..record }.scalars();
+        assert!(known.iter().all(|(name, _)| unknown.iter().all(|(other, _)| other != name)));
     }
 }

@@ -10,7 +10,7 @@ use moe_topology::Attention;
 
 use super::groups::{ParamGroups, TensorHyper};
 use super::shard::sliced_parts;
-use super::state::{Kept, Moment, MomentDTypes, Shard};
+use super::state::{Kept, KeptMoment, Moment, MomentDTypes, Shard};
 use crate::Result;
 
 /// Constants of AdamW.
@@ -28,8 +28,8 @@ pub struct Hyper {
     pub moments: MomentDTypes,
 }
 
-/// Master weights and moments of one rank, cut over the groups in which gradients are partial. Weights of the accumulation
-/// type are their own master; they are in the parameter store.
+/// Moments of one rank and what its weights, which are in the parameter store, lack of their masters, cut over the groups in which
+/// gradients are partial.
 #[derive(Debug)]
 pub struct Optimizer<T: Float, D: Device> {
     hyper: Hyper,
@@ -39,20 +39,14 @@ pub struct Optimizer<T: Float, D: Device> {
 }
 
 impl<T: Float, D: Backend<T>> Optimizer<T, D> {
-    /// Starting state: master weights as the weights start from `seed`, moments zero.
+    /// For weights of `params` that are their masters; moments are 0.
     ///
     /// # Errors
     /// `groups` are not those of this model, or the device refuses.
-    pub fn new(
-        hyper: Hyper,
-        groups: &ParamGroups,
-        params: &ParamStore<T, D>,
-        seed: u64,
-        device: &D,
-    ) -> Result<Self> {
+    pub fn new(hyper: Hyper, groups: &ParamGroups, params: &ParamStore<T, D>, device: &D) -> Result<Self> {
         let runs = params.buckets().iter().map(|bucket| runs(bucket, groups)).collect::<Result<_>>()?;
-        let shards =
-            params.buckets().iter().map(|bucket| Shard::start::<T>(bucket, seed, hyper.moments, device));
+        let shards = params.buckets().iter();
+        let shards = shards.map(|bucket| Shard::zeros::<T>(device, bucket.slice.len(), hyper.moments));
         Ok(Optimizer { hyper, shards: shards.collect::<Result<_>>()?, runs, updates: 0 })
     }
 
@@ -62,13 +56,12 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     }
 
     /// What is kept of this rank's slice of a bucket of `params`, sharing memory.
-    pub fn kept(&self, params: &ParamStore<T, D>, bucket: usize, moment: Moment) -> Result<Kept<T::Acc, D>> {
-        let Shard { master, m, v } = &self.shards[bucket];
-        Ok(match (moment, master) {
-            (Moment::Master, Some(master)) => Kept::Acc(master.clone()),
-            (Moment::Master, None) => Kept::Acc(params.slice(bucket)?.into_acc()?),
-            (Moment::First, _) => m.clone(),
-            (Moment::Second, _) => v.clone(),
+    pub fn kept(&self, params: &ParamStore<T, D>, bucket: usize, moment: Moment) -> Result<Kept<T, D>> {
+        let Shard { remainder, m, v } = &self.shards[bucket];
+        Ok(match moment {
+            Moment::Master => Kept::Masters(remainder.with(params.slice(bucket)?)),
+            Moment::First => Kept::Moment(m.clone()),
+            Moment::Second => Kept::Moment(v.clone()),
         })
     }
 
@@ -107,14 +100,27 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
     pub(crate) fn forget(&mut self, params: &ParamStore<T, D>, device: &D) -> Result<()> {
         let dtypes = self.hyper.moments;
         for (shard, bucket) in self.shards.iter_mut().zip(params.buckets()) {
-            shard.m = Kept::zeros(device, bucket.slice.len(), dtypes.exp_avg)?;
-            shard.v = Kept::zeros(device, bucket.slice.len(), dtypes.exp_avg_sq)?;
+            shard.m = KeptMoment::zeros(device, bucket.slice.len(), dtypes.exp_avg)?;
+            shard.v = KeptMoment::zeros(device, bucket.slice.len(), dtypes.exp_avg_sq)?;
         }
         Ok(())
     }
 
-    /// Writes elements of what is kept of a bucket's slice, from the `at`-th on. Master weights become the weights with
-    /// [`weights_from_master`](Self::weights_from_master).
+    /// Makes this rank's master weights of 0 what they are at the start, which depends on `seed` and names alone, and gathers the weights.
+    /// Collective.
+    pub(crate) fn start(&mut self, cx: &mut Cx<T, D>, seed: u64) -> Result<()> {
+        for index in 0..self.shards.len() {
+            let bucket = cx.params.buckets()[index].clone();
+            let slice = bucket.slice.clone();
+            bucket.initial(seed, slice.clone(), Float::from_f64, |at, masters| {
+                self.write(cx, index, Moment::Master, at - slice.start, masters)
+            })?;
+        }
+        self.gather_weights(cx, 0)
+    }
+
+    /// Writes elements of what is kept of a bucket's slice, from the `at`-th on. Other ranks have the weights of these masters with
+    /// [`gather_weights`](Self::gather_weights).
     pub(crate) fn write(
         &mut self,
         cx: &mut Cx<T, D>,
@@ -123,28 +129,23 @@ impl<T: Float, D: Backend<T>> Optimizer<T, D> {
         at: usize,
         elements: &[T::Acc],
     ) -> Result<()> {
-        let Shard { master, m, v } = &mut self.shards[bucket];
-        match (moment, master) {
-            (Moment::Master, Some(master)) => Ok(master.upload(&cx.device, at, elements)?),
-            (Moment::Master, None) => {
+        let Shard { remainder, m, v } = &mut self.shards[bucket];
+        match moment {
+            Moment::Master => {
                 let first = cx.params.buckets()[bucket].slice.start;
-                let elements: Vec<T> = elements.iter().copied().map(T::from_acc).collect();
-                Ok(cx.params.weights_mut(bucket)?.upload(&cx.device, first + at, &elements)?)
+                let weights: Vec<T> = remainder.write(&cx.device, at, elements)?;
+                Ok(cx.params.weights_mut(bucket)?.upload(&cx.device, first + at, &weights)?)
             }
-            (Moment::First, _) => m.upload(&cx.device, at, elements),
-            (Moment::Second, _) => v.upload(&cx.device, at, elements),
+            Moment::First => m.upload(&cx.device, at, elements),
+            Moment::Second => v.upload(&cx.device, at, elements),
         }
     }
 
-    /// Makes the master weights the weights, after `updates` updates, and gathers them: after a checkpoint was read.
-    /// Collective.
-    pub(crate) fn weights_from_master(&mut self, cx: &mut Cx<T, D>, updates: u64) -> Result<()> {
+    /// Gathers the weights from the slices that all ranks wrote, as they are after `updates` updates. Collective.
+    pub(crate) fn gather_weights(&mut self, cx: &mut Cx<T, D>, updates: u64) -> Result<()> {
         self.updates = updates;
-        for (bucket, shard) in self.shards.iter().enumerate() {
-            let mut slice = cx.params.take_slice(bucket, &cx.device)?;
-            if let Some(master) = &shard.master {
-                cx.device.narrow(slice.view_mut()?, master.view())?;
-            }
+        for bucket in 0..self.shards.len() {
+            let slice = cx.params.take_slice(bucket, &cx.device)?;
             cx.params.start_gather(bucket, slice, &cx.comms)?;
         }
         Ok(cx.params.await_all_weights()?)

@@ -8,11 +8,13 @@
 //! A rank alone gives all buckets to its device in one call, of which a GPU makes one launch; the norm of the gradient is two, whatever
 //! the number of tensors.
 //!
-//! Weights of the accumulation type are their own master: a rank alone updates them where they are. Moments are memory of
-//! zeros, which the host has to provide as they are first written, and a gradient is freed when its bucket was updated.
+//! Master weights are nowhere whole: they are the weights, which a rank alone updates where they are, and of weights in bf16 the 16 bits
+//! that rounding took. Moments are memory of zeros, which the host has to provide as they are first written, and a gradient is freed when
+//! its bucket was updated.
 
 mod adamw;
 mod groups;
+mod master;
 mod norm;
 mod shard;
 mod state;
@@ -20,7 +22,8 @@ mod tensors;
 
 pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
+pub use master::Masters;
 pub use norm::{GradNorm, ParamNames};
 pub use shard::{reduce_gradients, sliced_parts};
-pub use state::{Kept, Moment, MomentDType, MomentDTypes};
+pub use state::{Kept, KeptMoment, Moment, MomentDType, MomentDTypes};
 pub use tensors::model_tensors;

@@ -44,11 +44,13 @@ impl Log {
         Ok(Log { lines, events, progress, batch_sizes, sequence_length, utilisation })
     }
 
-    /// A step that took `seconds`, the steps that were skipped so far, and the tokens of each dataset of a blend.
+    /// A step that took `seconds`, the bytes of a GPU that were taken so far, the steps that were skipped so far, and the tokens of
+    /// each dataset of a blend.
     pub fn step(
         &mut self,
         report: &StepReport,
         seconds: f64,
+        peak_memory_bytes: Option<u64>,
         skipped: SkippedSteps,
         blend_tokens: Vec<u64>,
     ) -> Result<()> {
@@ -65,6 +67,7 @@ impl Log {
             tokens_per_second,
             tflops_per_rank: self.utilisation.tflops_per_rank(tokens_per_second),
             mfu: self.utilisation.mfu(tokens_per_second),
+            peak_memory_bytes,
             aux_loss: report.aux_loss,
             sequence_aux_loss: report.sequence_aux_loss,
             global_aux_loss: report.global_aux_loss,

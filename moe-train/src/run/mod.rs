@@ -108,6 +108,7 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         init: init.map(Arc::new),
         hub,
         peak_tflops: config.train.peak_tflops.or(ranks.peak_tflops()),
+        on_gpu: ranks.on_gpu(),
         interrupted: interrupt::flag(),
     };
     let outcomes = ranks.run(plan)?;
@@ -319,6 +320,9 @@ fn report(config: &RunConfig, outcome: &Outcome, unigram_entropy: Option<f64>) -
         ),
         (Some(val_loss), None) => println!("validation loss {val_loss:.4} nats/token"),
         (None, _) => {}
+    }
+    if let Some(bytes) = outcome.peak_memory_bytes {
+        println!("peak memory of the GPU {:.1} GB", bytes as f64 / 1e9);
     }
     let Some(checkpoint) = &outcome.checkpoint else { return Ok(()) };
     println!("checkpoint {}", checkpoint.display());

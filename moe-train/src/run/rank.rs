@@ -34,14 +34,18 @@ pub(super) struct Plan {
     pub hub: Option<HubOrigin>,
     /// That of a rank's device, where it is known.
     pub peak_tflops: Option<f64>,
+    /// Whether that is a GPU, whose memory is worth a metric.
+    pub on_gpu: bool,
     pub interrupted: Arc<AtomicBool>,
 }
 
-/// What a run came to, the same on all ranks.
+/// What a run came to, the same on all ranks but for their memory.
 #[derive(Debug, Clone)]
 pub(super) struct Outcome {
     pub step: u64,
     pub val_loss: Option<f64>,
+    /// The most that was taken of a GPU.
+    pub peak_memory_bytes: Option<u64>,
     /// None if the run saves nothing.
     pub checkpoint: Option<PathBuf>,
     pub end: End,
@@ -99,7 +103,8 @@ fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) ->
         let seconds = start.elapsed().as_secs_f64();
         let go_on = skipped.count(&report, plan.config.train.non_finite_limit());
         if let Some(log) = &mut log {
-            log.step(&report, seconds, skipped, plan.train.tokens_after(step + 1))?;
+            let tokens = plan.train.tokens_after(step + 1);
+            log.step(&report, seconds, peak_memory_bytes(&trainer, plan), skipped, tokens)?;
         }
         if !go_on {
             // What is saved below is the state before the step, so that a resume makes it again.
@@ -132,7 +137,12 @@ fn run<T: Float, D: Backend<T>>(plan: &Plan, world: &dyn World<D>, device: D) ->
         log.end()?;
     }
     let checkpoint = saves.then(|| step_folder(&plan.folder.checkpoints(), step));
-    Ok(Outcome { step, val_loss, checkpoint, end })
+    Ok(Outcome { step, val_loss, peak_memory_bytes: peak_memory_bytes(&trainer, plan), checkpoint, end })
+}
+
+/// The most bytes that were live so far, on a GPU.
+fn peak_memory_bytes<T: Float, D: Backend<T>>(trainer: &RankTrainer<T, D>, plan: &Plan) -> Option<u64> {
+    plan.on_gpu.then(|| trainer.cx().device.memory().peak as u64)
 }
 
 /// Whether any rank says so. Collective.

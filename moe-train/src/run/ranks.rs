@@ -56,6 +56,11 @@ impl Ranks {
         }
     }
 
+    /// Whether they compute on GPUs.
+    pub fn on_gpu(&self) -> bool {
+        !matches!(self.devices, Devices::Cpu { .. })
+    }
+
     /// What all ranks come to, in their order.
     pub fn run<J: Job>(self, job: J) -> Result<Vec<J::Outcome>> {
         match self.devices {

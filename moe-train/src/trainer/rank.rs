@@ -41,11 +41,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
         let mut trainer = Self::zeros(setup, world, device)?;
-        match T::is_acc() {
-            true => trainer.cx.params.start(trainer.setup.seed, &trainer.cx.device)?,
-            // Master weights have been made with the optimizer.
-            false => trainer.optimizer.weights_from_master(&mut trainer.cx, 0)?,
-        }
+        trainer.optimizer.start(&mut trainer.cx, trainer.setup.seed)?;
         Ok(trainer)
     }
 
@@ -57,7 +53,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let tensors = model_tensors(&setup.model)?;
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
-        let optimizer = Optimizer::new(setup.optimizer, &groups, &params, setup.seed, &device)?;
+        let optimizer = Optimizer::new(setup.optimizer, &groups, &params, &device)?;
         let mut builder = communicators::<D>().attention(Attention::ALL).attention(Attention::PP);
         if setup.folding.size(Attention::DP_OUTER) > 1 {
             builder = INSTANCE_GROUPS.into_iter().fold(builder, CommsBuilder::attention);
