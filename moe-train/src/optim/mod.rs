@@ -23,7 +23,7 @@ mod tensors;
 pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
 pub use master::Masters;
-pub use norm::{GradNorm, ParamNames};
+pub use norm::{GradNorm, ParamNames, PendingGradNorm};
 pub use shard::{reduce_gradients, sliced_parts};
 pub use state::{Kept, KeptMoment, Moment, MomentDType, MomentDTypes};
 pub use tensors::model_tensors;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use moe_comm::Reduction;
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::Cx;
 use moe_topology::Attention;
 
@@ -41,14 +41,20 @@ impl ParamNames {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GradNorm(pub f64);
 
-impl GradNorm {
+/// A norm that a device was told to compute: what it needs of the host is done.
+#[derive(Debug)]
+pub struct PendingGradNorm<D: Device> {
+    /// Of each tensor, over the world, `[1, names]`.
+    squares: Tensor<f64, D>,
+}
+
+impl<D: Device> PendingGradNorm<D> {
     /// From every rank's slices of the reduced gradients. Squares are summed in f64 per parameter, then over the world,
     /// then in name order. Tensors that are not in `names`, which are frozen, do not count. Collective over the world.
-    pub fn of<T: Float, D: Backend<T>>(
-        cx: &Cx<T, D>,
-        grads: &[Tensor<T::Acc, D>],
-        names: &ParamNames,
-    ) -> Result<Self> {
+    pub fn start<T: Float>(cx: &Cx<T, D>, grads: &[Tensor<T::Acc, D>], names: &ParamNames) -> Result<Self>
+    where
+        D: Backend<T>,
+    {
         let device = &cx.device;
         let mut pieces = Vec::new();
         for (bucket, grad) in cx.params.buckets().iter().zip(grads) {
@@ -61,9 +67,16 @@ impl GradNorm {
         let mut squares = Tensor::<f64, D>::zeros(device, 1, names.len())?;
         device.sums_of_squares(squares.view_mut()?, &pieces)?;
         let squares = cx.comms.group(Attention::ALL)?.all_reduce(&squares, Reduction::Sum)?;
-        Ok(GradNorm(squares.to_vec(device)?.into_iter().sum::<f64>().sqrt()))
+        Ok(PendingGradNorm { squares })
     }
 
+    /// Waits for it.
+    pub fn wait(self, device: &D) -> Result<GradNorm> {
+        Ok(GradNorm(self.squares.to_vec(device)?.into_iter().sum::<f64>().sqrt()))
+    }
+}
+
+impl GradNorm {
     /// The factor that clips the gradient to norm `max` (0: no clipping): `min(1, max / (‖g‖ + 1e-6))`.
     pub fn clip_factor(self, max: f64) -> f64 {
         if max > 0.0 { (max / (self.0 + 1e-6)).min(1.0) } else { 1.0 }
@@ -115,7 +128,7 @@ mod tests {
             let objective = Objective { micro_batches: 1, sequences: 1, tokens: 1 };
             let cx = Cx::new(device, comms, params, rope, objective);
             let names = ParamNames::new(["vector".to_owned(), "matrix".to_owned()]);
-            Ok::<_, Error>(GradNorm::of(&cx, &grads, &names)?.0)
+            Ok::<_, Error>(PendingGradNorm::start(&cx, &grads, &names)?.wait(&cx.device)?.0)
         })
         .unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(norms, [18.0f64.sqrt(); 4]);

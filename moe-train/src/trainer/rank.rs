@@ -1,7 +1,7 @@
 //! One rank of a training run.
 
 use moe_comm::{CommsBuilder, Reduction, World};
-use moe_kernels::{Backend, Float, Tensor};
+use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_model::axes::{CP_DP, EXPERT_INSTANCE_GROUPS, INSTANCE_GROUPS, TP_CP_DP, communicators};
 use moe_model::config::AuxLossScope;
 use moe_model::params::{ParamLayout, ParamLayoutBuilder, ParamStore};
@@ -17,11 +17,16 @@ use super::trace::StepTrace;
 use super::{BatchSource, Sequence, Setup, StepReport};
 use crate::Result;
 use crate::data::BatchSizes;
-use crate::optim::{GradNorm, Optimizer, ParamGroups, ParamNames, model_tensors, reduce_gradients};
+use crate::optim::{Optimizer, ParamGroups, ParamNames, PendingGradNorm, model_tensors, reduce_gradients};
 use crate::passes::fresh_stats;
 
-/// A rank's slices of reduced gradients, by bucket.
-type Slices<T, D> = Vec<Tensor<<T as Float>::Acc, D>>;
+/// What the passes of a step leave.
+struct Passed<T: Float, D: Device> {
+    /// This rank's slices of the reduced gradients, by bucket.
+    grads: Vec<Tensor<T::Acc, D>>,
+    norm: PendingGradNorm<D>,
+    totals: Totals,
+}
 
 /// A rank's layers, parameters, optimizer state and communicators.
 pub struct RankTrainer<T: Float, D: Backend<T>> {
@@ -124,18 +129,19 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let first = self.batch_sizes.cursor(step);
         let total_weight = self.load(per_rank, first, |u| source.micro_batch(step, u))?;
         self.cx.expert_rank_capacity = self.setup.expert_rank_capacity;
-        let (mut grads, mut totals) = self.passes(step, first)?;
-        let overflowed = totals.overflowed();
+        let mut passed = self.passes(step, first)?;
+        let overflowed = passed.totals.overflowed();
         if overflowed {
-            drop(grads);
+            drop(passed);
             self.cx.expert_rank_capacity = None;
             self.cx.stats = fresh_stats(&self.stages, &self.cx.device)?;
-            (grads, totals) = self.passes(step, first)?;
+            passed = self.passes(step, first)?;
         }
         self.end_trace(step, first)?;
         self.cx.batches.clear();
 
-        let norm = GradNorm::of(&self.cx, &grads, &self.names)?;
+        let Passed { grads, norm, totals } = passed;
+        let norm = norm.wait(&self.cx.device)?;
         let mut report = totals.report(&self.setup, self.cx.objective, step, total_weight, norm.0);
         report.reruns = u64::from(overflowed);
         report.updated = report.is_finite() && total_weight > 0.0;
@@ -150,14 +156,16 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         Ok(report)
     }
 
-    /// Forward and backward of all micro-batches of a step whose first sequence has the index `first`: this rank's slices of
-    /// the gradients, and what all ranks saw. Collective.
-    fn passes(&mut self, step: u64, first: u64) -> Result<(Slices<T, D>, Totals)> {
+    /// Forward and backward of all micro-batches of a step whose first sequence has the index `first`. A device computes the norm of
+    /// the gradient while the host reads what routers saw. Collective.
+    fn passes(&mut self, step: u64, first: u64) -> Result<Passed<T, D>> {
         self.start_trace(step, first)?;
         self.count_step()?;
         self.cx.params.zero_grads(self.setup.overlap_grad_reduce);
         execute(&self.program, self.pipeline_rank(), &self.stages, &mut self.transport, &mut self.cx)?;
-        Ok((reduce_gradients(&mut self.cx)?, Totals::reduce(&self.cx, &self.setup, self.rank)?))
+        let grads = reduce_gradients(&mut self.cx)?;
+        let norm = PendingGradNorm::start(&self.cx, &grads, &self.names)?;
+        Ok(Passed { grads, norm, totals: Totals::reduce(&self.cx, &self.setup, self.rank)? })
     }
 
     /// Reads the choices of a step, where they are replayed, and starts to note them, where they are recorded.
