@@ -2,8 +2,6 @@
 
 constexpr int N = 16 / sizeof(Acc);
 
-// Vectors of `N` elements that a thread updates, at most: enough that finding the run costs nothing beside them.
-constexpr int VECTORS = 4;
 constexpr int THREADS = 256;
 
 // The factors that all elements have in common, rounded to the type of the masters; `correction2` = 1 / (1 − β2^step).
@@ -88,7 +86,7 @@ __device__ __forceinline__ void update(const Run &run, i64 j, int count, const F
     store_up_to(v, new_vs, count, vectors);
 }
 
-// A block has `THREADS` · `VECTORS` vectors of one run, of which there is at least one; `first` of the first run is 0.
+// A block has `THREADS` vectors of one run, of which there is at least one; `first` of the first run is 0.
 template <typename M, typename V>
 __device__ __forceinline__ void adamw(const Run *runs, i64 count, const Factors &f) {
     // Shared, since addresses in registers would leave room for fewer threads.
@@ -103,10 +101,8 @@ __device__ __forceinline__ void adamw(const Run *runs, i64 count, const Factors 
     }
     __syncthreads();
     Acc step_size = narrow<Acc>(run.step_size), keep = narrow<Acc>(run.keep);
-    i64 j = ((i64(blockIdx.x) - run.first) * VECTORS * THREADS + threadIdx.x) * N;
-#pragma unroll 1
-    for (int i = 0; i < VECTORS && j < run.n; i++, j += THREADS * N)
-        update<M, V>(run, j, int(min(i64(N), run.n - j)), f, step_size, keep);
+    i64 j = ((i64(blockIdx.x) - run.first) * THREADS + threadIdx.x) * N;
+    if (j < run.n) update<M, V>(run, j, int(min(i64(N), run.n - j)), f, step_size, keep);
 }
 
 // By the types in which the two moments are kept.

@@ -7,9 +7,8 @@ use super::vectors::vector;
 use crate::family::{AdamW, AdamWRun, AdamWSlice, MomentMut, Optim};
 use crate::{Float, Result, check};
 
-/// Threads of a block, and vectors of a thread, as in the kernels.
+/// Threads of a block, of which each has a vector, as in the kernels.
 const THREADS: usize = 256;
-const VECTORS: usize = 4;
 
 /// By whether the first moment is kept in bf16, and the second.
 const KERNELS: [[&str; 2]; 2] = [["adamw_acc_acc", "adamw_acc_bf16"], ["adamw_bf16_acc", "adamw_bf16_bf16"]];
@@ -58,7 +57,7 @@ impl Runs {
         let keep = 1.0 - lr * run.weight_decay;
         let [weight, remainder, m, v, grad] = starts.map(|start| start.address);
         let vectors = u64::from(starts.iter().all(|start| start.vectors));
-        let (n, first, blocks) = (n as u64, self.blocks as u64, n.div_ceil(THREADS * VECTORS * each));
+        let (n, first, blocks) = (n as u64, self.blocks as u64, n.div_ceil(THREADS * each));
         let [step_size, keep] = [step_size, keep].map(f64::to_bits);
         self.rows.push([weight, remainder, m, v, grad, n, first, vectors, step_size, keep]);
         self.blocks += blocks;
