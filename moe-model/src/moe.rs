@@ -1,14 +1,17 @@
 //! The expert sublayer: router, dispatch, grouped gated experts, combine, shared expert.
 
+pub(crate) mod steps;
+
 use moe_comm::Reduction;
 use moe_dispatch::{
     Batch, DispatchState, Dispatcher, Grid, Jitter, NativeFabric, Router, RouterConfig, RouterInput,
-    RouterSaved, RouterScales, Sinkhorn, TokenDispatcher, TokenDispatcherState,
+    RouterSaved, Sinkhorn, TokenDispatcher, TokenDispatcherState,
 };
-use moe_kernels::family::{Gate, GateFunction, GateGradients, Op};
+use moe_kernels::family::{Gate, GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
+use self::steps::{ExpertsDeferred, SharedDeferred, Way};
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::{Place, within_budget};
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
@@ -64,7 +67,7 @@ pub struct Routed<T: Float, D: Device> {
 }
 
 /// The rows of this rank's experts.
-type Rows<T, D> = Batch<Tensor<T, D>, Tensor<<T as Float>::Acc, D>, Tensor<i32, D>>;
+pub(crate) type Rows<T, D> = Batch<Tensor<T, D>, Tensor<<T as Float>::Acc, D>, Tensor<i32, D>>;
 
 /// What backward needs of a forward pass. What is absent, backward makes again.
 #[derive(Debug)]
@@ -81,12 +84,8 @@ pub struct MoeMlpSaved<T: Float, D: Device> {
 /// What the weight gradients need.
 #[derive(Debug)]
 pub struct MoeMlpDeferred<T: Float, D: Device> {
-    x: Tensor<T, D>,
-    offsets: Tensor<i32, D>,
-    d_gate_up: Tensor<T, D>,
-    activated: Tensor<T, D>,
-    d_out: Tensor<T, D>,
-    shared: Option<GatedMlpDeferred<T, D>>,
+    experts: ExpertsDeferred<T, D>,
+    shared: SharedDeferred<T, D>,
 }
 
 /// Key and tokens, `[1, n]`, of the noise that a router sees.
@@ -304,19 +303,23 @@ impl MoeMlp {
         Ok(Routed { router, noise, weights: routing.weights, state })
     }
 
-    /// Brings the rows of `h` to their experts, and runs `beside` with the shared expert while they are on their way, if it
-    /// may overlap.
-    fn dispatch<T: Float, D: Backend<T>, R>(
+    /// Starts to bring the rows of `h` to their experts, and runs `beside` with the shared expert while they are on their way, if
+    /// it may overlap.
+    fn depart<T: Float, D: Backend<T>, R>(
         &self,
         h: &Tensor<T, D>,
         routed: &Routed<T, D>,
         cx: &Cx<T, D>,
         beside: impl FnOnce(&SharedExpert) -> Result<R>,
-    ) -> Result<(Rows<T, D>, Option<R>)> {
+    ) -> Result<(Way<T, D>, Option<R>)> {
         let fabric = self.fabric(cx)?;
-        let flight = self.dispatcher.to_experts_start(&fabric, h, Some(&routed.weights), &routed.state)?;
-        let done = self.overlapping().map(beside).transpose()?;
-        Ok((self.dispatcher.dispatch_finish(&fabric, flight, &routed.state)?, done))
+        let way = self.dispatcher.to_experts_start(&fabric, h, Some(&routed.weights), &routed.state)?;
+        Ok((way, self.overlapping().map(beside).transpose()?))
+    }
+
+    /// Ranks that share the layer's experts, as rows of tokens go.
+    pub(crate) fn expert_ranks(&self) -> usize {
+        self.grid.size()
     }
 
     /// The shared expert, if it computes beside transfers.
@@ -383,33 +386,12 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
     type Deferred = MoeMlpDeferred<T, D>;
 
     fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
-        let device = cx.device.clone();
-        let (h, norm) = self.norm.forward(x, cx)?;
-        let routed = self.route(m, &h, cx)?;
-        let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.forward(&h, cx))?;
-        let [gate_up, activated] = self.gate_up(&rows, cx)?;
-        let mut out = Tensor::uninit(&device, rows.rows, h.shape()[1])?;
-        let weight = cx.params.weight(self.down)?;
-        device.grouped_gemm(out.view_mut()?, activated.view(), weight, Op::T, rows.offsets.view())?;
-        if let Some(bias) = self.mlp_bias {
-            bias.add_to_out(out.view_mut()?, &rows.probs, &rows.offsets, cx)?;
-        }
-        let combined = self.dispatcher.combine(&self.fabric(cx)?, out, &routed.state)?;
-
-        let mut y = Hidden { x: norm.x.clone(), added: Some(combined) };
-        if let (None, Some(expert)) = (&shared, &self.shared) {
-            shared = Some(expert.forward(&h, cx)?);
-        }
-        let shared = match shared {
-            Some((out, saved)) => {
-                y = Hidden { x: y.sum(&device)?, added: Some(out) };
-                self.keeps(RecomputeModule::SharedExperts).then_some(saved)
-            }
-            None => None,
-        };
-        let h = self.keeps(RecomputeModule::Layernorm).then_some(h);
-        let activated = self.keeps(RecomputeModule::MoeAct).then_some(activated);
-        Ok((y, MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared }))
+        let mut chosen = self.choose(m, x, cx)?;
+        let way = self.dispatch_start(&mut chosen, cx)?;
+        let rows = self.dispatch_finish(&chosen, way, cx)?;
+        let (out, computed) = self.compute(rows, cx)?;
+        let way = self.combine_start(&chosen, out, cx)?;
+        self.combine_finish(chosen, computed, way, cx)
     }
 
     fn backward_input(
@@ -419,79 +401,18 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
-        let device = cx.device.clone();
-        let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = saved;
-        let Routed { router, noise, state, .. } = routed;
-        let flight = self.dispatcher.combine_backward_start(&self.fabric(cx)?, &dy, &state)?;
-        let (mut h, mut shared, mut by_shared) = (h, shared, None);
-        if let Some(expert) = self.overlapping() {
-            let normed = self.norm.output(h, &norm, cx)?;
-            by_shared = Some(self.shared_backward(expert, &dy, &normed, shared.take(), cx)?);
-            h = Some(normed);
-        }
-        let d_out = self.dispatcher.combine_backward_finish(&self.fabric(cx)?, flight, &state)?;
-        let [n, hidden] = d_out.shape();
-
-        let weight = cx.params.weight(self.down)?;
-        let inner = weight.shape()[1];
-        let mut d_gate_up = Tensor::uninit(&device, n, 2 * inner)?;
-        let mut d_probs = Tensor::uninit(&device, 1, n)?;
-        let gradients = GateGradients { gate_up: d_gate_up.view_mut()?, p: Some(d_probs.view_mut()?) };
-        let (gate, offsets) = (self.between(&rows), rows.offsets.view());
-        device.grouped_gemm_glu_backward(gradients, d_out.view(), weight, gate_up.view(), &gate, offsets)?;
-        let activated = activated.map_or_else(|| self.activate(&gate_up, &rows, cx), Ok)?;
-        drop(gate_up);
-        let Batch { x, probs, offsets, .. } = rows;
-        let weight = cx.params.weight(self.gate_up)?;
-        let mut dx_rows = Tensor::uninit(&device, n, hidden)?;
-        device.grouped_gemm(dx_rows.view_mut()?, d_gate_up.view(), weight, Op::N, offsets.view())?;
-        if let Some(bias) = self.mlp_bias {
-            bias.backward(d_probs.view_mut()?, &d_gate_up, &d_out, &probs, &offsets, cx)?;
-        }
-        let fabric = self.fabric(cx)?;
-        let (mut dh, dweights) = self.dispatcher.dispatch_backward(&fabric, dx_rows, d_probs, &state)?;
-
-        let h = self.norm.output(h, &norm, cx)?;
-        let (step_counts, model_counts) = (self.step_counts(&router, cx)?, cx.choices.clone());
-        let scales = RouterScales {
-            micro_batches: cx.objective.micro_batches as u64,
-            sequences: cx.objective.sequences as u64,
-            valid_tokens: cx.objective.tokens as u64,
-            step_counts: step_counts.as_ref().map(Tensor::view),
-            model_counts: model_counts.as_ref().map(Tensor::view),
-            model_unit: cx.model_unit,
-            moe_layers: self.moe_layers as u64,
-        };
-        if let Some(sums) = cx.stats.moe.of(self.layer)? {
-            self.router.add_model_aux_loss(&device, &router, scales, sums)?;
-        }
-        let sequences = cx.batch(m)?.batch;
-        let (weight, grad) = cx.params.weight_and_grad(self.gate)?;
-        let jitter = self.jitter(noise.as_ref());
-        let input = RouterInput { sequences, jitter, ..RouterInput::new(&h, weight) };
-        self.router.backward(&device, input, &dweights, router, dh.view_mut()?, grad, scales)?;
-        if let (None, Some(expert)) = (&by_shared, &self.shared) {
-            by_shared = Some(self.shared_backward(expert, &dy, &h, shared, cx)?);
-        }
-        let shared = match by_shared {
-            Some((d_shared, deferred)) => {
-                device.add_assign(dh.view_mut()?, d_shared.view())?;
-                Some(deferred)
-            }
-            None => None,
-        };
-        let dx = self.norm.backward(&dh, Some(&dy), norm, cx)?;
-        Ok((dx, MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared }))
+        let (going, computed, way) = self.combine_backward_start(dy, saved, cx)?;
+        let d_out = self.combine_backward_finish(&going, way, cx)?;
+        let (by_rows, experts) = self.compute_backward(computed, d_out, cx)?;
+        let way = self.dispatch_backward_start(&going, by_rows, cx)?;
+        let by_tokens = self.dispatch_backward_finish(&going, way, cx)?;
+        let (dx, shared) = self.choose_backward(m, going, by_tokens, cx)?;
+        Ok((dx, MoeMlpDeferred { experts, shared }))
     }
 
     fn backward_weight(&self, _m: u32, deferred: Self::Deferred, cx: &mut Cx<T, D>) -> Result<()> {
-        let MoeMlpDeferred { x, offsets, d_gate_up, activated, d_out, shared } = deferred;
-        cx.params.add_grouped_product(self.gate_up, d_gate_up.view(), x.view(), offsets.view())?;
-        cx.params.add_grouped_product(self.down, d_out.view(), activated.view(), offsets.view())?;
-        if let (Some(expert), Some(deferred)) = (&self.shared, shared) {
-            expert.backward_weight(deferred, cx)?;
-        }
-        Ok(())
+        self.experts_weight(deferred.experts, cx)?;
+        self.shared_weight(deferred.shared, cx)
     }
 }
 
@@ -510,7 +431,8 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<Self::Saved> {
         let (h, norm) = self.norm.forward(x, cx)?;
-        let (rows, mut shared) = self.dispatch(&h, &routed, cx, |expert| expert.rerun(&h, cx))?;
+        let (way, mut shared) = self.depart(&h, &routed, cx, |expert| expert.rerun(&h, cx))?;
+        let rows = self.dispatcher.dispatch_finish(&self.fabric(cx)?, way, &routed.state)?;
         let [gate_up, activated] = self.gate_up(&rows, cx)?;
         let activated = Some(activated);
         if let (None, Some(expert)) = (&shared, &self.shared) {

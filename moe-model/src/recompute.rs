@@ -152,18 +152,63 @@ pub enum RecomputeSaved<S, K, T: Float, D: Device> {
     },
 }
 
+/// What a layer gets, and what is kept of it.
+type Entered<T, D> = (Hidden<T, D>, Option<Tensor<T, D>>);
+
+impl<L> Recompute<L> {
+    /// The input of a forward pass, and what of it is to be kept.
+    pub(crate) fn input<T: Float, D: Backend<T>>(
+        &self,
+        x: Hidden<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<Entered<T, D>> {
+        if !self.enabled {
+            return Ok((x, None));
+        }
+        let x = x.sum(&cx.device)?;
+        Ok((x.clone().into(), Some(x)))
+    }
+
+    /// What is kept of a forward pass of this [input](Recompute::input).
+    pub(crate) fn saved<T: Float, D: Backend<T>>(
+        &self,
+        input: Option<Tensor<T, D>>,
+        saved: L::Saved,
+    ) -> RecomputeSaved<L::Saved, L::Kept, T, D>
+    where
+        L: Rerun<T, D>,
+    {
+        match input {
+            Some(x) => RecomputeSaved::Input { x, kept: L::keep(saved) },
+            None => RecomputeSaved::Whole(saved),
+        }
+    }
+
+    /// All that the backward pass needs: kept, or made again.
+    pub(crate) fn whole<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        saved: RecomputeSaved<L::Saved, L::Kept, T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<L::Saved>
+    where
+        L: Rerun<T, D>,
+    {
+        match saved {
+            RecomputeSaved::Whole(saved) => Ok(saved),
+            RecomputeSaved::Input { x, kept } => self.layer.rerun(m, x.into(), kept, cx),
+        }
+    }
+}
+
 impl<T: Float, D: Backend<T>, L: Rerun<T, D>> Layer<T, D> for Recompute<L> {
     type Saved = RecomputeSaved<L::Saved, L::Kept, T, D>;
     type Deferred = L::Deferred;
 
     fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
-        if !self.enabled {
-            let (y, saved) = self.layer.forward(m, x, cx)?;
-            return Ok((y, RecomputeSaved::Whole(saved)));
-        }
-        let x = x.sum(&cx.device)?;
-        let (y, saved) = self.layer.forward(m, x.clone().into(), cx)?;
-        Ok((y, RecomputeSaved::Input { x, kept: L::keep(saved) }))
+        let (x, input) = self.input(x, cx)?;
+        let (y, saved) = self.layer.forward(m, x, cx)?;
+        Ok((y, self.saved(input, saved)))
     }
 
     fn backward_input(
@@ -173,10 +218,7 @@ impl<T: Float, D: Backend<T>, L: Rerun<T, D>> Layer<T, D> for Recompute<L> {
         saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
-        let saved = match saved {
-            RecomputeSaved::Whole(saved) => saved,
-            RecomputeSaved::Input { x, kept } => self.layer.rerun(m, x.into(), kept, cx)?,
-        };
+        let saved = self.whole(m, saved, cx)?;
         self.layer.backward_input(m, dy, saved, cx)
     }
 

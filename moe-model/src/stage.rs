@@ -1,11 +1,14 @@
 //! The layers of one pipeline stage.
 
+mod weave;
+
 use moe_comm::Reduction;
 use moe_dispatch::ModelUnit;
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
 
+use self::weave::{Ahead, Behind, Orders};
 use crate::axes::TP_CP;
 use crate::block::{Block, Mlp};
 use crate::cache::KvCache;
@@ -32,6 +35,8 @@ pub struct DecoderStage {
     embedding: Option<TokenEmbedding>,
     blocks: Vec<Recompute<Block>>,
     head: Option<Head>,
+    /// Of overlaps of its forward passes.
+    orders: Orders,
 }
 
 type SavedBlock<T, D> = <Recompute<Block> as Layer<T, D>>::Saved;
@@ -54,6 +59,9 @@ pub struct StageDeferred<T: Float, D: Backend<T>> {
 
 /// The gradient of a stage's input, if another stage gets it, and what the weight gradients still need.
 type WentBack<T, D> = (Option<Activation<T, D>>, StageDeferred<T, D>);
+
+/// The gradient of a stage's input, if another stage gets it, or the rows of the embedding's gradient.
+type Ended<T, D> = (Option<Activation<T, D>>, Option<Tensor<T, D>>);
 
 /// Whether weight gradients follow the input gradient layer by layer, or are for a later call.
 #[derive(Debug, Clone, Copy)]
@@ -97,7 +105,8 @@ impl DecoderStage {
                     })
                     .collect::<Result<Vec<_>>>()?;
                 let head = last.then(|| Head::new(params, config, layout)).transpose()?;
-                Ok(DecoderStage { stage, choices: config.choices_of_all_layers(), embedding, blocks, head })
+                let (choices, orders) = (config.choices_of_all_layers(), Orders::default());
+                Ok(DecoderStage { stage, choices, embedding, blocks, head, orders })
             })
             .collect()
     }
@@ -174,17 +183,7 @@ impl DecoderStage {
         weights: When,
     ) -> Result<WentBack<T, D>> {
         let mut rest = StageDeferred { embedding: None, blocks: Vec::new() };
-        let mut dx = match (&self.head, saved.head, dy) {
-            (Some(head), Some(Activation { x, choices }), None) => {
-                cx.choices = unit_choices(choices, cx)?;
-                head.backward(m, x, cx)?
-            }
-            (None, None, Some(Activation { x, choices })) => {
-                cx.choices = choices;
-                x
-            }
-            _ => return Err(self.error("the last stage takes no gradient, every other one needs it")),
-        };
+        let mut dx = self.start_back(m, dy, saved.head, cx)?;
         for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
             let (next, deferred) = block.backward_input(m, dx, saved, cx)?;
             match weights {
@@ -193,14 +192,52 @@ impl DecoderStage {
             }
             dx = next;
         }
-        let choices = cx.choices.take();
-        let Some(embedding) = &self.embedding else { return Ok((Some(Activation { x: dx, choices }), rest)) };
-        let rows = embedding.backward_input(&dx, cx)?;
-        match weights {
-            When::Now => embedding.backward_weight(m, &rows, cx)?,
-            When::Later => rest.embedding = Some(rows),
+        let (dx, rows) = self.end_back(dx, cx)?;
+        match (weights, &self.embedding, rows) {
+            (When::Now, Some(embedding), Some(rows)) => embedding.backward_weight(m, &rows, cx)?,
+            (_, _, rows) => rest.embedding = rows,
         }
-        Ok((None, rest))
+        Ok((dx, rest))
+    }
+
+    /// The gradient of what the last block gave: the head's, or `dy`.
+    fn start_back<T: Float, D: Backend<T>>(
+        &self,
+        m: u32,
+        dy: Option<Activation<T, D>>,
+        head: Option<Activation<T, D>>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Tensor<T, D>> {
+        match (&self.head, head, dy) {
+            (Some(head), Some(Activation { x, choices }), None) => {
+                cx.choices = unit_choices(choices, cx)?;
+                head.backward(m, x, cx)
+            }
+            (None, None, Some(Activation { x, choices })) => {
+                cx.choices = choices;
+                Ok(x)
+            }
+            _ => Err(self.error("the last stage takes no gradient, every other one needs it")),
+        }
+    }
+
+    /// What the gradient of the first block's input is for: another stage, or the embedding's rows.
+    fn end_back<T: Float, D: Backend<T>>(&self, dx: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<Ended<T, D>> {
+        let choices = cx.choices.take();
+        match &self.embedding {
+            None => Ok((Some(Activation { x: dx, choices }), None)),
+            Some(embedding) => Ok((None, Some(embedding.backward_input(&dx, cx)?))),
+        }
+    }
+
+    /// What a forward pass gives and keeps.
+    fn passed<T: Float, D: Backend<T>>(
+        &self,
+        y: Activation<T, D>,
+        blocks: Vec<SavedBlock<T, D>>,
+    ) -> (Option<Activation<T, D>>, StageSaved<T, D>) {
+        let (y, head) = if self.head.is_some() { (None, Some(y)) } else { (Some(y), None) };
+        (y, StageSaved { blocks, head })
     }
 
     /// Forward without a loss: the activation for the next stage, or on the last stage this rank's vocabulary block of
@@ -375,8 +412,7 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
     ) -> Result<(Option<Self::Act>, Self::Saved)> {
         let mut blocks = Vec::with_capacity(self.stage.blocks.len());
         let y = self.stage.body(m, x, cx, |saved| blocks.push(saved))?;
-        let (y, head) = if self.stage.head.is_some() { (None, Some(y)) } else { (Some(y), None) };
-        Ok((y, StageSaved { blocks, head }))
+        Ok(self.stage.passed(y, blocks))
     }
 
     fn forward_only(&self, m: u32, x: Option<Self::Act>, cx: &mut Cx<T, D>) -> Result<Option<Self::Act>> {
@@ -416,5 +452,27 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         cx: &mut Cx<T, D>,
     ) -> Result<Option<Self::Act>> {
         Ok(self.stage.back(m, dy, saved, cx, When::Now)?.0)
+    }
+
+    /// Woven, so that each pass computes while rows of the other travel between the ranks of experts. No bit depends on it.
+    fn overlap(
+        &self,
+        forward: (u32, Option<Self::Act>),
+        back: &Self,
+        backward: (u32, Option<Self::Act>, Self::Saved),
+        cx: &mut Cx<T, D>,
+    ) -> Result<((Option<Self::Act>, Self::Saved), Option<Self::Act>)> {
+        let ((m, x), (behind, dy, saved)) = (forward, backward);
+        match self.stage.order(&back.stage)? {
+            Some(order) => {
+                let forward = Ahead::new(&self.stage, m, x, cx)?;
+                let backward = Behind::new(&back.stage, behind, dy, saved, cx)?;
+                moe_pipeline::weave::run(&order, forward, backward, cx)
+            }
+            None => {
+                let made = self.forward(m, x, cx)?;
+                Ok((made, back.backward(behind, dy, saved, cx)?))
+            }
+        }
     }
 }

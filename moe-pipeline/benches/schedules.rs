@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_pipeline::transport::buffered;
+use moe_pipeline::weave::{LayerCost, weave};
 use moe_pipeline::{
     Costs, Link, Result, Schedule, Stage, StageCost, execute, generate, lower, simulate, validate,
 };
@@ -42,6 +43,23 @@ fn life(c: &mut Criterion, name: &str, generate: impl Fn(u32, u32) -> Result<Sch
         group.bench_function(BenchmarkId::new("simulate", &size), |b| {
             b.iter(|| simulate(black_box(&program), black_box(&costs)).unwrap());
         });
+    }
+    group.finish();
+}
+
+/// The order of an overlap, by layers of each pass: even ones, and ones whose lanes have about as much to do.
+fn weaving(c: &mut Criterion) {
+    let mut group = c.benchmark_group("weave");
+    group.sample_size(10);
+    let cost = |time| StageCost { forward: time, backward_input: 1.1 * time, backward_weight: 0.9 * time };
+    for (name, attention, experts, all_to_all) in [("even", 1.0, 1.0, 1.0), ("full", 0.7, 1.9, 1.8)] {
+        let layer = LayerCost::Moe { attention: cost(attention), experts: cost(experts), all_to_all };
+        for layers in [2, 8, 32] {
+            let layers = vec![layer; layers];
+            group.bench_function(BenchmarkId::new(name, layers.len()), |b| {
+                b.iter(|| weave(black_box(&layers), black_box(&layers)).unwrap());
+            });
+        }
     }
     group.finish();
 }
@@ -102,5 +120,5 @@ fn executor(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, schedules, executor);
+criterion_group!(benches, schedules, weaving, executor);
 criterion_main!(benches);
