@@ -138,15 +138,6 @@ extern "C" __global__ void rms_norm_sums_any(Acc *sums, const T *dy, i64 dys, co
 // Each thread copies its vectors of the next rows to a place of its own in shared memory while it works on this one, so that
 // many loads are under way; it takes them from there once, and the next copies begin at once.
 
-// Row `first` of each of `large` pieces of `each` rows, and then of pieces of `rest` rows.
-struct Pieces {
-    i64 large, each, rest;
-
-    __device__ __forceinline__ i64 first(i64 piece) const {
-        return min(piece, large) * each + max(piece - large, i64(0)) * rest;
-    }
-};
-
 // The sum of `x` over the lanes of this row; rows of more than a warp wait for their own lanes only.
 __device__ __forceinline__ Acc lanes_sum(Acc x, Acc *part) {
     if (blockDim.x <= 32) {
@@ -309,29 +300,44 @@ extern "C" __global__ void rms_norm_weight_any(Acc *__restrict__ partial, const 
     partial[blockIdx.y * h + j] = sum;
 }
 
-// dw += Σ_p partial[p]: 16 columns per block, the pieces in contiguous parts, one per row of threads.
-extern "C" __global__ void __launch_bounds__(1024) add_pieces(Acc *__restrict__ dw, const Acc *__restrict__ partial,
-                                                              i64 pieces, i64 h) {
-    constexpr int PARTS = 64, LOADS = 16;
-    __shared__ Acc sums[PARTS][17];
-    i64 j = i64(blockIdx.x) * 16 + threadIdx.x;
+// dw += Σ_p partial[p]: `ACROSS` times `M` columns per block, the pieces in contiguous parts, one per row of threads.
+constexpr int ACROSS = 8, PARTS = 64;
+template <int M>
+__device__ __forceinline__ void add_pieces(Acc *dw, const Acc *partial, i64 pieces, i64 h) {
+    constexpr int LOADS = 8, COLUMNS = ACROSS * M, WARPS = ACROSS * PARTS / 32;
+    __shared__ Acc sums[PARTS][COLUMNS + 1];
+    i64 first = i64(blockIdx.x) * COLUMNS, j = first + threadIdx.x * M;
     i64 each = (pieces + PARTS - 1) / PARTS, end = min(pieces, i64(threadIdx.y + 1) * each);
-    Acc sum = 0;
+    Vec<Acc, M> sum = {};
     await_previous();
     if (j < h)
         for (i64 p = threadIdx.y * each; p < end; p += LOADS) {
-            Acc x[LOADS];
+            Vec<Acc, M> x[LOADS];
 #pragma unroll
-            for (int l = 0; l < LOADS; l++) x[l] = p + l < end ? partial[(p + l) * h + j] : Acc(0);
+            for (int l = 0; l < LOADS; l++)
+                if (p + l < end) x[l] = load<M>(partial + (p + l) * h + j);
 #pragma unroll
-            for (int l = 0; l < LOADS; l++) sum += x[l];
+            for (int l = 0; l < LOADS; l++)
+                if (p + l < end)
+#pragma unroll
+                    for (int e = 0; e < M; e++) sum.at[e] += x[l].at[e];
         }
-    sums[threadIdx.y][threadIdx.x] = sum;
+#pragma unroll
+    for (int e = 0; e < M; e++) sums[threadIdx.y][threadIdx.x * M + e] = sum.at[e];
     __syncthreads();
     // A warp for each column.
-    int thread = threadIdx.y * 16 + threadIdx.x, warp = thread / 32, lane = thread % 32;
-    if (warp >= 16) return;
-    sum = warp_sum(sums[lane][warp] + sums[lane + 32][warp]);
-    j = i64(blockIdx.x) * 16 + warp;
-    if (lane == 0 && j < h) dw[j] += sum;
+    int thread = threadIdx.y * ACROSS + threadIdx.x, lane = thread % 32;
+#pragma unroll
+    for (int column = thread / 32; column < COLUMNS; column += WARPS) {
+        Acc all = warp_sum(sums[lane][column] + sums[lane + 32][column]);
+        if (lane == 0 && first + column < h) dw[first + column] += all;
+    }
 }
+
+#define ADD_PIECES(NAME, M)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(ACROSS * PARTS)                                                       \
+        NAME(Acc *__restrict__ dw, const Acc *__restrict__ partial, i64 pieces, i64 h) {                               \
+        add_pieces<M>(dw, partial, pieces, h);                                                                         \
+    }
+ADD_PIECES(add_pieces, 16 / sizeof(Acc))
+ADD_PIECES(add_pieces_any, 1)

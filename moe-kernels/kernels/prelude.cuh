@@ -352,6 +352,17 @@ template <int N, int ROWS, typename Work> __device__ __forceinline__ void for_ti
     }
 }
 
+// --- pieces of rows ---------------------------------------------------------------------------------------------------
+
+// Row `first` of each of `large` pieces of `each` rows, and then of pieces of `rest` rows.
+struct Pieces {
+    i64 large, each, rest;
+
+    __device__ __forceinline__ i64 first(i64 piece) const {
+        return min(piece, large) * each + max(piece - large, i64(0)) * rest;
+    }
+};
+
 // --- sums over rows ----------------------------------------------------------------------------------------------------
 
 // A block of 32 · 8 threads sums 32 · N columns.

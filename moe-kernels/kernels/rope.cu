@@ -182,14 +182,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5) norm_rope(
 }
 
 // With u = dy turned back, g = u ⊙ w and m = mean(g ⊙ x): dx = r · g − x · r³ · m, and dw adds u ⊙ x · r over tokens and heads. A
-// block works on `each` consecutive tokens and leaves its sum of dw in a row of `partial: [gridDim.x, head_dim]`. As in the norm's
+// block works on a piece, some consecutive tokens, and leaves its sum of dw in a row of `partial: [gridDim.x, head_dim]`. As in the norm's
 // backward pass, each thread copies its vectors of the next step to a place of its own while it works on this one; the angles are
 // read a step ahead, too, and the positions that say which ones two.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) norm_rope_backward(
     T *__restrict__ dx, i64 dxs, Acc *__restrict__ partial, const T *__restrict__ dy, i64 dys, const T *__restrict__ x,
     i64 xs, const T *__restrict__ w, const Acc *__restrict__ rstd, const Acc *__restrict__ cos, i64 cs,
-    const Acc *__restrict__ sin, i64 ss, const i32 *__restrict__ positions, i64 n, i64 table, Heads head, i64 each,
-    Fault outside) {
+    const Acc *__restrict__ sin, i64 ss, const i32 *__restrict__ positions, i64 n, i64 table, Heads head,
+    Pieces pieces, Fault outside) {
     constexpr int COUNT = 2, STAGES = 2;
     extern __shared__ __align__(16) unsigned char dynamic[];
     int thread = threadIdx.y * blockDim.x + threadIdx.x, half = head.head_dim / 2;
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) norm_rope_backward(
         return place + (((stage * COUNT + k) * 2 + l) * 2 + operand) * THREADS;
     };
     let_next_begin();
-    i64 first = blockIdx.x * each, end = min(n, first + each);
+    i64 first = pieces.first(blockIdx.x), end = min(n, pieces.first(blockIdx.x + 1));
     // A step is a group of heads of one token: tokens follow each other, and for each the groups that the block takes at once.
     int mine = threadIdx.x / head.lanes, at_once = blockDim.x / head.lanes, j = threadIdx.x % head.lanes * N;
     auto next = [&](i64 &i, int &group) {

@@ -7,7 +7,7 @@ use moe_kernels::{Cuda, Device, Float, Layout, Result, Tensor};
 /// A GPU, and what a copy comes to on it.
 pub struct Bench {
     pub gpu: Cuda,
-    only: String,
+    only: Vec<String>,
     /// Bytes a second, those read and those written.
     copy: f64,
 }
@@ -17,13 +17,19 @@ const BATCHES: usize = 7;
 const BATCH: Duration = Duration::from_millis(15);
 
 impl Bench {
-    pub fn new(gpu: Cuda, only: String) -> Result<Self> {
-        const BYTES: usize = 1 << 30;
-        let (mut to, from) = (gpu.alloc(BYTES)?, random::<f32>(&gpu, 1, BYTES / 4)?);
-        let seconds = seconds(&gpu, || gpu.copy(&mut to, 0, from.buf(), 0..BYTES))?;
-        let bench = Bench { copy: 2.0 * BYTES as f64 / seconds, gpu, only };
+    pub fn new(gpu: Cuda, only: Vec<String>) -> Result<Self> {
+        let (mut to, from) = (gpu.alloc(1 << 30)?, random::<f32>(&gpu, 1, 1 << 28)?);
+        let mut copy = |mib: usize| seconds(&gpu, || gpu.copy(&mut to, 0, from.buf(), 0..mib << 20));
+        let whole = copy(1024)?;
+        // Small copies are slower, as small kernels are.
+        let small = [32, 48, 64, 128].into_iter().map(|mib| Ok((mib, copy(mib)?)));
+        let small = small.collect::<Result<Vec<_>>>()?;
+        let bench = Bench { copy: (2u64 << 30) as f64 / whole, gpu, only };
         println!("kernel\tshape\tus\tTB/s\tof copy");
-        bench.line("copy", "1 GiB", 2 * BYTES, seconds);
+        bench.line("copy", "1024 MiB", 2 << 30, whole);
+        for (mib, seconds) in small {
+            bench.line("copy", &format!("{mib} MiB"), mib << 21, seconds);
+        }
         Ok(bench)
     }
 
@@ -35,7 +41,7 @@ impl Bench {
         bytes: usize,
         run: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        if name.starts_with(&self.only) {
+        if self.only.is_empty() || self.only.iter().any(|only| name.starts_with(only)) {
             self.line(name, shape, bytes, seconds(&self.gpu, run)?);
         }
         Ok(())

@@ -15,7 +15,7 @@ const BACKWARD_THREADS: usize = 256;
 /// Threads of a block that merges.
 const MERGE_THREADS: usize = 256;
 /// Threads of a block that holds a part of a row.
-const WHOLE_THREADS: usize = 256;
+const WHOLE_THREADS: usize = 512;
 
 /// Blocks that hold a row together may be so many.
 pub(super) const WAYS: &[&[(&str, i64)]] =
@@ -23,7 +23,7 @@ pub(super) const WAYS: &[&[(&str, i64)]] =
 
 /// Bytes of a row that a block should hold, so that a multiprocessor has several blocks of which some load and some compute; and
 /// those that it can hold.
-const PART: usize = 40 << 10;
+const PART: usize = 80 << 10;
 const LARGEST_PART: usize = 220 << 10;
 
 /// How many blocks hold a row of so many bytes, where they can.

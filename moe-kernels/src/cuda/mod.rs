@@ -73,6 +73,7 @@ mod grouped_hopper;
 mod loss;
 mod norm;
 mod optim;
+mod pieces;
 mod reduce;
 mod rope;
 mod routing;

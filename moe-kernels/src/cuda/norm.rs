@@ -2,6 +2,7 @@
 
 use super::Cuda;
 use super::lanes::Lanes;
+use super::pieces::Pieces;
 use super::source::NORM;
 use super::vectors::{in_vectors, vector};
 use crate::family::Norm;
@@ -51,37 +52,6 @@ impl Build {
     /// Bytes of shared memory for so many operands.
     fn shared(self, operands: usize) -> usize {
         self.stages * operands * self.of_lane * self.threads * 16
-    }
-}
-
-/// The rows that the blocks of a backward pass work on, `Pieces` of the kernel: `large` pieces of `each` rows, and then of `rest` rows.
-struct Pieces {
-    large: usize,
-    each: usize,
-    rest: usize,
-}
-
-/// Multiprocessors of a Hopper GPU: a constant, so that other GPUs add in the same order.
-const MULTIPROCESSORS: usize = 132;
-/// Large pieces have so many hundredths of the rows, and are so many times as large as the others.
-const LARGE: usize = 80;
-const LARGER: usize = 6;
-
-impl Pieces {
-    /// Of `n` rows of so many vectors, which come to whole steps of a block.
-    fn of(n: usize, build: Build, lanes: Lanes) -> Self {
-        let blocks = build.blocks * MULTIPROCESSORS;
-        let steps = n * LARGE / 100 / (blocks * lanes.rows);
-        let rest = (steps / LARGER).max(1) * lanes.rows;
-        Pieces { large: if steps == 0 { 0 } else { blocks }, each: steps * lanes.rows, rest }
-    }
-
-    fn count(&self, n: usize) -> usize {
-        self.large + (n - self.large * self.each).div_ceil(self.rest)
-    }
-
-    fn argument(&self) -> [i64; 3] {
-        [self.large, self.each, self.rest].map(|n| n as i64)
     }
 }
 
@@ -163,7 +133,7 @@ impl<T: Float> Backward<'_, T> {
             return self.any(gpu);
         };
         let (lanes, shared) = (build.lanes(vectors), shared(build));
-        let pieces = Pieces::of(n, build, lanes);
+        let pieces = Pieces::of(n, build.blocks, lanes.rows);
         let count = pieces.count(n);
         let partial = gpu.alloc(count * h * size_of::<T::Acc>())?;
         let launch = gpu.kernel(&NORM.of(T::DTYPE), build.name)?.grid([count, 1, 1]).block(lanes.block());
@@ -197,6 +167,10 @@ impl<T: Float> Backward<'_, T> {
     }
 }
 
+/// Threads across and down a block of `add_pieces`.
+const ACROSS: usize = 8;
+const PARTS: usize = 64;
+
 /// Adds the rows of `partial: [pieces, h]` to `dw: [1, h]`, in order.
 pub(super) fn add_pieces<T: Float>(
     gpu: &Cuda,
@@ -205,8 +179,14 @@ pub(super) fn add_pieces<T: Float>(
     pieces: usize,
 ) -> Result<()> {
     let h = dw.shape()[1];
-    let launch = gpu.kernel(&NORM.of(T::DTYPE), "add_pieces")?.grid([h.div_ceil(16), 1, 1]);
-    let launch = launch.block([16, 64, 1]).early().vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
+    let vector = 16 / size_of::<T::Acc>();
+    let (name, columns) = match h.is_multiple_of(vector) {
+        true => ("add_pieces", ACROSS * vector),
+        false => ("add_pieces_any", ACROSS),
+    };
+    let launch = gpu.kernel(&NORM.of(T::DTYPE), name)?.grid([h.div_ceil(columns), 1, 1]);
+    let launch =
+        launch.block([ACROSS, PARTS, 1]).early().vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
     // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
     unsafe { launch.launch() }
 }

@@ -4,6 +4,7 @@ use super::Cuda;
 use super::fault::Fault;
 use super::lanes::Lanes;
 use super::norm::add_pieces;
+use super::pieces::Pieces;
 use super::source::ROPE;
 use super::vectors::{in_vectors, vector};
 use crate::family::norm_rope::{norm_then_rope, norm_then_rope_backward};
@@ -17,10 +18,8 @@ const THREADS: usize = 128;
 /// Of `norm_rope_backward`: heads of a thread, and bytes of shared memory: two vectors of either half of both operands in these.
 const HEADS_BACK: usize = 2;
 const SHARED_BACK: usize = 2 * HEADS_BACK * 2 * 2 * 16 * THREADS;
-/// Elements of one piece of the sum over tokens, about; and pieces, at least, where tokens suffice. Constants, so that other GPUs
-/// add in the same order.
-const PIECE: usize = 1 << 17;
-const PIECES: usize = 528;
+/// Blocks of `norm_rope_backward` that a multiprocessor runs at once.
+const BLOCKS_BACK: usize = 3;
 
 /// How heads lie over threads: `Heads` of the kernels.
 struct HeadLanes {
@@ -149,15 +148,15 @@ impl<T: Float> Rope<T> for Cuda {
             return norm_then_rope_backward(self, dx, dw, dy, x, w, rstd, cos, sin, positions, head);
         };
         let lanes = heads.block();
-        let each = (PIECE / width).min(n.div_ceil(PIECES)).max(1).next_multiple_of(lanes.rows);
-        let pieces = n.div_ceil(each);
-        let partial = self.alloc(pieces * head.head_dim * size_of::<T::Acc>())?;
-        let launch = self.kernel(&ROPE.of(T::DTYPE), "norm_rope_backward")?.grid([pieces, 1, 1]);
+        let pieces = Pieces::of(n, BLOCKS_BACK, lanes.rows);
+        let count = pieces.count(n);
+        let partial = self.alloc(count * head.head_dim * size_of::<T::Acc>())?;
+        let launch = self.kernel(&ROPE.of(T::DTYPE), "norm_rope_backward")?.grid([count, 1, 1]);
         let launch = launch.block(lanes.block()).shared(SHARED_BACK).mat_mut(&mut dx).scratch(&partial);
         let launch = launch.mat(dy).mat(x).vector(w).vector(rstd).mat(cos).mat(sin).vector(positions);
-        let launch = launch.size(n).size(table).value(heads.argument()).size(each);
+        let launch = launch.size(n).size(table).value(heads.argument()).value(pieces.argument());
         // SAFETY: as above; the kernel also writes a row of `partial` for each block.
         unsafe { launch.fault(Fault::Index { what: "position", end: table }).launch()? };
-        add_pieces::<T>(self, dw, &partial, pieces)
+        add_pieces::<T>(self, dw, &partial, count)
     }
 }

@@ -102,6 +102,9 @@ fn norm<T: Float>(case: &mut Case, tolerance: f64) -> Result<()> {
         cpu.add_rms_norm(sum.cpu.view_mut()?, to, r_to, x.cpu.view(), dy.cpu.view(), w.cpu.view(), 1e-5)?;
         case.compare(&format!("x + r {what}"), &sum, tolerance)?;
         case.compare(&format!("norm of a sum {what}"), &y, tolerance)?;
+        let mut after = Tensor::uninit(&gpu, n, h)?;
+        gpu.rms_norm(after.view_mut()?, r.gpu.view_mut()?, sum.gpu.view(), w.gpu.view(), 1e-5)?;
+        same("norm of a sum", &gpu, &y.gpu, &after)?;
         gpu.rms_norm(y.gpu.view_mut()?, r.gpu.view_mut()?, x.gpu.view(), w.gpu.view(), 1e-5)?;
         cpu.rms_norm(y.cpu.view_mut()?, r.cpu.view_mut()?, x.cpu.view(), w.cpu.view(), 1e-5)?;
 
