@@ -14,13 +14,22 @@
 //  of both that belong together; the input gradient is that of the activation, whose backward follows.
 // -DBN=128|192|256 (columns of a tile) -DSTAGES= -DBUFFERS= (sets of slices of the result, each warpgroup) -DCLUSTER=1|2 -DPINGPONG=0|1
 
+// A stage goes back under the first product of the next block, not the last, and the next tile's place is found while stages are full.
+// By measurement this pays with the activation's backward and costs elsewhere (docs/benchmarks.md).
+constexpr bool EAGER = GLU && OP == 1;
+
 /// One warp: fills stages for all tiles of this block.
 __device__ __forceinline__ void produce(const Grid &g, const TensorMap *map_a, const TensorMap *map_b, u32 smem, u32 full, u32 empty,
                                         int rank) {
     Ring ring;
     bool one = (threadIdx.x & 31) == 0;
-    for (int index = blockIdx.x / CLUSTER; index < g.total; index += gridDim.x / CLUSTER) {
-        Tile t = tile_at(g, index, rank);
+    int index = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+    Tile next;
+    if (EAGER && index < g.total) next = tile_at(g, index, rank);
+    for (; index < g.total; index += step) {
+        Tile t = EAGER ? next : tile_at(g, index, rank);
+        int after = index + step;
+        if (EAGER && t.k_blocks == 0 && after < g.total) next = tile_at(g, after, rank);
         for (int kb = 0; kb < t.k_blocks; kb++) {
             barrier_wait(empty + ring.stage * 8, ring.phase ^ 1);
             if (one) {
@@ -48,6 +57,7 @@ __device__ __forceinline__ void produce(const Grid &g, const TensorMap *map_a, c
             }
             __syncwarp();
             ring.advance(1);
+            if (EAGER && kb == 0 && after < g.total) next = tile_at(g, after, rank);
         }
     }
 }
@@ -86,11 +96,14 @@ struct Consumer {
                 for (int u = 0; u < U; u++)
                     multiply<N>(d[u], da + (u64)((u * 64 * 128 + k * STEP<A_COLUMNS>) >> 4), db + (u64)((k * STEP<B_COLUMNS>) >> 4),
                                 (kb | k) != 0);
+                bool last_step = k == BK / 16 - 1;
+                if (EAGER || last_step) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                if (EAGER ? k == 0 : last_step) {
+                    // The products of the block before are done: its stage is free.
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    if (kb > 0) release(last);
+                }
             }
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            // The products of the block before are done: its stage is free.
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (kb > 0) release(last);
             last = ring.stage;
             ring.advance(1);
         }
