@@ -2,7 +2,7 @@
 
     python3 benchmarks/attention.py [--only check|time]
 
-Compiles kernels/attention.cu and kernels/attention_flash.cu with NVRTC, holds them to f64 on random operands in the middle of
+Compiles kernels/attention.cu, kernels/attention_flash.cu and the backwards beside it with NVRTC, holds them to f64 on random operands in the middle of
 NaN (masks, windows, packed documents, grouped queries, lengths around tiles; twice, for the same bits), then times forward and backward
 of two models' shapes and some others, in the same run as torch's scaled_dot_product_attention by cuDNN and FlashAttention, with and without
 its deterministic algorithms. Medians of CUDA events; causal attention counts half of the products, the backward 2.5 times the forward, whatever
@@ -49,10 +49,10 @@ def nvrtc():
 
 
 class Kernels:
-    """A file of kernels, compiled for one type."""
+    """Kernels of the last of some files, compiled for one type."""
 
-    def __init__(self, file, dtype, **definitions):
-        source = (KERNELS / "prelude.cuh").read_text() + (KERNELS / file).read_text()
+    def __init__(self, *files, dtype, **definitions):
+        source, file = "".join((KERNELS / name).read_text() for name in ("prelude.cuh", *files)), files[-1]
         lib, program = nvrtc(), C.c_void_p()
         options = ["--gpu-architecture=sm_90a", "--std=c++17", f"-DT_{dtype}"] + [f"-D{k}={v}" for k, v in definitions.items()]
         lib.nvrtcCreateProgram(C.byref(program), source.encode(), file.encode(), 0, None, None)
@@ -161,37 +161,46 @@ class Case:
 
     def flash(self, kernels):
         """Launches of attention_flash.cu, as src/cuda/attention_flash.rs makes them: forward, parts of the backward."""
-        kernels, dims = kernels[self.dim], self.dim + self.v_dim
-        of_queries, of_keys = (self.heads, self.batch, self.q_len), (self.kv_heads, self.batch, self.kv_len)
-        q, k = tensor_map(self.q, self.dim, *of_queries), tensor_map(self.k, self.dim, *of_keys)
-        v, d_o = tensor_map(self.v, self.v_dim, *of_keys), tensor_map(self.d_o, self.v_dim, *of_queries)
+        (forwards, backwards), dims = kernels[self.dim], self.dim + self.v_dim
+        for_queries, for_keys = (self.heads, self.batch, self.q_len), (self.kv_heads, self.batch, self.kv_len)
+        q, k = tensor_map(self.q, self.dim, *for_queries), tensor_map(self.k, self.dim, *for_keys)
+        v, d_o = tensor_map(self.v, self.v_dim, *for_keys), tensor_map(self.d_o, self.v_dim, *for_queries)
         end = self.sizes() + [INT(self.heads), INT(self.kv_heads), LONG(self.first_query), LONG(self.window), FLOAT(self.scale)]
         first, blocks = [pointer(self.first_keys)], -(-self.q_len // 64) * self.batch
-        statistics = torch.full((blocks * self.heads, 256), float("nan"), device=DEV)
+        parts = blocks * self.heads
+        statistics = torch.full((parts, 260), float("nan"), device=DEV)
         bounds = torch.full((blocks, 4), -77, dtype=torch.int32, device=DEV)
+        sums = torch.full((parts, 64 * self.dim), float("nan"), device=DEV)
+        turns = torch.full((1 + parts,), -77, dtype=torch.int32, device=DEV)
+        seen = [pointer(statistics), pointer(bounds)] + end
         tiles = lambda n, heads: -(-n // 128) * heads * self.batch
 
         def forward():
             shared = 2 * (128 * self.dim + 2 * 128 * dims) + 9 * 8
             arguments = matrix(self.o) + matrix(self.lse) + [q, k, v] + first + end
-            kernels.launch("flash_forward", tiles(self.q_len, self.heads), 384, arguments, shared)
+            forwards.launch("flash_forward", tiles(self.q_len, self.heads), 384, arguments, shared)
 
         def prepare():
+            turns.zero_()
             arguments = [pointer(statistics), pointer(bounds)] + matrix(self.d_o) + matrix(self.o) + matrix(self.lse) + first + end
-            kernels.launch("flash_statistics", blocks * self.heads, 256, arguments)
+            backwards.launch("flash_statistics", parts, 256, arguments)
 
-        def of_q():
+        def narrow():
+            shared = 2 * (128 + 2 * 64) * dims + 2 * (2 * 128 * 64 + 4 * 64 * self.dim + 1040) + 10 * 8 + 3 * 4
+            arguments = matrix(self.dk) + matrix(self.dv) + [pointer(sums), pointer(turns), d_o, q, k, v] + seen
+            backwards.launch("flash_backward", tiles(self.kv_len, self.kv_heads), 384, arguments, shared)
+            backwards.launch("flash_backward_q", parts, 256, matrix(self.dq) + [pointer(sums), pointer(bounds)] + end)
+
+        def wide():
             shared = 2 * (128 + 3 * 64) * dims + 7 * 8
             arguments = matrix(self.dq) + [d_o, q, k, v, pointer(statistics)] + first + end
-            kernels.launch("flash_backward_q", tiles(self.q_len, self.heads), 384, arguments, shared)
+            backwards.launch("flash_backward_q", tiles(self.q_len, self.heads), 384, arguments, shared)
+            shared = 2 * (128 + 2 * 64) * dims + 2 * 1040 + 6 * 8
+            backwards.launch("flash_backward_k", tiles(self.kv_len, self.kv_heads), 384, matrix(self.dk) + [d_o, q, k, v] + seen, shared)
+            shared = 2 * 128 * self.dim + 2 * (2 * 64 * dims + 1040) + 5 * 8 + 2 * 4
+            backwards.launch("flash_backward_v", tiles(self.kv_len, self.kv_heads), 384, matrix(self.dv) + [d_o, q, k] + seen, shared)
 
-        def of_kv():
-            shared = 2 * (128 + 2 * 64) * dims + 2 * 1024 + 6 * 8
-            arguments = matrix(self.dk) + matrix(self.dv) + [d_o, q, k, v, pointer(statistics), pointer(bounds)] + end
-            for which in ("k", "v") if self.dim == 192 else ("kv",):
-                kernels.launch(f"flash_backward_{which}", tiles(self.kv_len, self.kv_heads), 384, arguments, shared)
-
-        return forward, [prepare, of_q, of_kv]
+        return forward, [prepare, narrow if dims <= 256 else wide]
 
     def reference(self):
         """Results in f64, and what a gradient's rounding is to be measured by where it cancels."""
@@ -333,14 +342,17 @@ def main():
     parser.add_argument("--only", choices=("check", "time"))
     only = parser.parse_args().only
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    flash = {dim: Kernels("attention_flash.cu", "BF16", HEAD_DIM=dim, V_HEAD_DIM=min(dim, 128)) for dim in (64, 128, 192)}
-    generic = Kernels("attention.cu", "BF16")
+    hopper = lambda dim, *files: Kernels("attention_flash.cuh", *files, dtype="BF16", HEAD_DIM=dim, V_HEAD_DIM=min(dim, 128))
+    backward = lambda dim: f"attention_flash_{'wide' if dim == 192 else 'backward'}.cu"
+    backward_of = lambda dim: hopper(dim, "attention_flash_queries.cuh", "attention_flash_keys.cuh", backward(dim))
+    flash = {dim: [hopper(dim, "attention_flash.cu"), backward_of(dim)] for dim in (64, 128, 192)}
+    generic = Kernels("attention.cu", dtype="BF16")
     good = True
     if only != "time":
         good &= check_all("flash", flash, torch.bfloat16, 1.5e-2, [(64, 64), (128, 128), (192, 128)], (8, 8))
         good &= check_all("generic", generic, torch.bfloat16, 1.5e-2, [(128, 128), (192, 128), (3, 5)], (3, 4))
         for name, tolerance in (("F32", 5e-5), ("F64", 1e-12)):
-            good &= check_all("generic", Kernels("attention.cu", name), TYPES[name], tolerance, [(64, 64), (24, 17)], (3, 4))
+            good &= check_all("generic", Kernels("attention.cu", dtype=name), TYPES[name], tolerance, [(64, 64), (24, 17)], (3, 4))
     if only != "check":
         time_all(flash, generic)
     sys.exit(0 if good else 1)

@@ -1,7 +1,7 @@
 //! Attention: by cuDNN, in tiles of any kind, or on Hopper's tensor cores.
 //!
 //! cuDNN runs the forward where it is there and takes the call, and the backward if that need not give the same bits twice. Of what is left,
-//! `attention_flash.cu` runs for `bf16` on compute capability 9.0 with heads of 64 or 128, keys and values alike, or of 192 with values of
+//! `attention_flash.rs` runs for `bf16` on compute capability 9.0 with heads of 64 or 128, keys and values alike, or of 192 with values of
 //! 128 (latent attention), a positive scale, and all matrices but the log-sum-exp at multiples of 16 bytes, their rows too. Everything else
 //! runs `attention.cu`, whose sums are plain arithmetic of the accumulation type. Both give the same bits twice.
 

@@ -1,9 +1,10 @@
-//! Attention of `bf16` on Hopper's tensor cores: `attention_flash.cu`.
+//! Attention of `bf16` on Hopper's tensor cores: `attention_flash.cu`, and the backward of `attention_flash_backward.cu` or, with wide heads,
+//! `attention_flash_wide.cu`.
 
 use super::Cuda;
 use super::attention::Sizes;
 use super::launch::Launch;
-use super::source::ATTENTION_FLASH;
+use super::source::{ATTENTION_FLASH, ATTENTION_FLASH_BACKWARD, ATTENTION_FLASH_WIDE, Source};
 use super::tensor_map::{TensorMap, Tiled};
 use crate::family::AttentionShape;
 use crate::{DType, Device, Float, Result, View, ViewMut};
@@ -12,15 +13,26 @@ use crate::{DType, Device, Float, Result, View, ViewMut};
 const ROWS: usize = 128;
 const THREADS: usize = 384;
 const KEYS: usize = 128;
-/// Queries or keys of a step of the backward, and rows of a copy: `STEP` and `PANEL`.
+/// Queries of a step of the backward, and rows of a copy: `STEP` and `PANEL`.
 const STEP: usize = 64;
-/// Bytes of `Statistics`, of `Bounds`, and of a barrier.
-const STATISTICS: usize = 4 * 4 * STEP;
+/// Bytes of `Bounds`, of `Statistics`, and of a barrier.
 const BOUNDS: usize = 16;
+const STATISTICS: usize = 4 * 4 * STEP + BOUNDS;
 const BARRIER: usize = 8;
 
 /// Sizes of heads, of queries and keys and of values, that there are kernels for.
 const HEADS: [(usize, usize); 3] = [(64, 64), (128, 128), (192, 128)];
+
+/// What the kernels are compiled for.
+pub(super) const WAYS: &[&[(&str, i64)]] = &[
+    &[("HEAD_DIM", 64), ("V_HEAD_DIM", 64)],
+    &[("HEAD_DIM", 128), ("V_HEAD_DIM", 128)],
+    &[("HEAD_DIM", 192), ("V_HEAD_DIM", 128)],
+];
+
+/// Those whose gradients of keys and values the registers hold together, and the others.
+pub(super) const NARROW: &[&[(&str, i64)]] = WAYS.split_at(2).0;
+pub(super) const WIDE: &[&[(&str, i64)]] = WAYS.split_at(2).1;
 
 /// The gradients of a backward.
 pub(super) struct Backward<'a, T> {
@@ -67,7 +79,7 @@ impl<'a> Flash<'a> {
     ) -> Result<()> {
         let Flash { dim, v_dim, .. } = *self;
         let shared = 2 * (ROWS * dim + 2 * KEYS * (dim + v_dim)) + 9 * BARRIER;
-        let launch = self.launch("flash_forward", s.q_len, s.heads, s, shared)?;
+        let launch = self.launch(&ATTENTION_FLASH, "flash_forward", s.q_len, s.heads, s, shared)?;
         let launch = launch.mat_mut(o).mat_mut(lse).value(heads(q, s, s.heads)?);
         let launch = launch.value(heads(k, s, s.kv_heads)?).value(heads(v, s, s.kv_heads)?);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
@@ -97,39 +109,61 @@ impl<'a> Flash<'a> {
             heads(k, s, s.kv_heads)?,
             heads(v, s, s.kv_heads)?,
         ];
-        let with_maps = |launch: Launch<'a>| maps.iter().fold(launch, |launch, &map| launch.value(map));
 
-        let launch = self.kernel("flash_statistics")?;
-        let launch = launch.grid([blocks * s.heads as usize, 1, 1]).block([4 * STEP, 1, 1]);
+        let narrow = dim + v_dim <= 256;
+        let source = if narrow { &ATTENTION_FLASH_BACKWARD } else { &ATTENTION_FLASH_WIDE };
+        let with_maps = |launch: Launch<'a>| maps.iter().fold(launch, |launch, &map| launch.value(map));
+        let parts = blocks * s.heads as usize;
+
+        let launch = self.kernel(source, "flash_statistics")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
         let launch = launch.scratch(&statistics).scratch(&bounds).mat(d_o).mat(o).mat(lse);
         // SAFETY: there is room for every block of queries of every head, and for the bounds of every block.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
+        if narrow {
+            // dq is summed in `f32`, keys after keys; counters, one for each block of queries after one for the tiles, keep the order.
+            let sums = self.device.alloc(parts * STEP * dim * size_of::<f32>())?;
+            let turns = self.device.alloc_zeroed((1 + parts) * size_of::<i32>())?;
+            let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim)
+                + 2 * (2 * ROWS * STEP + 4 * STEP * dim + STATISTICS)
+                + 10 * BARRIER
+                + 3 * size_of::<i32>();
+            let launch = self.launch(source, "flash_backward", s.kv_len, s.kv_heads, s, shared)?;
+            let launch = launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv);
+            let launch = with_maps(launch.scratch(&sums).scratch(&turns));
+            // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices and the scratch.
+            unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
+
+            let launch = self.kernel(source, "flash_backward_q")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
+            let launch = launch.mat_mut(&mut gradients.dq).scratch(&sums).scratch(&bounds);
+            // SAFETY: it reads the sums of all blocks that see a key, and writes inside the matrix.
+            return unsafe { self.sizes(launch, s).launch() };
+        }
         let shared = 2 * (ROWS + 3 * STEP) * (dim + v_dim) + 7 * BARRIER;
-        let launch = self.launch("flash_backward_q", s.q_len, s.heads, s, shared)?.mat_mut(&mut gradients.dq);
-        let launch = with_maps(launch).scratch(&statistics).vector_or_null(first_keys);
+        let launch = self.launch(source, "flash_backward_q", s.q_len, s.heads, s, shared)?;
+        let launch = with_maps(launch.mat_mut(&mut gradients.dq)).scratch(&statistics);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
-        unsafe { self.sizes(launch, s).launch()? };
+        unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
         let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim) + 2 * STATISTICS + 6 * BARRIER;
-        // Both at once where the registers hold both.
-        let kernels: &[_] = if dim + v_dim <= 256 {
-            &["flash_backward_kv"]
-        } else {
-            &["flash_backward_k", "flash_backward_v"]
-        };
-        for kernel in kernels {
-            let launch = self.launch(kernel, s.kv_len, s.kv_heads, s, shared)?;
-            let launch = with_maps(launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv));
-            // SAFETY: as above.
-            unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
-        }
-        Ok(())
+        let launch = self.launch(source, "flash_backward_k", s.kv_len, s.kv_heads, s, shared)?;
+        let launch = with_maps(launch.mat_mut(&mut gradients.dk)).scratch(&statistics);
+        // SAFETY: as above.
+        unsafe { self.sizes(launch.scratch(&bounds), s).launch()? };
+
+        let shared =
+            2 * ROWS * dim + 2 * (2 * STEP * (dim + v_dim) + STATISTICS) + 5 * BARRIER + 2 * size_of::<i32>();
+        let launch = self.launch(source, "flash_backward_v", s.kv_len, s.kv_heads, s, shared)?;
+        let launch =
+            maps[..3].iter().fold(launch.mat_mut(&mut gradients.dv), |launch, &map| launch.value(map));
+        // SAFETY: as above.
+        unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch() }
     }
 
     /// A block for every `ROWS` rows of every head of every sequence.
     fn launch(
         &self,
+        source: &'static Source,
         name: &'static str,
         len: i32,
         heads: i32,
@@ -137,12 +171,12 @@ impl<'a> Flash<'a> {
         shared: usize,
     ) -> Result<Launch<'a>> {
         let blocks = (len as usize).div_ceil(ROWS) * heads as usize * s.batch as usize;
-        let launch = self.kernel(name)?;
+        let launch = self.kernel(source, name)?;
         Ok(launch.grid([blocks, 1, 1]).block([THREADS, 1, 1]).shared(shared))
     }
 
-    fn kernel(&self, name: &'static str) -> Result<Launch<'a>> {
-        let variant = ATTENTION_FLASH.of(DType::Bf16).with("HEAD_DIM", self.dim as i64);
+    fn kernel(&self, source: &'static Source, name: &'static str) -> Result<Launch<'a>> {
+        let variant = source.of(DType::Bf16).with("HEAD_DIM", self.dim as i64);
         self.device.kernel(&variant.with("V_HEAD_DIM", self.v_dim as i64), name)
     }
 

@@ -1,0 +1,264 @@
+// Backward of attention on Hopper's tensor cores, with heads whose gradients of keys and values the registers hold together.
+//
+// A block has a tile of keys and walks the blocks of queries that see it: scores and their gradients are formed once, transposed, in the
+// registers of the warpgroup whose keys they are, and go from there into dv and dk. Their product with the keys is the tile's part of dq,
+// which the copy engine adds to a sum in float, tile after tile in ascending order, so that two runs give the same bits: a counter for each
+// block of queries says whose turn it is. Whoever waits waits for a tile with a lower index, and indices are given out in the order in which
+// blocks start, so that tile runs or has run. All tiles walk the queries from the last on, heads innermost: with a causal mask they keep in
+// step, and those that end first are the last in the order.
+
+constexpr int ADDERS = 3;  // threads that add parts of dq to the sums, in turn
+
+// d = aᵀ b for 16 rows of a [columns 64] and b, both in shared memory with their columns along the panel.
+__device__ __forceinline__ void product_step_of_rows(float (&d)[32], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32 "}, %32, %33, p, 1, 1, 1, 1;\n}\n"
+        : D32(0)
+        : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void product_step_of_rows(float (&d)[16], u64 a, u64 b, int add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" R16 "}, %16, %17, p, 1, 1, 1, 1;\n}\n"
+        : D8(0), D8(8)
+        : "l"(a), "l"(b), "r"(add));
+}
+
+// d = aᵀ b: a [LEN, 64 columns of a panel], b [LEN, N columns of a panel].
+template <int LEN, int N>
+__device__ __forceinline__ void multiply_of_rows(float (&d)[N / 2], const char* a, const char* b) {
+    Descriptor x(a, 0), y(b, 0);
+#pragma unroll
+    for (int row = 0; row < LEN; row += 16) product_step_of_rows(d, x + row * 128, y + row * 128, row > 0);
+}
+
+struct GradientShared {
+    char k[ROWS * DIM * 2];
+    char v[ROWS * V_DIM * 2];
+    char q[2][STEP * DIM * 2];
+    char d_o[2][STEP * V_DIM * 2];
+    char ds[2][ROWS * STEP * 2];
+    float dq[2][STEP * DIM];
+    Statistics stats[2];
+    u64 k_full;
+    Ring<2> ring;
+    u64 dq_full[ADDERS], dq_free[2];
+    int first, last, index;
+};
+
+// The steps of a tile: blocks of queries from the last on, query heads that share the tile's keys innermost.
+struct Walk {
+    int block, head, heads;
+
+    __device__ __forceinline__ Walk(int last, int heads, int skip) : block(last), head(0), heads(heads) { advance(skip); }
+    __device__ __forceinline__ void advance(int steps) {
+        for (head += steps; head >= heads; head -= heads) block--;
+    }
+};
+
+// Waits until a counter has come to `turn`; what the copy engine does from here on comes after what it did for whoever passed the turn.
+__device__ __forceinline__ void wait_for_turn(const int* counter, int turn) {
+    int now;
+    do asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    while (now != turn);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Waits until the copy engine has written, and sets a counter.
+__device__ __forceinline__ void pass_turn(int* counter, int turn) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
+}
+
+// Adds every ADDERS-th part of dq, from number `own` on, to the sums; one thread.
+__device__ __forceinline__ void add_parts(GradientShared& sh, float* dq, int* turns, const Bounds* bounds, const Task& task, int own,
+                                          int steps, int blocks, const Sizes& s) {
+    int from = task.tile * ROWS, heads = s.heads / s.kv_heads;
+    Walk walk(sh.last, heads, own);
+    for (int n = own; n < steps; n += ADDERS, walk.advance(ADDERS)) {
+        i64 place = ((i64)task.sequence * s.heads + task.head * heads + walk.head) * blocks + walk.block;
+        Bounds seen = bounds[walk.block];
+        bool any = seen.lo < seen.hi && seen.lo < from + ROWS && seen.hi > from;
+        int turn = task.tile - seen.lo / ROWS, tile = n % 2;
+        if (any && turn > 0) wait_for_turn(turns + place, turn);
+        barrier_wait(&sh.dq_full[own], n / ADDERS & 1);
+        if (any) {
+            float* to = dq + place * (STEP * DIM);
+            if (turn == 0)
+                asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(sh.dq[tile])),
+                             "r"((int)sizeof(sh.dq[0]))
+                             : "memory");
+            else
+                asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                             "r"(shared_address(sh.dq[tile])), "r"((int)sizeof(sh.dq[0]))
+                             : "memory");
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        }
+        barrier_arrive(&sh.dq_free[tile]);
+        if (any) pass_turn(turns + place, turn + 1);
+    }
+}
+
+// dk = scale · Σ dSᵀ q and dv = Σ Pᵀ d_o over the query heads that read a head of keys and values; the sums dq / scale
+// [batch, heads, blocks of 64 queries], each as the accumulators of both warpgroups lie: [warpgroup][columns / 8][thread][4].
+template <int WHOLE, int HALF>
+__device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, float* dq, int* turns, const TensorMap* d_o,
+                                         const TensorMap* q, const TensorMap* k, const TensorMap* v, const Statistics* stats,
+                                         const Bounds* bounds, const Sizes& s) {
+    extern __shared__ __align__(1024) char memory[];
+    auto& sh = *(GradientShared*)memory;
+    int tid = threadIdx.x, heads = s.heads / s.kv_heads, blocks = (s.q_len + PANEL - 1) / PANEL;
+    if (tid == 0) {
+        int index = atomicAdd(turns, 1);
+        barrier_init(&sh.k_full, 1);
+        sh.ring.init();
+        for (int i = 0; i < ADDERS; i++) barrier_init(&sh.dq_full[i], CONSUMERS * 4);
+        for (int i = 0; i < 2; i++) barrier_init(&sh.dq_free[i], 1);
+        barriers_ready();
+        sh.first = blocks;
+        sh.last = -1;
+        sh.index = index;
+    }
+    turns += 1;
+    __syncthreads();
+    Task task(sh.index, s.kv_heads, s.batch);
+    int from = task.tile * ROWS;
+    if (tid == 0) {
+        barrier_expect(&sh.k_full, sizeof(sh.k) + sizeof(sh.v));
+        copy_tile<ROWS, DIM>(sh.k, k, &sh.k_full, task.head, task.sequence, from);
+        copy_tile<ROWS, V_DIM>(sh.v, v, &sh.k_full, task.head, task.sequence, from);
+    }
+    bounds += (i64)task.sequence * blocks;
+    blocks_that_see(sh.first, sh.last, bounds, blocks, from);
+    int steps = max(sh.last - sh.first + 1, 0) * heads;
+    if (tid < 128) {
+        producer_registers();
+        if (tid == 0) {
+            Walk walk(sh.last, heads, 0);
+            for (int n = 0; n < steps; n++, walk.advance(1)) {
+                int head = task.head * heads + walk.head, block = walk.block;
+                u64* full = sh.ring.claim(n, sizeof(sh.q[0]) + sizeof(sh.d_o[0]) + sizeof(Statistics));
+                copy_tile<STEP, DIM>(sh.q[n % 2], q, full, head, task.sequence, block * STEP);
+                copy_bytes(&sh.stats[n % 2], &stats[((i64)task.sequence * s.heads + head) * blocks + block], sizeof(Statistics), full);
+                copy_tile<STEP, V_DIM>(sh.d_o[n % 2], d_o, full, head, task.sequence, block * STEP);
+            }
+        } else if (tid % 32 == 0) {
+            add_parts(sh, dq, turns, bounds, task, tid / 32 - 1, steps, blocks, s);
+        }
+        return;
+    }
+    consumer_registers();
+    int group = tid / 128 - 1, lane = tid % 32, warp = (tid - 128) / 32;
+    int row = from + warp * 16 + lane / 4, column = lane % 4 * 2;
+    float dk_out[DIM / 2], dv_out[V_DIM / 2];
+#pragma unroll
+    for (int i = 0; i < DIM / 2; i++) dk_out[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < V_DIM / 2; i++) dv_out[i] = 0.0f;
+    float scale = s.scale * LOG2_E;
+    barrier_wait(&sh.k_full, 0);
+    if (steps > 0) {
+        float scores[STEP / 2], dp[STEP / 2];
+        u32 p[STEP / 16][4], ds[STEP / 16][4];
+        sh.ring.wait(0);
+        products_begin();
+        multiply_transposed<ROWS, STEP, DIM>(scores, sh.k, group * 64, sh.q[0]);
+        products_commit();
+        products_wait<0>();
+        settle(scores);
+        for (int n = 0; n < steps; n++) {
+            const Statistics& at = sh.stats[n % 2];
+            products_begin();
+            multiply_transposed<ROWS, STEP, V_DIM>(dp, sh.v, group * 64, sh.d_o[n % 2]);
+            products_commit();
+            exponentials(scores, at, column, scale);
+            bool hidden = from < at.all.all_lo || from + ROWS > at.all.all_hi;
+            if (hidden) hide(scores, at, column, row);
+            to_operand<STEP>(p, scores);
+            products_begin();
+            multiply<STEP, V_DIM>(dv_out, p, sh.d_o[n % 2]);
+            products_commit();
+            products_wait<1>();
+            settle(dp);
+#pragma unroll
+            for (int j = 0; j < STEP / 8; j++) {
+                float2 delta = *(const float2*)&at.delta[8 * j + column];
+#pragma unroll
+                for (int e = 0; e < 4; e++) dp[4 * j + e] -= e % 2 ? delta.y : delta.x;
+            }
+            // A key that is hidden may hold anything, also what is no number.
+            if (hidden) {
+#pragma unroll
+                for (int i = 0; i < STEP / 2; i++) dp[i] = scores[i] == 0.0f ? 0.0f : dp[i];
+            }
+#pragma unroll
+            for (int i = 0; i < STEP / 2; i++) scores[i] *= dp[i];
+            to_operand<STEP>(ds, scores);
+            products_begin();
+            multiply<STEP, DIM>(dk_out, ds, sh.q[n % 2]);
+            products_commit();
+            // dSᵀ for the product with the keys of both warpgroups, as the copy engine would have placed it.
+            char* tile = sh.ds[n % 2];
+            char* place = tile + (warp * 16 + lane / 4) * 128 + column * 2;
+#pragma unroll
+            for (int i = 0; i < STEP / 16; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) *(u32*)(place + e % 2 * 1024 + ((2 * i + e / 2) ^ (lane / 4)) * 16) = ds[i][e];
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            products_wait<1>();
+            asm volatile("bar.sync 1, 256;" ::: "memory");
+            float part[WHOLE > 0 ? WHOLE / 2 : 1], half[HALF > 0 ? HALF / 2 : 1];
+            products_begin();
+            if constexpr (WHOLE > 0) multiply_of_rows<ROWS, WHOLE>(part, tile, sh.k + group * (DIM / PANEL - 1) * (ROWS * 128));
+            if constexpr (HALF > 0) multiply_of_rows<ROWS, HALF>(half, tile, sh.k + WHOLE / PANEL * (ROWS * 128) + group * 64);
+            products_commit();
+            // In the last step the same scores once more, for nothing: a branch here would serialise the products.
+            int next = min(n + 1, steps - 1);
+            sh.ring.wait(next);
+            products_begin();
+            multiply_transposed<ROWS, STEP, DIM>(scores, sh.k, group * 64, sh.q[next % 2]);
+            products_commit();
+            products_wait<1>();
+            if constexpr (WHOLE > 0) settle(part);
+            if constexpr (HALF > 0) settle(half);
+            sh.ring.release(n);
+            barrier_wait(&sh.dq_free[n % 2], (n / 2 + 1) & 1);
+            float* to = sh.dq[n % 2] + group * (STEP * DIM / 2) + tid % 128 * 4;
+#pragma unroll
+            for (int j = 0; j < DIM / 16; j++) {
+                const float* from = j < WHOLE / 8 ? part + 4 * j : half + 4 * j - WHOLE / 2;
+                *(float4*)(to + j * 512) = make_float4(from[0], from[1], from[2], from[3]);
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&sh.dq_full[n % ADDERS]);
+            products_wait<0>();
+            settle(scores);
+        }
+        settle(dk_out);
+        settle(dv_out);
+    }
+    float one[2] = {1.0f, 1.0f}, factor[2] = {s.scale, s.scale};
+    store<DIM>(dk, dk_stride, s.batch, task.sequence, task.head, row, s.kv_len, dk_out, factor);
+    store<V_DIM>(dv, dv_stride, s.batch, task.sequence, task.head, row, s.kv_len, dv_out, one);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+flash_statistics(Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_stride, const bf16* o, i64 o_stride, const float* lse,
+                 i64 lse_stride, const int* first_keys, SIZES) {
+    statistics(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+flash_backward(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, float* dq, int* turns, MAP d_o, MAP q, MAP k, MAP v,
+               const Statistics* stats, const Bounds* bounds, SIZES) {
+    gradient<WHOLE, HALF>(dk, dk_stride, dv, dv_stride, dq, turns, &d_o, &q, &k, &v, stats, bounds, SIZES_OF);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+flash_backward_q(bf16* dq, i64 dq_stride, const float* sums, const Bounds* bounds, SIZES) {
+    finish(dq, dq_stride, sums, bounds, SIZES_OF);
+}
