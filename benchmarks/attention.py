@@ -342,7 +342,7 @@ def main():
     parser.add_argument("--only", choices=("check", "time"))
     only = parser.parse_args().only
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    hopper = lambda dim, *files: Kernels("attention_flash.cuh", *files, dtype="BF16", HEAD_DIM=dim, V_HEAD_DIM=min(dim, 128))
+    hopper = lambda dim, *files: Kernels("attention_flash.cuh", "attention_flash_rows.cuh", *files, dtype="BF16", HEAD_DIM=dim, V_HEAD_DIM=min(dim, 128))
     backward = lambda dim: f"attention_flash_{'wide' if dim == 192 else 'backward'}.cu"
     backward_of = lambda dim: hopper(dim, "attention_flash_queries.cuh", "attention_flash_keys.cuh", backward(dim))
     flash = {dim: [hopper(dim, "attention_flash.cu"), backward_of(dim)] for dim in (64, 128, 192)}

@@ -4,36 +4,6 @@
 // A block is a producer warpgroup, one thread of which asks the copy engine for tiles, and two consumer warpgroups of 64 rows each.
 // Probabilities never leave the registers.
 
-// ---- who sees what ---------------------------------------------------------------------------------------------------
-
-// What the ROWS queries of a tile see; every thread of the block calls it. Also `own`: what the two rows of a consumer see.
-__device__ __forceinline__ Bounds look(const Sizes& s, const int* first_keys, int sequence, int from, int2 (&own)[2]) {
-    __shared__ int2 seen[ROWS];
-    __shared__ Bounds parts[ROWS / 32];
-    int tid = threadIdx.x;
-    if (tid < ROWS) {
-        int2 mine = make_int2(0, 0);
-        Bounds x = no_bounds();
-        if (from + tid < s.q_len) {
-            mine = sees(from + tid, first_keys, s.batch, sequence, s.kv_len, s.first_query, s.window);
-            x = bounds_of(mine);
-        }
-        seen[tid] = mine;
-        x = join_warp(x);
-        if (tid % 32 == 0) parts[tid / 32] = x;
-    }
-    __syncthreads();
-    Bounds all = parts[0];
-#pragma unroll
-    for (int i = 1; i < ROWS / 32; i++) all = join(all, parts[i]);
-    if (tid >= 128) {
-        int row = (tid - 128) / 32 * 16 + tid % 32 / 4;
-        own[0] = seen[row];
-        own[1] = seen[row + 8];
-    }
-    return all;
-}
-
 // The consumers take turns in asking for products, so that one forms its softmax while the other multiplies. It pays where that takes
 // about as long as the products: with heads of 64.
 template <bool ON>
@@ -98,17 +68,6 @@ struct Softmax {
     }
 };
 
-// Hides the scores of keys that the two rows do not see.
-template <int N>
-__device__ __forceinline__ void hide(float (&s)[N], int first_key, const int2 (&own)[2]) {
-    int key = first_key + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < N / 4; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-            if (!visible(key + 8 * j + e % 2, own[e / 2])) s[4 * j + e] = -INF_F32;
-}
-
 template <int DIM, int V_DIM>
 __device__ __forceinline__ void forward(bf16* o, i64 o_stride, float* lse, i64 lse_stride, const TensorMap* q,
                                         const TensorMap* k, const TensorMap* v, const int* first_keys, const Sizes& s) {
@@ -157,7 +116,7 @@ __device__ __forceinline__ void forward(bf16* o, i64 o_stride, float* lse, i64 l
         u32 p[KEYS / 16][4];
         auto mask = [&](int n) {
             int keys = (first + steps - 1 - n) * KEYS;
-            if (keys < bounds.all_lo || keys + KEYS > bounds.all_hi) hide(scores, keys, own);
+            if (keys < bounds.all_lo || keys + KEYS > bounds.all_hi) hide_keys(scores, keys, own);
         };
         barrier_wait(&sh.q_full, 0);
         sh.k_ring.wait(0);
