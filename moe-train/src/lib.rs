@@ -79,8 +79,9 @@
 //! # When not to use it
 //!
 //! - To serve models: [`infer`] is for looking at what was trained.
-//! - On GPUs: the only device so far is `moe_kernels::Cpu`, with ranks as threads of one process.
-//! - For dense models: every layer has experts.
+//! - On several GPUs or machines: ranks are threads of one process on `moe_kernels::Cpu`; `moe_kernels::Cuda` (feature
+//!   `cuda`) is one rank on one GPU.
+//! - For dense models alone: they train (`checkpoint upcycle` starts from one), but nothing is tuned for them.
 
 #![deny(unsafe_code)]
 

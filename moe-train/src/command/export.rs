@@ -12,7 +12,7 @@ use crate::run::open_weights;
 /// Write a Hugging Face folder with the weights of a checkpoint, which transformers loads.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// The folder of a checkpoint, or of a run (its newest checkpoint).
+    /// The folder of a checkpoint, of a run (its newest checkpoint), or of the Hugging Face hub.
     checkpoint: PathBuf,
     /// The folder to make.
     dir: PathBuf,

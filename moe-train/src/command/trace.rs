@@ -17,7 +17,7 @@ use crate::trace::{Options, Tokens, trace};
 /// Write a model's logits, losses and gradients on given tokens, as transformers computes and names them.
 #[derive(Debug, Args)]
 pub struct Trace {
-    /// The folder of a checkpoint, or of a run (its newest checkpoint).
+    /// The folder of a checkpoint, of a run (its newest checkpoint), or of the Hugging Face hub.
     #[arg(long)]
     checkpoint: PathBuf,
     /// A safetensors file with `input_ids`, [batch, seq] of 64-bit integers.
