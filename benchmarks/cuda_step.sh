@@ -27,7 +27,7 @@ for model in "${models[@]}"; do
         qwen3) config=examples/gpu/qwen3_8_layers.toml vocabulary=151936 ;;
     esac
     "$python" benchmarks/cuda_step.py tokens $vocabulary runs/random_tokens_$vocabulary
-    # PyTorch's attention adds the gradients of keys and values in any order: ours by default does not, and is asked to for the second run.
+    # PyTorch's attention adds the gradient of queries in any order: ours does so only if asked to, which the second run does.
     for deterministic in true false; do
         output=$(mktemp -d runs/cuda_step.XXXXXX)
         nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop-ms=200 > "$output/memory" & watcher=$!

@@ -1,4 +1,4 @@
-"""One-rank f32 training of a small Mixtral in eager PyTorch on the CPU: the peer of `moe-train bench`.
+"""One-rank f32 training of a small Mixtral in eager PyTorch on the CPU: the peer of `moe-train/examples/cpu_training.rs`.
 
 Forward, backward and AdamW of a decoder with RMSNorm, RoPE, causal attention and top-2 experts, tokens grouped by expert.
 Prints the median seconds of a step and the tokens per second.
