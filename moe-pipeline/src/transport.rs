@@ -4,10 +4,13 @@
 //! program that runs over it runs over any. [`buffered`] is the most lenient: a send never blocks.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::{Error, Message};
+
+/// For so long a thread looks for a packet before it sleeps: one that is about to be sent comes sooner than a sleeping thread wakes.
+const NEAR: Duration = Duration::from_micros(50);
 
 /// A message operation, as the executor posts it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,11 +35,12 @@ pub enum Post<A> {
 
 /// Point-to-point messages between the ranks of a pipeline.
 ///
-/// Between two ranks, messages of one direction are posted in the same order on both sides. A validated program cannot
-/// deadlock whether posts block until their counterpart is posted (in the batch's order, or all of the batch together)
-/// or never do.
+/// What one rank sends another, activations and gradients together, is posted in the same order on both sides. A validated
+/// program cannot deadlock whether posts block until their counterpart is posted (in the batch's order, or all of the batch
+/// together) or never do.
 ///
-/// Nothing may wait for ever: a call whose peer is dead or silent returns an error within a deadline of the transport.
+/// Nothing may wait for ever: a call whose peer is dead or silent returns an error within a deadline of the transport. After an
+/// error, or [`abort`](Transport::abort), the executor makes no other call.
 pub trait Transport<A> {
     /// A started operation.
     type Ticket;
@@ -47,7 +51,7 @@ pub trait Transport<A> {
     fn post(&mut self, batch: Vec<Post<A>>) -> Result<Vec<Self::Ticket>, Self::Error>;
 
     /// Ends an operation: what a receive received, `None` for a send.
-    fn wait(&mut self, t: Self::Ticket) -> Result<Option<A>, Self::Error>;
+    fn wait(&mut self, ticket: Self::Ticket) -> Result<Option<A>, Self::Error>;
 
     /// Tells all peers that this rank gives up, so that their calls fail at once rather than at the deadline. The
     /// executor calls it before it returns an error.
@@ -55,13 +59,13 @@ pub trait Transport<A> {
 }
 
 /// Channels between `ranks` threads, one element per rank, whose sends and receives block in [`Transport::post`] until
-/// they meet. Every call ends within `deadline` of each message that it waits for.
+/// they meet. A call waits for each message for `deadline` at most. What has failed once cannot be used again.
 pub fn rendezvous<A>(ranks: u32, deadline: Duration) -> Vec<Channels<A>> {
     connect(ranks, deadline, true)
 }
 
-/// Channels between `ranks` threads, one element per rank, whose sends never block. [`Transport::wait`] ends within
-/// `deadline`.
+/// Channels between `ranks` threads, one element per rank, whose sends never block. [`Transport::wait`] waits for each
+/// message, those posted before its own among them, for `deadline` at most. What has failed once cannot be used again.
 pub fn buffered<A>(ranks: u32, deadline: Duration) -> Vec<Channels<A>> {
     connect(ranks, deadline, false)
 }
@@ -157,20 +161,26 @@ impl<A> Channels<A> {
     /// Matches what arrives from a peer with the posted receives, in order, up to `message`.
     fn receive(&mut self, from: u32, message: Message) -> Result<A, Error> {
         loop {
-            if let Some(act) = self.peer(from)?.matched.remove(&message) {
+            let matched = &mut self.peer(from)?.matched;
+            // Empty unless receives are waited for in another order than they were posted in.
+            if !matched.is_empty()
+                && let Some(act) = matched.remove(&message)
+            {
                 return Ok(act);
             }
             let (got, act) = self.until(from, message, |peer| peer.arrived.pop_front())?;
             let rank = self.rank;
-            let peer = self.peer(from)?;
-            let expected = peer.expected.pop_front().unwrap_or(message);
+            let expected = self.peer(from)?.expected.pop_front().unwrap_or(message);
             if got != expected {
                 return Err(Error::Mismatch { rank, peer: from, expected, got });
             }
-            peer.matched.insert(got, act);
             if self.rendezvous {
                 self.tell(from, Packet::Ack);
             }
+            if got == message {
+                return Ok(act);
+            }
+            self.peer(from)?.matched.insert(got, act);
         }
     }
 
@@ -181,28 +191,41 @@ impl<A> Channels<A> {
         message: Message,
         mut ready: impl FnMut(&mut Peer<A>) -> Option<R>,
     ) -> Result<R, Error> {
-        let start = Instant::now();
+        let mut start = None;
         loop {
-            let (rank, after) = (self.rank, self.deadline);
-            let aborted = self.aborted.clone();
+            let rank = self.rank;
             let peer = self.peer(from)?;
             if let Some(found) = ready(peer) {
                 return Ok(found);
             }
-            if let Some((peer, why)) = aborted {
-                return Err(Error::Aborted { peer, why });
+            let gone = peer.gone;
+            if let Some((peer, why)) = &self.aborted {
+                return Err(Error::Aborted { peer: *peer, why: why.clone() });
             }
-            if peer.gone {
+            if gone {
                 return Err(Error::PeerGone { rank, peer: from, message });
             }
-            match self.inbox.recv_timeout(after.saturating_sub(start.elapsed())) {
-                Ok((rank, packet)) => self.file(rank, packet),
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(Error::Timeout { rank, peer: from, message, after });
-                }
-                Err(RecvTimeoutError::Disconnected) => unreachable!("a rank holds an outbox to itself"),
+            let (sender, packet) = match self.inbox.try_recv() {
+                Ok(packet) => packet,
+                Err(_) => self
+                    .next(*start.get_or_insert_with(Instant::now))
+                    .map_err(|after| Error::Timeout { rank, peer: from, message, after })?,
+            };
+            self.file(sender, packet);
+        }
+    }
+
+    /// The next packet, or the deadline if none comes within it, from `start` on.
+    fn next(&self, start: Instant) -> Result<(u32, Packet<A>), Duration> {
+        while start.elapsed() < NEAR.min(self.deadline) {
+            // Where threads outnumber cores, the sender may need this one.
+            std::thread::yield_now();
+            if let Ok(packet) = self.inbox.try_recv() {
+                return Ok(packet);
             }
         }
+        // Never disconnected: a rank holds an outbox to itself.
+        self.inbox.recv_timeout(self.deadline.saturating_sub(start.elapsed())).map_err(|_| self.deadline)
     }
 
     fn file(&mut self, rank: u32, packet: Packet<A>) {
@@ -240,8 +263,8 @@ impl<A> Transport<A> for Channels<A> {
         batch.into_iter().map(start).collect()
     }
 
-    fn wait(&mut self, t: Ticket) -> Result<Option<A>, Error> {
-        t.0.map(|(from, message)| self.receive(from, message)).transpose()
+    fn wait(&mut self, ticket: Ticket) -> Result<Option<A>, Error> {
+        ticket.0.map(|(from, message)| self.receive(from, message)).transpose()
     }
 
     fn abort(&mut self, why: &str) {
