@@ -1113,6 +1113,32 @@ fn a_run_goes_on_under_another_folding() {
     }
 }
 
+/// The last words of a run are commands that are granted: another TP is named only where the run could go on with it.
+#[test]
+fn what_a_run_says_to_go_on_with_goes_on() {
+    let place = Place::new();
+    // With TP1 two ranks in a V would have two micro-batches each, of the four that they need.
+    let in_a_v = [
+        "model.num_hidden_layers=4",
+        "parallel.schedule=dual-pipe-v",
+        "parallel.vpp=2",
+        "train.micro_batch_size=1",
+    ];
+    // And two data-parallel ranks could not be dealt the first step.
+    let ramp_up = ["train.rampup_batch_size={ start = 2, increment = 2, samples = 2 }"];
+    for (run, sets, refolds) in [("plain", &[][..], true), ("v", &in_a_v, false), ("ramp", &ramp_up, false)] {
+        let output = format!("train.output={run}");
+        let sets = sets.iter().copied().chain([&*output, "train.steps=2"]);
+        let said = place.train(&sets.flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
+        let line = said.out.lines().find_map(|line| line.strip_prefix("  train on ")).unwrap();
+        assert_eq!(line.contains(" --set parallel.tp=1"), refolds, "{line}");
+        let arguments: Vec<&str> = line.split_whitespace().skip(1).collect();
+        let resumed = place.run(&arguments).ok();
+        assert!(resumed.out.contains("resuming after step 2"), "{resumed:?}");
+        assert_eq!(place.metrics(run).iter().filter(|line| line.get("loss").is_some()).count(), 4);
+    }
+}
+
 /// A run begins in a V, and goes on with one stage per rank: bit for bit what it is without either.
 #[test]
 fn a_schedule_is_chosen_and_changes_no_bit() {
@@ -1181,6 +1207,29 @@ fn a_run_is_evaluated_on_tokens_and_on_text() {
     for folder in ["out", "in"] {
         place.run(&["eval", folder]).refused(2, &["--text is needed", folder]);
     }
+}
+
+/// A run on a GPU is evaluated on one; other foldings are refused before a device is looked for.
+#[test]
+fn a_run_on_a_gpu_is_not_evaluated_on_several_ranks() {
+    let place = Place::new();
+    let alone = ["parallel.world_size=1", "parallel.tp=1", "parallel.pp=1", "parallel.ep=1", "train.steps=2"];
+    place.train(&alone.iter().flat_map(|set| ["--set", set]).collect::<Vec<_>>()).ok();
+    // As if it had been one.
+    let manifest = place.path("run/checkpoints/step-2/manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    let body = text.split_once("\"manifest\":").unwrap().1.strip_suffix("}\n").unwrap();
+    assert_eq!(body.matches("\"device\":\"cpu\"").count(), 1);
+    let body = body.replace("\"device\":\"cpu\"", "\"device\":\"cuda\"");
+    let hash = blake3::hash(body.as_bytes());
+    fs::write(&manifest, format!("{{\"blake3\":\"{hash}\",\"manifest\":{body}}}\n")).unwrap();
+    for folding in ["--world-size 8", "--world-size 2 --tp 2"] {
+        let arguments: Vec<&str> = ["eval", "run"].into_iter().chain(folding.split(' ')).collect();
+        place
+            .run(&arguments)
+            .refused(2, &["train.device = \"cuda\"", "parallel.world_size = ", "set it to 1"]);
+    }
+    place.run(&["eval", "run", "--batches", "0"]).refused(2, &["train.eval_batches = 0", "at least 1"]);
 }
 
 /// From a dense run to experts: the same loss before the first step, then training under another folding.

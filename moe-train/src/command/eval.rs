@@ -67,6 +67,7 @@ impl Eval {
         };
         config.train.eval_batches = self.batches.unwrap_or(config.train.eval_batches);
         config.parallel = self.parallel.config().unwrap_or(config.parallel);
+        config.check()?;
         let run = checkpoint.path().parent().and_then(|checkpoints| checkpoints.parent());
         let sets = match self.tokens {
             Some(tokens) => vec![run::open_held_out(&config, &tokens)?],

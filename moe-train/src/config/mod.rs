@@ -219,7 +219,11 @@ impl RunConfig {
         RecomputeModules::new(&self.train.recompute, &self.model).map_err(ConfigError::Recompute)
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
+    /// That the fields fit together; for what was changed after it was read.
+    ///
+    /// # Errors
+    /// Those of [`parse`](Self::parse) that are not about the text.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
         self.model.check()?;
         self.recompute()?;
         if self.parallel.moe_shared_expert_overlap && self.model.shared_expert_width().is_none() {
@@ -265,7 +269,7 @@ impl RunConfig {
                     setting,
                     problem: "cannot be used yet",
                     other: format!("parallel.world_size = {}", self.parallel.world_size),
-                    fix: "set it to 1, with all axes 1, or train.device = \"cpu\"".to_owned(),
+                    fix: "set it to 1, with all axes 1, or train with train.device = \"cpu\"".to_owned(),
                 });
             }
             (DeviceKind::Cpu, _) if !train.deterministic => {

@@ -426,7 +426,7 @@ fn a_gpu_trains_alone_and_bf16_needs_one() {
     assert_eq!(
         refusal(&on_gpu(&[])),
         "train.device = \"cuda\" cannot be used yet with parallel.world_size = 8: set it to 1, with all axes 1, or \
-         train.device = \"cpu\""
+         train with train.device = \"cpu\""
     );
     let bf16 = [&["train.dtype=bf16"], &alone[..]].concat();
     assert_eq!(

@@ -392,7 +392,7 @@ fn refolded(config: &RunConfig) -> Option<usize> {
     [1, 2].into_iter().filter(|&tp| tp != config.parallel.tp).find(|&tp| {
         let mut other = config.clone();
         other.parallel.tp = tp;
-        other.folding().is_ok()
+        other.check().is_ok()
     })
 }
 
