@@ -56,6 +56,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 pub use error::ConfigError;
+pub(crate) use schedule::training_passes;
 pub use sections::{
     BlendedDataset, DataConfig, DataFormat, DeviceKind, Dispatcher, LrScheduleKind, NonFinite,
     OptimizerConfig, ParallelConfig, SampleConfig, TokenDropParts, TokenDropPolicy, TokenDropScope,
@@ -254,7 +255,7 @@ impl RunConfig {
             ramp_up.check_deal(micro_batch_size, dp)?;
         }
         for sequences in self.train.batch_sizes()?.sizes() {
-            self.parallel.passes(sequences / (micro_batch_size * dp))?;
+            self.parallel.check_passes(sequences / (micro_batch_size * dp))?;
         }
         Ok(())
     }

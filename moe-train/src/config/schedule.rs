@@ -41,29 +41,46 @@ impl ParallelConfig {
         Ok(named)
     }
 
-    /// The passes of a step of so many micro-batches on each data-parallel rank.
+    /// That a step may have so many micro-batches on each data-parallel rank.
     ///
     /// # Errors
     /// Those of [`schedule`](Self::schedule), a group of micro-batches that has no meaning, or a schedule that does not take so
     /// many.
-    pub(super) fn passes(&self, microbatches: usize) -> Result<Schedule, ConfigError> {
+    pub(super) fn check_passes(&self, microbatches: usize) -> Result<(), ConfigError> {
         let named = self.schedule()?;
-        let [ranks, virtual_stages, microbatches] = [self.pp, self.vpp, microbatches].map(|n| n as u32);
-        let group = self.micro_batch_group_size.map(|group| group as u32);
+        let group = self.micro_batch_group_size;
         if let Some(group) = group {
             let setting = "parallel.micro_batch_group_size";
-            require(setting, group, virtual_stages > 1, "left out where parallel.vpp = 1")?;
+            require(setting, group, self.vpp > 1, "left out where parallel.vpp = 1")?;
             if !named.has_groups() {
                 let (problem, fix) = ("has no meaning", "remove it".to_owned());
                 let other = format!("parallel.schedule = \"{named}\"");
                 return Err(ConfigError::Conflict { setting, problem, other, fix });
             }
             // One group of fewer micro-batches than ranks is a schedule, but one that leaves ranks without work.
-            if group < ranks {
+            if group < self.pp {
+                let [ranks, virtual_stages, microbatches, group] =
+                    [self.pp, self.vpp, microbatches, group].map(|n| n as u32);
                 return Err(moe_pipeline::Error::Group { ranks, virtual_stages, microbatches, group }.into());
             }
         }
-        let group = Some(group.unwrap_or(ranks));
-        Ok(named.generate(Sizes { ranks, virtual_stages, microbatches, group })?)
+        training_passes(named, [self.pp, self.vpp], microbatches, group)?;
+        Ok(())
     }
+}
+
+/// The passes of a training step over so many ranks with so many stages each, and micro-batches of each data-parallel rank; in
+/// groups of as many micro-batches as ranks unless given.
+///
+/// # Errors
+/// Those of [`Named::generate`].
+pub(crate) fn training_passes(
+    schedule: Named,
+    [ranks, virtual_stages]: [usize; 2],
+    microbatches: usize,
+    group: Option<usize>,
+) -> moe_pipeline::Result<Schedule> {
+    let [ranks, virtual_stages, microbatches, group] =
+        [ranks, virtual_stages, microbatches, group.unwrap_or(ranks)].map(|n| n as u32);
+    schedule.generate(Sizes { ranks, virtual_stages, microbatches, group: Some(group) })
 }

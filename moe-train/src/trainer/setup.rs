@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use moe_dispatch::DispatcherKind;
 use moe_model::config::ModelConfig;
 use moe_model::{ExpertCapacity, ForcedRouting, Objective, PipelineLayout, RecomputeModules};
-use moe_pipeline::generate::{Named, Sizes, forward_only_over};
+use moe_pipeline::generate::{Named, forward_only_over};
 use moe_pipeline::{Program, lower, validate};
 use moe_topology::{Attention, Folding};
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, training_passes};
 use crate::data::{BatchSizes, RampUp};
 use crate::optim::{Hyper, ParamGroup};
 use crate::schedule::LrSchedule;
@@ -97,11 +97,9 @@ impl Setup {
     /// The schedule is for another number of virtual stages, has them on other ranks than `pipeline`, or does not take so many
     /// micro-batches.
     pub fn training_program(&self, sequences: usize) -> Result<Program> {
-        let (ranks, virtual_stages) = (self.pipeline.ranks() as u32, self.pipeline.virtual_stages() as u32);
-        let group = self.micro_batch_group_size.map_or(ranks, |group| group as u32);
+        let stages = [self.pipeline.ranks(), self.pipeline.virtual_stages()];
         let micro_batches = sequences / (self.micro_batch_size * self.folding.size(Attention::DP));
-        let sizes = Sizes { ranks, virtual_stages, microbatches: micro_batches as u32, group: Some(group) };
-        let schedule = self.schedule.generate(sizes)?;
+        let schedule = training_passes(self.schedule, stages, micro_batches, self.micro_batch_group_size)?;
         if schedule.placement() != self.pipeline.placement() {
             return Err(Error::StagePlacement { schedule: self.schedule });
         }
