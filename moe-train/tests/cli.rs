@@ -883,6 +883,11 @@ fn schedules_are_shown_checked_simulated_and_compared() {
         );
     }
     run("schedule simulate --file schedule.csv --pp 2").refused(2, &["--file", "--pp"]);
+    run("schedule simulate --file schedule.csv 1f1b").refused(2, &["--file"]);
+    run("schedule simulate 1f1b --pp 2").refused(2, &["--microbatches"]);
+    run("schedule simulate 1f1b").refused(2, &["--pp", "--microbatches"]);
+    run("schedule simulate --pp 2 --microbatches 4").refused(2, &["<NAME>"]);
+    run("schedule simulate").refused(2, &["NAME", "--pp"]);
     run("schedule simulate 1f1b --pp 2 --microbatches 2 --stage-times 1,1,1")
         .refused(2, &["1 costs for 2 stages"]);
 

@@ -51,7 +51,8 @@ pub struct ParallelConfig {
     /// `layers_per_stage`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline_layout: Option<String>,
-    /// Micro-batches that go through one virtual stage of a rank before the next; pp unless given.
+    /// Micro-batches that go through one virtual stage of a rank before the next, in interleaved schedules; pp unless given. (The
+    /// command `schedule` has torch's default instead.)
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_group_size: Option<usize>,
     /// Instances of the distributed optimizer, of which each has a whole copy of its state, cut over the ranks of the

@@ -17,6 +17,9 @@ use crate::Result;
 #[derive(Debug, Subcommand)]
 pub enum Schedule {
     /// Print or draw a schedule.
+    #[command(
+        override_usage = "moe-train schedule show [OPTIONS] <NAME --pp <PP> --microbatches <MICROBATCHES>|--file <FILE>>"
+    )]
     Show {
         #[command(flatten)]
         chosen: Chosen,
@@ -41,6 +44,9 @@ pub enum Schedule {
         budget: Option<u32>,
     },
     /// Say how long a step takes, and why ranks idle.
+    #[command(
+        override_usage = "moe-train schedule simulate [OPTIONS] <NAME --pp <PP> --microbatches <MICROBATCHES>|--file <FILE>>"
+    )]
     Simulate {
         #[command(flatten)]
         chosen: Chosen,

@@ -9,6 +9,7 @@ use moe_pipeline::{Kind, Placement, Program, Schedule, add_waits, lower, validat
 
 use super::times::Times;
 use crate::Result;
+use crate::config::ConfigError;
 use crate::durable::Context;
 
 /// How large a pipeline is.
@@ -23,7 +24,8 @@ pub struct Pipeline {
     /// Micro-batches of a step.
     #[arg(long)]
     microbatches: u32,
-    /// Micro-batches that go through one stage before the next, in interleaved schedules.
+    /// Micro-batches that go through one stage before the next, in interleaved schedules; unless given, as many as torch takes: of m
+    /// in all, m / ⌊m / pp⌋, or m where that is fewer than pp. (A run takes pp unless parallel.micro_batch_group_size is given.)
     #[arg(long)]
     group: Option<u32>,
 }
@@ -37,18 +39,9 @@ pub struct Chosen {
     /// A file that has it, as `show --format csv` and torch write it, with or without messages.
     #[arg(long, conflicts_with_all = ["name", "pp", "vpp", "microbatches", "group"])]
     file: Option<PathBuf>,
-    /// Ranks.
-    #[arg(long, required_unless_present = "file")]
-    pp: Option<u32>,
-    /// Stages per rank; unless given, as many as the schedule has, or 2 where it may have any number.
-    #[arg(long)]
-    vpp: Option<u32>,
-    /// Micro-batches of a step.
-    #[arg(long, required_unless_present = "file")]
-    microbatches: Option<u32>,
-    /// Micro-batches that go through one stage before the next, in interleaved schedules.
-    #[arg(long)]
-    group: Option<u32>,
+    // Nothing of it is required beside a file, as they conflict.
+    #[command(flatten)]
+    pipeline: Option<Pipeline>,
 }
 
 impl Pipeline {
@@ -103,13 +96,14 @@ impl Pipeline {
 
 impl Chosen {
     pub fn schedule(&self) -> Result<Schedule> {
-        match (&self.file, self.name) {
-            (Some(file), _) => read(file),
-            (None, named) => {
-                // Absent only if clap let it be; a pipeline of no ranks says so.
-                let (pp, microbatches) = (self.pp.unwrap_or_default(), self.microbatches.unwrap_or_default());
-                let pipeline = Pipeline { pp, vpp: self.vpp, microbatches, group: self.group };
-                Ok(pipeline.generate(named.unwrap_or(Named::OneFOneB))?)
+        match (&self.file, self.name, &self.pipeline) {
+            (Some(file), ..) => read(file),
+            (None, Some(named), Some(pipeline)) => Ok(pipeline.generate(named)?),
+            (None, ..) => {
+                let (setting, problem) = ("--file", "is needed");
+                let other = "no name and sizes of a schedule".to_owned();
+                let fix = "name one, with --pp and --microbatches".to_owned();
+                Err(ConfigError::Conflict { setting, problem, other, fix }.into())
             }
         }
     }

@@ -20,7 +20,8 @@ pub struct Times {
     /// What part of the shorter pass of an overlap hides behind the longer one, from 0 to 1.
     #[arg(long, default_value_t = 0.0)]
     overlap: f64,
-    /// Layers of experts that each rank has, half of each being attention: overlaps are then woven layer by layer.
+    /// Layers of experts that each rank has, half of each being attention: overlaps are then woven layer by layer, in the order that
+    /// is shortest at these costs. (A run knows no costs, and weaves as if all were equal.)
     #[arg(long, requires = "all_to_all", conflicts_with = "overlap")]
     layers: Option<u32>,
     /// What each of the four all-to-alls of a layer takes.
