@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use common::checkpoints::meta;
 use common::{DEADLINE, RandomBatches, gather, pieces, setup};
-use moe_comm::ThreadWorld;
+use moe_comm::{SoloWorld, ThreadWorld};
 use moe_kernels::{Backend, Cpu, DType, Float};
 use moe_model::hf::FloatType;
 use moe_topology::Mapping;
 use moe_train::Error;
 use moe_train::checkpoint::container::{Checkpoint, step_folder};
 use moe_train::checkpoint::{ExportOptions, Meta, Weights, export, import, open_hub, restore_weights, save};
+use moe_train::config::TrainDType;
 use moe_train::run::open_weights;
 use moe_train::trainer::{RankTrainer, Setup};
 use safetensors::SafeTensors;
@@ -209,6 +210,44 @@ fn what_was_trained_is_exported_in_the_type_that_is_asked_for() {
         assert_eq!(bytes.len() * if kept { 2 } else { 4 }, double[name].2.len());
     }
     assert!(single[bias] != original[bias], "it was trained");
+}
+
+/// Masters in the middle of two bf16: a run in bf16 trained with the one farther from zero.
+#[test]
+fn a_run_in_bf16_is_exported_as_it_trained() {
+    const NORM: &str = "model.norm.weight";
+    let ties = [0x3f80_8000u32, 0x3f81_8000, 0xbf80_8000];
+    let weights = open(&fixture("mixtral"));
+    let setup = setup(weights.model().clone(), Mapping::default());
+    let trainer = RankTrainer::<f32, Cpu>::new(setup.clone(), &SoloWorld::new(Cpu::new(1)), Cpu::new(1));
+    let trainer = trainer.unwrap();
+    for (dtype, in_bf16) in
+        [(TrainDType::F32, [0x3f80u16, 0x3f82, 0xbf80]), (TrainDType::Bf16, [0x3f81, 0x3f82, 0xbf81])]
+    {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        let mut meta = meta(&setup, 7, 0);
+        meta.run.as_mut().unwrap().config.train.dtype = dtype;
+        let saved = save(&trainer, &at("run"), 7, &meta).unwrap();
+        let changed = common::checkpoints::rewrite(&saved, &at("ties"), |name, kind, mut data| {
+            if (name, kind) == (NORM, "param") {
+                data[..12].copy_from_slice(&ties.map(u32::to_le_bytes).concat());
+            }
+            Some(data)
+        });
+        let exported = |asked, name: &str| {
+            let options = ExportOptions { dtype: asked, ..ExportOptions::default() };
+            export(&open_weights(&changed).unwrap(), &at(name), options).unwrap();
+            tensors(&at(name)).remove(NORM).unwrap()
+        };
+        let (written, _, bytes) = exported(Some(FloatType::Bf16), "half");
+        assert_eq!(written, safetensors::Dtype::BF16);
+        assert_eq!(bytes[..6], in_bf16.map(u16::to_le_bytes).concat(), "{dtype}");
+        // Masters as they are, unless asked.
+        let (written, _, bytes) = exported(None, "single");
+        assert_eq!(written, safetensors::Dtype::F32);
+        assert_eq!(bytes[..12], ties.map(u32::to_le_bytes).concat(), "{dtype}");
+    }
 }
 
 fn trained_dims(weights: &Weights, name: &str) -> [usize; 2] {

@@ -3,21 +3,22 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moe_kernels::{DType, Float};
+use moe_kernels::{DType, Float, bf16};
 use moe_model::hf::{FloatType, HubConfig, HubNames, HubTensor, TensorSink, WritePlan};
 
 use super::container::CheckpointError;
 use super::hub::{CONFIG, copy_side_files};
 use super::{HubOrigin, Weights};
 use crate::Result;
+use crate::config::TrainDType;
 use crate::durable::{Context, rename, sync_folder, temporary_name, write_new};
 
 /// How a folder of the hub is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExportOptions {
     /// The type of all weights; unless given, each has the one in which it came from the hub, and those of a model that did
-    /// not come from there their own. Biases of the choice of experts are kept in 32 bits or more, as transformers keeps
-    /// them.
+    /// not come from there their own. In bf16 a run in bf16 gives the weights that it computed with; all else is rounded to the
+    /// nearest, ties to even. Biases of the choice of experts are kept in 32 bits or more, as transformers keeps them.
     pub dtype: Option<FloatType>,
     /// Bytes of tensors in a file, at most; one that is larger has a file for itself.
     pub max_shard_size: u64,
@@ -62,9 +63,13 @@ pub fn export(weights: &Weights, folder: &Path, options: ExportOptions) -> Resul
     let most = options.dtype.or(origin.map(|origin| origin.dtype)).unwrap_or(kept);
 
     let unfinished = Unfinished::create(folder)?;
+    let trained_in_bf16 =
+        weights.meta().run.as_ref().is_some_and(|run| run.config.train.dtype == TrainDType::Bf16);
+    let as_trained =
+        |tensor: &HubTensor| trained_in_bf16 && !tensor.buffer && dtype(tensor) == FloatType::Bf16;
     match kept {
-        FloatType::F64 => plan.write(&unfinished.0, fill::<f64>(weights)),
-        _ => plan.write(&unfinished.0, fill::<f32>(weights)),
+        FloatType::F64 => plan.write(&unfinished.0, fill::<f64>(weights, as_trained)),
+        _ => plan.write(&unfinished.0, fill::<f32>(weights, as_trained)),
     }?;
     let mut config = config.to_json(most);
     if let (None, Some(run)) = (origin, &weights.meta().run) {
@@ -79,15 +84,25 @@ pub fn export(weights: &Weights, folder: &Path, options: ExportOptions) -> Resul
     unfinished.finish(folder)
 }
 
-/// Gives each tensor whole.
-fn fill<A: Float>(weights: &Weights) -> impl FnMut(&HubTensor, &mut TensorSink<'_>) -> Result<()> {
+/// Gives each tensor whole, where `as_trained` says so in bf16 as a run computes with it.
+fn fill<A: Float>(
+    weights: &Weights,
+    as_trained: impl Fn(&HubTensor) -> bool,
+) -> impl FnMut(&HubTensor, &mut TensorSink<'_>) -> Result<()> {
     move |tensor, sink| {
         let [rows, cols] = tensor.dims;
         let elements = match tensor.buffer {
             true => weights.read_buffer::<A>(&tensor.name, cols)?,
             false => weights.read::<A>(&tensor.name, tensor.dims, 0..rows, 0..cols)?,
         };
-        Ok(sink.put(&elements)?)
+        match as_trained(tensor) {
+            true => {
+                // Masters of bf16 are f32.
+                let trained = elements.iter().map(|master| bf16::split(master.to_f64() as f32).0);
+                Ok(sink.put(&trained.collect::<Vec<_>>())?)
+            }
+            false => Ok(sink.put(&elements)?),
+        }
     }
 }
 
