@@ -23,7 +23,7 @@ impl<T: Float, D: Device> Clone for RopeTable<T, D> {
     }
 }
 
-impl<T: Float, D: Backend<T>> RopeTable<T, D> {
+impl<T: Float, D: Device> RopeTable<T, D> {
     /// For positions `0..positions`.
     pub fn new(
         device: &D,
@@ -50,7 +50,9 @@ impl<T: Float, D: Backend<T>> RopeTable<T, D> {
         let first = head_dim.saturating_sub(2 * self.cos.shape()[1]);
         RotaryHead { head_dim, first, pairs: self.pairs }
     }
+}
 
+impl<T: Float, D: Backend<T>> RopeTable<T, D> {
     /// `y = x` with the last `d` elements of each head rotated; `x, y: [tokens, heads · head_dim]`.
     pub fn apply(
         &self,

@@ -108,6 +108,10 @@ fn zeroed<'a, A: Float, D: Device>(
 
 impl<T: Float, D: Device> ParamStore<T, D> {
     /// Weights at their starting values, which depend on `seed` and names alone: rounded to `T::Acc`, then as [`Float::split`] rounds.
+    /// Where `T` is bf16, whoever keeps master weights draws these: their low 16 bits are not in the store.
+    ///
+    /// # Errors
+    /// The device refuses.
     pub fn new(layout: ParamLayout, seed: u64, device: &D) -> Result<Self> {
         let mut params = Self::zeros(layout, device)?;
         for (bucket, weights) in params.layout.buckets().iter().zip(&mut params.weights) {

@@ -1,7 +1,7 @@
 //! Master weights: what weights of a type that is not its own accumulator are rounded from.
 //!
-//! A master is nowhere kept whole. Weights and what they lack of their masters ([`Float::split`]) are the masters' bits; weights of
-//! the accumulation type lack nothing.
+//! A master weight is nowhere kept whole: a weight in bf16 and the low 16 bits of its master weight are the latter's bits
+//! ([`Float::split`]). Weights of the accumulation type are their own master weights.
 
 use std::ops::Range;
 
@@ -10,12 +10,12 @@ use moe_kernels::{Device, Float, Tensor, ViewMut};
 use super::state::to_bytes;
 use crate::Result;
 
-/// What the weights of a rank's slice of a bucket lack of their masters.
+/// The low 16 bits of the master weights of a rank's slice of a bucket; none where weights are their own master weights.
 #[derive(Debug)]
 pub(super) struct Remainder<D: Device>(Option<Tensor<u16, D>>);
 
 impl<D: Device> Remainder<D> {
-    /// Of `n` weights in `T` that are their masters.
+    /// Of `n` weights in `T` that are, as they are, their master weights.
     pub fn zeros<T: Float>(device: &D, n: usize) -> Result<Self> {
         Ok(Remainder(if T::is_acc() { None } else { Some(Tensor::zeros(device, 1, n)?) }))
     }
@@ -25,16 +25,16 @@ impl<D: Device> Remainder<D> {
         Ok(self.0.as_mut().map(Tensor::view_mut).transpose()?)
     }
 
-    /// The masters of `weights`, sharing memory.
+    /// The master weights of `weights`, sharing memory.
     pub fn with<T: Float>(&self, weights: Tensor<T, D>) -> Masters<T, D> {
         Masters { weights, remainder: self.0.clone() }
     }
 
-    /// Takes what the weights of `masters`, from the slice's `at`-th on, will lack, and returns these weights.
+    /// Keeps the low 16 bits of `masters`, from the slice's `at`-th on, and returns the weights that they are rounded to.
     pub fn write<T: Float>(&mut self, device: &D, at: usize, masters: &[T::Acc]) -> Result<Vec<T>> {
         if let Some(remainder) = &mut self.0 {
-            let lacking: Vec<u16> = masters.iter().map(|&master| T::split(master).1).collect();
-            remainder.upload(device, at, &lacking)?;
+            let low: Vec<u16> = masters.iter().map(|&master| T::split(master).1).collect();
+            remainder.upload(device, at, &low)?;
         }
         Ok(masters.iter().map(|&master| T::split(master).0).collect())
     }
@@ -42,9 +42,9 @@ impl<D: Device> Remainder<D> {
 
 /// The master weights of a slice, `[1, slice]`.
 #[derive(Debug, Clone)]
-pub struct Masters<T: Float, D: Device> {
+pub(super) struct Masters<T: Float, D: Device> {
     weights: Tensor<T, D>,
-    /// None where weights are their own masters.
+    /// Their low 16 bits; none where weights are their own master weights.
     remainder: Option<Tensor<u16, D>>,
 }
 
@@ -62,7 +62,7 @@ impl<T: Float, D: Device> Masters<T, D> {
     }
 
     /// Some of them, little-endian, in the accumulation type.
-    pub(super) fn to_bytes(&self, range: Range<usize>, device: &D) -> Result<Vec<u8>> {
+    pub fn to_bytes(&self, range: Range<usize>, device: &D) -> Result<Vec<u8>> {
         match &self.remainder {
             None => to_bytes(&self.weights, range, device),
             Some(_) => Ok(bytemuck::cast_slice(&self.to_vec(range, device)?).to_vec()),
@@ -70,7 +70,7 @@ impl<T: Float, D: Device> Masters<T, D> {
     }
 
     /// All of them (exact).
-    pub(super) fn to_f64(&self, device: &D) -> Result<Vec<f64>> {
+    pub fn to_f64(&self, device: &D) -> Result<Vec<f64>> {
         let [_, n] = self.weights.shape();
         Ok(self.to_vec(0..n, device)?.into_iter().map(Float::to_f64).collect())
     }

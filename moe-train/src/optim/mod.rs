@@ -8,8 +8,8 @@
 //! A rank alone gives all buckets to its device in one call, of which a GPU makes one launch; the norm of the gradient is two, whatever
 //! the number of tensors.
 //!
-//! Master weights are nowhere whole: they are the weights, which a rank alone updates where they are, and of weights in bf16 the 16 bits
-//! that rounding took. Moments are memory of zeros, which the host has to provide as they are first written, and a gradient is freed when
+//! Master weights are nowhere whole: they are the weights, which a rank alone updates where they are, and of weights in bf16 the low
+//! 16 bits of the master weights beside them. Moments are memory of zeros, which the host has to provide as they are first written, and a gradient is freed when
 //! its bucket was updated.
 
 mod adamw;
@@ -22,8 +22,7 @@ mod tensors;
 
 pub use adamw::{Hyper, Optimizer};
 pub use groups::{GroupError, ParamGroup, ParamGroups, TensorHyper, TensorName};
-pub use master::Masters;
 pub use norm::{GradNorm, ParamNames, PendingGradNorm};
 pub use shard::{reduce_gradients, sliced_parts};
-pub use state::{Kept, KeptMoment, Moment, MomentDType, MomentDTypes};
+pub use state::{Kept, Moment, MomentDType, MomentDTypes};
 pub use tensors::model_tensors;

@@ -53,7 +53,7 @@ pub struct MomentDTypes {
 
 /// A moment of a slice, `[1, slice]`, in the type in which it is kept.
 #[derive(Debug, Clone)]
-pub enum KeptMoment<A: Float, D: Device> {
+pub(super) enum KeptMoment<A: Float, D: Device> {
     /// In the accumulation type.
     Acc(Tensor<A, D>),
     /// In bf16.
@@ -62,7 +62,7 @@ pub enum KeptMoment<A: Float, D: Device> {
 
 impl<A: Float, D: Device> KeptMoment<A, D> {
     /// Zeros, which take memory on the host as they are first written.
-    pub(super) fn zeros(device: &D, n: usize, dtype: Option<MomentDType>) -> Result<Self> {
+    pub fn zeros(device: &D, n: usize, dtype: Option<MomentDType>) -> Result<Self> {
         Ok(match dtype {
             None => KeptMoment::Acc(Tensor::zeros(device, 1, n)?),
             Some(MomentDType::Bf16) => KeptMoment::Bf16(Tensor::zeros(device, 1, n)?),
@@ -70,7 +70,7 @@ impl<A: Float, D: Device> KeptMoment<A, D> {
     }
 
     /// To update.
-    pub(super) fn moment_mut(&mut self) -> Result<MomentMut<'_, A, D>> {
+    pub fn moment_mut(&mut self) -> Result<MomentMut<'_, A, D>> {
         Ok(match self {
             KeptMoment::Acc(own) => MomentMut::Acc(own.view_mut()?),
             KeptMoment::Bf16(own) => MomentMut::Bf16(own.view_mut()?),
@@ -78,7 +78,7 @@ impl<A: Float, D: Device> KeptMoment<A, D> {
     }
 
     /// Writes elements from the `at`-th on, rounded if they are kept in bf16.
-    pub(super) fn upload(&mut self, device: &D, at: usize, elements: &[A]) -> Result<()> {
+    pub fn upload(&mut self, device: &D, at: usize, elements: &[A]) -> Result<()> {
         match self {
             KeptMoment::Acc(own) => own.upload(device, at, elements)?,
             KeptMoment::Bf16(own) => {
@@ -111,37 +111,41 @@ impl<A: Float, D: Device> KeptMoment<A, D> {
     }
 }
 
-/// What is kept of a slice.
+/// The master weights of a rank's slice of a bucket, or one of their moments: [`Optimizer::kept`](super::Optimizer::kept).
 #[derive(Debug, Clone)]
-pub enum Kept<T: Float, D: Device> {
-    /// The master weights.
+pub struct Kept<T: Float, D: Device>(pub(super) Slice<T, D>);
+
+#[derive(Debug, Clone)]
+pub(super) enum Slice<T: Float, D: Device> {
     Masters(Masters<T, D>),
-    /// A moment.
     Moment(KeptMoment<T::Acc, D>),
 }
 
 impl<T: Float, D: Device> Kept<T, D> {
     /// The type of what is kept.
     pub fn dtype(&self) -> DType {
-        match self {
-            Kept::Masters(_) => T::Acc::DTYPE,
-            Kept::Moment(moment) => moment.dtype(),
+        match &self.0 {
+            Slice::Masters(_) => T::Acc::DTYPE,
+            Slice::Moment(moment) => moment.dtype(),
         }
     }
 
     /// Some of the elements, little-endian, in that type.
     pub(crate) fn to_bytes(&self, range: Range<usize>, device: &D) -> Result<Vec<u8>> {
-        match self {
-            Kept::Masters(masters) => masters.to_bytes(range, device),
-            Kept::Moment(moment) => moment.to_bytes(range, device),
+        match &self.0 {
+            Slice::Masters(masters) => masters.to_bytes(range, device),
+            Slice::Moment(moment) => moment.to_bytes(range, device),
         }
     }
 
-    /// All elements (exact).
+    /// All elements (exact), on the host.
+    ///
+    /// # Errors
+    /// The device refuses.
     pub fn to_f64(&self, device: &D) -> Result<Vec<f64>> {
-        match self {
-            Kept::Masters(masters) => masters.to_f64(device),
-            Kept::Moment(moment) => moment.to_f64(device),
+        match &self.0 {
+            Slice::Masters(masters) => masters.to_f64(device),
+            Slice::Moment(moment) => moment.to_f64(device),
         }
     }
 }
@@ -157,7 +161,7 @@ pub(super) fn to_bytes<E: Element, D: Device>(
     Ok(bytes)
 }
 
-/// What is kept beside the weights of this rank's slice of one bucket.
+/// What is kept beside the weights of a rank's slice of one bucket.
 #[derive(Debug)]
 pub(super) struct Shard<A: Float, D: Device> {
     pub remainder: Remainder<D>,

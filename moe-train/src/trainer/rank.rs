@@ -45,20 +45,31 @@ pub struct RankTrainer<T: Float, D: Backend<T>> {
 impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
     /// Makes the communicators and the starting state. Collective over the world.
     pub fn new(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
-        let mut trainer = Self::zeros(setup, world, device)?;
-        trainer.optimizer.start(&mut trainer.cx, trainer.setup.seed)?;
-        Ok(trainer)
+        Self::with(setup, world, device, |setup, groups, cx| {
+            Optimizer::drawn(setup.optimizer, groups, cx, setup.seed)
+        })
     }
 
     /// As [`new`](Self::new), but with weights of 0, for a checkpoint to be [read](crate::checkpoint::restore) into.
     pub fn zeros(setup: Setup, world: &dyn World<D>, device: D) -> Result<Self> {
+        Self::with(setup, world, device, |setup, groups, cx| {
+            Optimizer::of_weights(setup.optimizer, groups, cx)
+        })
+    }
+
+    /// With the optimizer that `optimizer` makes for weights of 0. Collective over the world.
+    fn with(
+        setup: Setup,
+        world: &dyn World<D>,
+        device: D,
+        optimizer: impl FnOnce(&Setup, &ParamGroups, &mut Cx<T, D>) -> Result<Optimizer<T, D>>,
+    ) -> Result<Self> {
         let rank = world.rank();
         let (stages, layout) = build(&setup, rank)?;
         let params = ParamStore::zeros(layout, &device)?;
         let tensors = model_tensors(&setup.model)?;
         let groups = ParamGroups::new(&setup.groups, setup.optimizer.weight_decay, &tensors)?;
         let names = ParamNames::new(groups.trained().map(str::to_owned));
-        let optimizer = Optimizer::new(setup.optimizer, &groups, &params, &device)?;
         let mut builder = communicators::<D>().attention(Attention::ALL).attention(Attention::PP);
         if setup.folding.size(Attention::DP_OUTER) > 1 {
             builder = INSTANCE_GROUPS.into_iter().fold(builder, CommsBuilder::attention);
@@ -77,6 +88,7 @@ impl<T: Float, D: Backend<T>> RankTrainer<T, D> {
         let mut cx = Cx::new(device, comms, params, rope, objective);
         cx.capacity = setup.capacity;
         cx.forced_routing = setup.forced_routing;
+        let optimizer = optimizer(&setup, &groups, &mut cx)?;
         Ok(RankTrainer {
             setup,
             batch_sizes,
