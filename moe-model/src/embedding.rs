@@ -52,6 +52,9 @@ pub(crate) fn vocabulary_matrix(
 
 impl TokenEmbedding {
     /// On the first stage.
+    ///
+    /// # Errors
+    /// The table `[vocab, hidden]` has more elements than can be counted.
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,

@@ -49,6 +49,9 @@ struct Normed<T: Float, D: Device> {
 
 impl Head {
     /// On the last stage.
+    ///
+    /// # Errors
+    /// The matrix `[vocab, hidden]` has more elements than can be counted.
     pub fn new(
         params: &mut ParamLayoutBuilder<'_>,
         config: &ModelConfig,

@@ -415,6 +415,9 @@ impl<'a> ParamLayoutBuilder<'a> {
 
     /// A storage tensor: this rank's blocks of `logicals`, one below the other (for tensors per expert: all blocks of
     /// the first expert, then of the second, …). They must agree in columns and reduction.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] if they do not, if there are none, or if a name does not fit its number of dimensions.
     pub fn add(&mut self, logicals: &[Logical]) -> Result<ParamId> {
         let reduction = |logical: &Logical| logical.placement.reduction(self.folding, self.rank);
         let common = match logicals {

@@ -124,6 +124,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Weights of 0, to be written.
+    ///
+    /// # Errors
+    /// The device refuses.
     pub fn zeros(layout: ParamLayout, device: &D) -> Result<Self> {
         let zeros = |bucket: &BucketLayout| Ok(Weights::Here(Tensor::zeros(device, 1, bucket.len)?));
         let weights = layout.buckets().iter().map(zeros).collect::<Result<Vec<_>>>()?;
@@ -153,6 +156,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// A weight, `[rows, cols]` as laid out.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] while they are being gathered, or were taken.
     pub fn weight(&self, id: ParamId) -> Result<View<'_, T, D>> {
         let slot = self.layout.slot(id);
         let flat = self.weights(slot.bucket)?.view();
@@ -160,12 +166,18 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// The gradient of a weight, to add to.
+    ///
+    /// # Errors
+    /// [`Error::NoGradients`] before [`zero_grads`](Self::zero_grads) and after its reduction started; or the device refuses.
     pub fn grad(&mut self, id: ParamId) -> Result<ViewMut<'_, T::Acc, D>> {
         let device = self.device.clone();
         zeroed(self.take_grad(id)?, &device)
     }
 
     /// A weight to read and its gradient to add to.
+    ///
+    /// # Errors
+    /// Those of [`weight`](Self::weight) and of [`grad`](Self::grad).
     pub fn weight_and_grad(&mut self, id: ParamId) -> Result<WeightAndGrad<'_, T, D>> {
         let slot = self.layout.slot(id);
         let weight = self.weights[slot.bucket].here()?.view();
@@ -178,6 +190,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Adds `op(a) · op(b)` to the gradient of a weight; the first time it is written instead, whatever was there.
+    ///
+    /// # Errors
+    /// Those of [`grad`](Self::grad), or the shapes do not fit.
     pub fn add_product(
         &mut self,
         id: ParamId,
@@ -198,6 +213,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// As [`add_product`](Self::add_product), of every group of rows: `dyᵀ · x` as in [`GroupedGemm::grouped_gemm_acc`].
+    ///
+    /// # Errors
+    /// Those of [`add_product`](Self::add_product).
     pub fn add_grouped_product(
         &mut self,
         id: ParamId,
@@ -256,6 +274,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Says that nothing more is added to the gradients of a segment. All ranks of a stage say so in one order.
+    ///
+    /// # Errors
+    /// [`Error::NoGradients`] after that was said, or before [`zero_grads`](Self::zero_grads); or a reduction cannot start.
     pub fn grads_complete(&mut self, segment: Segment, comms: &Comms<D>) -> Result<()> {
         if !self.reduce_early {
             return Ok(());
@@ -272,6 +293,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Starts the reductions that have not started yet, in bucket order. Collective.
+    ///
+    /// # Errors
+    /// The device or a communicator refuses.
     pub fn start_reductions(&mut self, comms: &Comms<D>) -> Result<()> {
         for bucket in 0..self.grads.len() {
             if let Grads::Adding { .. } = self.grads[bucket] {
@@ -282,6 +306,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Waits for a bucket's reduction: this rank's slice of the sum over the bucket's group, `[1, slice]`.
+    ///
+    /// # Errors
+    /// [`Error::NoGradients`] if it was not started, or was waited for already; or it failed.
     pub fn reduced(&mut self, bucket: usize) -> Result<Tensor<T::Acc, D>> {
         match std::mem::replace(&mut self.grads[bucket], Grads::None) {
             Grads::Reducing(pending) => Ok(pending.wait()?),
@@ -290,16 +317,25 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// A bucket's weights, `[1, len]`.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] while they are being gathered, or were taken.
     pub fn weights(&self, bucket: usize) -> Result<&Tensor<T, D>> {
         self.weights[bucket].here()
     }
 
     /// A bucket's weights, `[1, len]`, to write: all ranks of its group the same.
+    ///
+    /// # Errors
+    /// Those of [`weights`](Self::weights).
     pub fn weights_mut(&mut self, bucket: usize) -> Result<&mut Tensor<T, D>> {
         self.weights[bucket].here_mut()
     }
 
     /// This rank's slice of a bucket's weights, `[1, slice]`, also while the others' are on their way.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] if they were taken.
     pub fn slice(&self, bucket: usize) -> Result<Tensor<T, D>> {
         match &self.weights[bucket] {
             Weights::Arriving(slice, _) => Ok(slice.clone()),
@@ -309,6 +345,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
 
     /// Gives up a bucket's weights but for this rank's slice, `[1, slice]`, which is to be written and handed to
     /// [`start_gather`](Self::start_gather). A rank alone writes the weights where they are.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`] if they were taken already; or a gather that was under way failed.
     pub fn take_slice(&mut self, bucket: usize, device: &D) -> Result<Tensor<T, D>> {
         self.weights[bucket].arrive()?;
         self.weights[bucket].here()?;
@@ -341,6 +380,9 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Starts to gather a bucket's weights from the slices of its group, `[1, slice]` each. Collective.
+    ///
+    /// # Errors
+    /// The communicator refuses.
     pub fn start_gather(&mut self, bucket: usize, slice: Tensor<T, D>, comms: &Comms<D>) -> Result<()> {
         let group = comms.keyed(self.layout.buckets()[bucket].group)?;
         let pending = group.start_all_gather_rows(&slice)?;
@@ -349,11 +391,17 @@ impl<T: Float, D: Device> ParamStore<T, D> {
     }
 
     /// Waits for the weights of a segment, if they are being gathered: before its layer uses them.
+    ///
+    /// # Errors
+    /// The gather failed.
     pub fn await_weights(&mut self, segment: Segment) -> Result<()> {
         self.layout.used_by(segment).iter().try_for_each(|&bucket| self.weights[bucket].arrive())
     }
 
     /// Waits for all weights that are being gathered.
+    ///
+    /// # Errors
+    /// A gather failed.
     pub fn await_all_weights(&mut self) -> Result<()> {
         self.weights.iter_mut().try_for_each(Weights::arrive)
     }
