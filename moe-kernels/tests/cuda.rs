@@ -9,6 +9,8 @@ mod gpu;
 mod grouped;
 #[path = "cuda/grouped_glu.rs"]
 mod grouped_glu;
+#[path = "cuda/handles.rs"]
+mod handles;
 
 use gpu::gpu;
 use moe_kernels::{Backend, Cuda, Error, Float, bf16, cuda};

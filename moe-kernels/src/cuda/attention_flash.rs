@@ -80,8 +80,8 @@ impl<'a> Flash<'a> {
         let Flash { dim, v_dim, .. } = *self;
         let shared = 2 * (ROWS * dim + 2 * KEYS * (dim + v_dim)) + 9 * BARRIER;
         let launch = self.launch(&ATTENTION_FLASH, "flash_forward", s.q_len, s.heads, s, shared)?;
-        let launch = launch.mat_mut(o).mat_mut(lse).value(heads(q, s, s.heads)?);
-        let launch = launch.value(heads(k, s, s.kv_heads)?).value(heads(v, s, s.kv_heads)?);
+        let launch = launch.mat_mut(o).mat_mut(lse).map(q, heads(q, s, s.heads)?);
+        let launch = launch.map(k, heads(k, s, s.kv_heads)?).map(v, heads(v, s, s.kv_heads)?);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch() }
     }
@@ -104,15 +104,17 @@ impl<'a> Flash<'a> {
         let statistics = self.device.alloc(blocks * s.heads as usize * STATISTICS)?;
         let bounds = self.device.alloc(blocks * BOUNDS)?;
         let maps = [
-            heads(d_o, s, s.heads)?,
-            heads(q, s, s.heads)?,
-            heads(k, s, s.kv_heads)?,
-            heads(v, s, s.kv_heads)?,
+            (d_o, heads(d_o, s, s.heads)?),
+            (q, heads(q, s, s.heads)?),
+            (k, heads(k, s, s.kv_heads)?),
+            (v, heads(v, s, s.kv_heads)?),
         ];
 
         let narrow = dim + v_dim <= 256;
         let source = if narrow { &ATTENTION_FLASH_BACKWARD } else { &ATTENTION_FLASH_WIDE };
-        let with_maps = |launch: Launch<'a>| maps.iter().fold(launch, |launch, &map| launch.value(map));
+        let with_maps = |launch: Launch<'a>, count: usize| {
+            maps[..count].iter().fold(launch, |launch, &(matrix, map)| launch.map(matrix, map))
+        };
         let parts = blocks * s.heads as usize;
 
         let launch = self.kernel(source, "flash_statistics")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
@@ -130,7 +132,7 @@ impl<'a> Flash<'a> {
                 + 3 * size_of::<i32>();
             let launch = self.launch(source, "flash_backward", s.kv_len, s.kv_heads, s, shared)?;
             let launch = launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv);
-            let launch = with_maps(launch.scratch(&sums).scratch(&turns));
+            let launch = with_maps(launch.scratch(&sums).scratch(&turns), 4);
             // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices and the scratch.
             unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
 
@@ -141,23 +143,22 @@ impl<'a> Flash<'a> {
         }
         let shared = 2 * (ROWS + 3 * STEP) * (dim + v_dim) + 7 * BARRIER;
         let launch = self.launch(source, "flash_backward_q", s.q_len, s.heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dq)).scratch(&statistics);
+        let launch = with_maps(launch.mat_mut(&mut gradients.dq), 4).scratch(&statistics);
         // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
         let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim) + 2 * STATISTICS + 6 * BARRIER;
         let launch = self.launch(source, "flash_backward_k", s.kv_len, s.kv_heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dk)).scratch(&statistics);
+        let launch = with_maps(launch.mat_mut(&mut gradients.dk), 4).scratch(&statistics);
         // SAFETY: as above.
         unsafe { self.sizes(launch.scratch(&bounds), s).launch()? };
 
         let shared =
             2 * ROWS * dim + 2 * (2 * STEP * (dim + v_dim) + STATISTICS) + 5 * BARRIER + 2 * size_of::<i32>();
         let launch = self.launch(source, "flash_backward_v", s.kv_len, s.kv_heads, s, shared)?;
-        let launch =
-            maps[..3].iter().fold(launch.mat_mut(&mut gradients.dv), |launch, &map| launch.value(map));
+        let launch = with_maps(launch.mat_mut(&mut gradients.dv), 3).scratch(&statistics);
         // SAFETY: as above.
-        unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch() }
+        unsafe { self.sizes(launch.scratch(&bounds), s).launch() }
     }
 
     /// A block for every `ROWS` rows of every head of every sequence.

@@ -9,6 +9,7 @@ use super::driver::cu;
 use super::fault::{Fault, FaultArgument};
 use super::kernel::Kernel;
 use super::source::Variant;
+use super::tensor_map::TensorMap;
 use crate::{Element, Error, Float, Result, View, ViewMut};
 
 /// Words of all arguments of one launch: six tensor maps of 128 bytes, and 48 words besides.
@@ -157,6 +158,11 @@ impl Launch<'_> {
     pub(super) fn scratch(mut self, buf: &CudaBuf) -> Self {
         self.check(buf);
         self.value(buf.address())
+    }
+
+    /// A matrix that the copy engine moves tiles of, as it sees it: `TensorMap`.
+    pub(super) fn map<E: Element>(self, view: View<'_, E, Cuda>, map: TensorMap) -> Self {
+        self.uses(view.buf()).value(map)
     }
 
     /// Where the kernel reports a fault: `Fault`.
