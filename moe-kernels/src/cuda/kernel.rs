@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
@@ -18,8 +17,9 @@ pub(super) struct Kernel {
     pub(super) function: CUfunction,
     /// Sizes of its parameters in bytes.
     pub(super) parameters: Vec<usize>,
-    /// Dynamic shared memory that it may use by now.
-    shared: AtomicUsize,
+    /// Dynamic shared memory that it may use by now. Locked while the driver is told, so that no thread takes away what another has
+    /// just been allowed.
+    shared: Mutex<usize>,
 }
 
 // SAFETY: a handle of the driver may be used on any thread.
@@ -47,18 +47,19 @@ impl Kernel {
         // SAFETY: as above.
         unsafe { cu!(cuFuncGetAttribute(&mut declared, attribute, function))? };
         let shared = DEFAULT_SHARED.saturating_sub(declared as usize);
-        Ok(Kernel { function, parameters, shared: AtomicUsize::new(shared) })
+        Ok(Kernel { function, parameters, shared: Mutex::new(shared) })
     }
 
     /// Lets it use `bytes` of dynamic shared memory.
     pub(super) fn allow_shared(&self, bytes: usize) -> Result<()> {
-        if bytes <= self.shared.load(Ordering::Relaxed) {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes <= *shared {
             return Ok(());
         }
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function lives as long as its device.
         unsafe { cu!(cuFuncSetAttribute(self.function, attribute, bytes as i32))? };
-        self.shared.fetch_max(bytes, Ordering::Relaxed);
+        *shared = bytes;
         Ok(())
     }
 }
