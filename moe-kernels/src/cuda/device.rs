@@ -33,6 +33,7 @@ struct Gpu {
     name: String,
     capability: (i32, i32),
     multiprocessors: usize,
+    most_shared: usize,
     context: CUcontext,
     stream: CUstream,
     poison: bool,
@@ -50,6 +51,9 @@ struct Gpu {
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
+
+/// Bytes of shared memory that are left to what a kernel declares itself.
+const DECLARED: usize = 3 << 10;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is behind the locks is whole after every statement: a panic elsewhere harms nothing.
@@ -97,6 +101,8 @@ impl Cuda {
         }
         let multiprocessors =
             attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared =
+            attribute(device, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: pointers are valid for writing. The context is released when the `Gpu` is dropped; where an error
         // comes before there is one, the process keeps it, as the driver would.
@@ -116,6 +122,7 @@ impl Cuda {
             name,
             capability,
             multiprocessors: usize::try_from(multiprocessors).unwrap_or(1),
+            most_shared: usize::try_from(shared).unwrap_or(0).saturating_sub(DECLARED),
             context,
             stream,
             poison,
@@ -150,6 +157,11 @@ impl Cuda {
     /// How many multiprocessors it has.
     pub fn multiprocessors(&self) -> usize {
         self.gpu.multiprocessors
+    }
+
+    /// Bytes of dynamic shared memory that a block may have.
+    pub(super) fn most_shared(&self) -> usize {
+        self.gpu.most_shared
     }
 
     /// The version of cuDNN, as in `9.19.0`, that computes attention.

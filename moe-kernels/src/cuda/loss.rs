@@ -22,14 +22,14 @@ pub(super) const WAYS: &[&[(&str, i64)]] =
     &[&[], &[("CLUSTER", 1)], &[("CLUSTER", 2)], &[("CLUSTER", 4)], &[("CLUSTER", 8)]];
 
 /// Bytes of a row that a block should hold, so that a multiprocessor has several blocks of which some load and some compute; and
-/// those that it can hold.
+/// those that it holds at most.
 const PART: usize = 80 << 10;
 const LARGEST_PART: usize = 220 << 10;
 
-/// How many blocks hold a row of so many bytes, where they can.
-fn cluster(row: usize) -> Option<usize> {
+/// How many blocks, each with as much as `shared` bytes, hold a row of so many bytes, where they can.
+fn cluster(row: usize, shared: usize) -> Option<usize> {
     let blocks = row.div_ceil(PART).next_power_of_two().min(8);
-    (row.div_ceil(blocks) <= LARGEST_PART).then_some(blocks)
+    (row.div_ceil(blocks) <= LARGEST_PART.min(shared)).then_some(blocks)
 }
 
 impl<T: Float> Loss<T> for Cuda {
@@ -97,7 +97,7 @@ impl<T: Float> Loss<T> for Cuda {
         const KERNEL: &str = "cross_entropy_whole";
         let [n, cols] = check::cross_entropy(KERNEL, &lse, &target, logits.as_view(), labels)?;
         check::shape(KERNEL, "scale", [1, n], scale.shape())?;
-        let held = cluster(cols * size_of::<T>())
+        let held = cluster(cols * size_of::<T>(), self.most_shared())
             .filter(|_| in_vectors(logits.as_view()) && self.compute_capability() >= (9, 0));
         let Some(blocks) = held else {
             self.cross_entropy(lse.reborrow(), target, logits.as_view(), labels, 0)?;
@@ -111,5 +111,25 @@ impl<T: Float> Loss<T> for Cuda {
         // SAFETY: the kernel touches `n` rows of `cols` elements, of which each block keeps at most `part`, and `n` elements of each
         // vector.
         unsafe { launch.vector(scale).size(cols).size(part).launch() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_held_where_its_parts_have_room() {
+        // What a block has on compute capability 9.0, and on 12.0.
+        let (hopper, small) = (224 << 10, 96 << 10);
+        for (row, blocks) in [(1, 1), (PART, 1), (PART + 1, 2), (3 * PART, 4), (8 * PART, 8)] {
+            assert_eq!([cluster(row, hopper), cluster(row, small)], [Some(blocks); 2], "{row} bytes");
+        }
+        assert_eq!([cluster(8 * small, hopper), cluster(8 * small, small)], [Some(8); 2]);
+        assert_eq!([cluster(8 * small + 1, hopper), cluster(8 * small + 1, small)], [Some(8), None]);
+        assert_eq!(
+            [cluster(8 * LARGEST_PART, hopper), cluster(8 * LARGEST_PART + 1, hopper)],
+            [Some(8), None]
+        );
     }
 }

@@ -128,7 +128,7 @@ impl<T: Float> Backward<'_, T> {
         let fits = [self.x, self.dy, self.w, self.dx.as_view()].into_iter().chain(self.past).all(in_vectors);
         let vectors = h / vector::<T>();
         let shared = |build: Build| build.shared(2 + usize::from(self.past.is_some()));
-        let Some(build) = Build::of(vectors).filter(|&build| fits && shared(build) <= most_shared(gpu))
+        let Some(build) = Build::of(vectors).filter(|&build| fits && shared(build) <= gpu.most_shared())
         else {
             return self.any(gpu);
         };
@@ -189,16 +189,6 @@ pub(super) fn add_pieces<T: Float>(
         launch.block([ACROSS, PARTS, 1]).early().vector_mut(&mut dw).scratch(partial).size(pieces).size(h);
     // SAFETY: `partial` holds `pieces` rows of `h` sums, `dw` one.
     unsafe { launch.launch() }
-}
-
-/// Bytes of shared memory that a block may have.
-fn most_shared(gpu: &Cuda) -> usize {
-    const KIB: usize = 1 << 10;
-    match gpu.compute_capability() {
-        (9 | 10, _) => 224 * KIB,
-        (8, 0 | 7) => 160 * KIB,
-        _ => 96 * KIB,
-    }
 }
 
 /// `sums[i] = Σ x²`, or `Σ dy · w · x` with `(dy, w)`.
