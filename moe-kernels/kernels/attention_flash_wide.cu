@@ -112,8 +112,7 @@ struct KeyGradientShared {
     int first, last;
 };
 
-// dk = scale · Σ dSᵀ q, dv = Σ Pᵀ d_o over the query heads that read a head of keys and values; both, or one of them where the
-// registers do not hold both.
+// dk = scale · Σ dSᵀ q over the query heads that read a head of keys.
 __device__ __forceinline__ void key_gradient(bf16* dk, i64 dk_stride, const TensorMap* d_o,
                                              const TensorMap* q, const TensorMap* k, const TensorMap* v, const Statistics* stats,
                                              const Bounds* bounds, const Sizes& s) {

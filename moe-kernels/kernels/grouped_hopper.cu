@@ -12,7 +12,8 @@
 // -DOP=2 wgrad    g_e += dy_eT x_e A = dy [n, out] columns of k, B = x [n, in] columns of k; k are the group's rows; or g_e = dy_eT x_e
 // -DGLU=1 (SiLU) or 2 (GELU's tanh approximation), with the gated activation: forward `out` is gate and up, and a tile has the columns
 //  of both that belong together; the input gradient is that of the activation, whose backward follows.
-// -DBN=128|192|256 (columns of a tile) -DSTAGES= -DBUFFERS= (sets of slices of the result, each warpgroup) -DCLUSTER=1|2 -DPINGPONG=0|1
+// -DBN=192|256 (columns of a tile) -DSTAGES= -DBUFFERS= (sets of slices of the result, each warpgroup) -DCLUSTER=2 -DPINGPONG=0|1
+// What the crate does not build, BN=128 and CLUSTER=1, is there to be measured beside (benchmarks/grouped_gemm.py).
 
 // A stage goes back under the first product of the next block, not the last, and the next tile's place is found while stages are full.
 // By measurement this pays with the activation's backward and costs elsewhere (docs/benchmarks.md).

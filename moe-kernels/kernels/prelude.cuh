@@ -11,9 +11,7 @@ typedef int i32;
 typedef long long i64;
 
 #define INF_F32 __int_as_float(0x7f800000)
-#define NAN_F32 __int_as_float(0x7fffffff)
 #define INF_F64 __longlong_as_double(0x7ff0000000000000ll)
-#define NAN_F64 __longlong_as_double(0x7fffffffffffffffll)
 #define FULL_MASK 0xffffffffu
 
 // bfloat16: the upper half of a float.
@@ -144,10 +142,6 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
-template <typename E> __device__ __forceinline__ bool aligned(const E *at, i64 stride, int bytes) {
-    return u64(at) % bytes == 0 && (stride * i64(sizeof(E))) % bytes == 0;
-}
-
 // --- sums in a fixed order -------------------------------------------------------------------------------------------
 
 template <typename A> __device__ __forceinline__ A warp_sum(A x) {
@@ -175,16 +169,6 @@ template <int THREADS, typename A> __device__ __forceinline__ A block_sum(A x, A
 #pragma unroll
     for (int warp = 1; warp < THREADS / 32; warp++) sum += shared[warp];
     return sum;
-}
-
-template <int THREADS, typename A> __device__ __forceinline__ A block_max(A x, A *shared) {
-    x = warp_max(x);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    A most = shared[0];
-#pragma unroll
-    for (int warp = 1; warp < THREADS / 32; warp++) most = shared[warp] > most ? shared[warp] : most;
-    return most;
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
