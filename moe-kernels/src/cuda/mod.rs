@@ -4,8 +4,8 @@
 //! [`Device::download`](crate::Device::download) and [`Device::synchronize`](crate::Device::synchronize). Kernels are CUDA C++ inside this crate,
 //! compiled for the GPU at hand when they are first used and kept on disk ([`cache_dir`]); matrix products come from
 //! cuBLASLt. No CUDA is needed to build. At run time the driver (`libcuda`), NVRTC and cuBLASLt are loaded by name; where
-//! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it. Attention comes from
-//! cuDNN where that is there ([`Cuda::cudnn_version`]); nothing needs it.
+//! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it. The forward of attention in
+//! bf16 comes from cuDNN where that is there ([`Cuda::cudnn_version`]), the backward with [`Cuda::set_deterministic`]`(false)`; nothing needs it.
 //!
 //! # Faults
 //!
