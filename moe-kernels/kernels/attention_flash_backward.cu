@@ -189,7 +189,7 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
 #pragma unroll
                 for (int e = 0; e < 4; e++) dp[4 * j + e] -= e % 2 ? delta.y : delta.x;
             }
-            // A key that is hidden may hold anything, also what is no number.
+            // dS of a hidden key is 0 whatever its value holds. The key itself meets that 0 in the product for dq, and has to be finite.
             if (hidden) {
 #pragma unroll
                 for (int i = 0; i < STEP / 2; i++) dp[i] = scores[i] == 0.0f ? 0.0f : dp[i];

@@ -78,7 +78,7 @@ __device__ __forceinline__ void query_gradient(bf16* dq, i64 dq_stride, const Te
             for (int i = 0; i < STEP / 2; i++) scores[i] = exp2_fast(fmaf(scores[i], scale, -lse[i / 2 % 2]));
             products_wait<0>();
             settle(dp);
-            // A key that is hidden may hold anything, also what is no number.
+            // dS of a hidden key is 0 whatever its value holds. The key itself meets that 0 in the product, and has to be finite.
 #pragma unroll
             for (int i = 0; i < STEP / 2; i++) scores[i] = scores[i] == 0.0f ? 0.0f : scores[i] * (dp[i] - delta[i / 2 % 2]);
             to_operand<STEP>(ds, scores);

@@ -51,6 +51,10 @@ pub struct AttentionShape {
 /// `first_keys: [1, q_len · batch]`, a key for each row of `q`, hides keys before it from that query, besides what the mask hides: where
 /// several documents are packed into one sequence, the first key of the query's own. Blocks of keys that no query of a block sees are not
 /// computed, so that attention costs what the documents' lengths say.
+///
+/// Keys and values have to be finite, also where they are hidden: a hidden key weighs 0, and where its block is seen in part it is
+/// multiplied all the same (0 · ∞ is no number). What lies, in whole blocks of 128 keys counted from the first, before or past all keys that
+/// the queries of its sequence see may be anything; cuDNN does not promise that.
 pub trait Attention<T: Float>: Device {
     /// `q: [q_len · batch, heads · head_dim]`, `k: [kv_len · batch, kv_heads · head_dim]`,
     /// `v: [kv_len · batch, kv_heads · v_head_dim]`, `o: [q_len · batch, heads · v_head_dim]`,
