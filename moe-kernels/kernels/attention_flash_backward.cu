@@ -246,12 +246,6 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
     store<V_DIM>(dv, dv_stride, s.batch, task.sequence, task.head, row, s.kv_len, dv_out, one);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-flash_statistics(Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_stride, const bf16* o, i64 o_stride, const float* lse,
-                 i64 lse_stride, const int* first_keys, SIZES) {
-    statistics(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flash_backward(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, float* dq, int* turns, MAP d_o, MAP q, MAP k, MAP v,
                const Statistics* stats, const Bounds* bounds, SIZES) {

@@ -70,6 +70,12 @@ __device__ __forceinline__ void statistics(Statistics* stats, Bounds* bounds, co
     }
 }
 
+extern "C" __global__ void __launch_bounds__(256)
+flash_statistics(Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_stride, const bf16* o, i64 o_stride, const float* lse,
+                 i64 lse_stride, const int* first_keys, SIZES) {
+    statistics(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);
+}
+
 // A warpgroup's columns of dq: whole panels of 64 first, then half a panel if the panels do not come out even.
 constexpr int WHOLE = DIM / PANEL / CONSUMERS * PANEL, HALF = DIM / CONSUMERS - WHOLE;
 
