@@ -4,18 +4,12 @@
 // is a panel of 64 positions by 64 columns, 128 bytes a row, swizzled by 128 bytes; panels of more positions stack. What lies
 // past the last position reads as 0.
 
-struct __align__(64) TensorMap {
-    u64 opaque[16];
-};
-
 constexpr int PANEL = 64;                    // positions and columns of a copy
 constexpr int PANEL_BYTES = PANEL * PANEL * 2;
 constexpr int CONSUMERS = 2;                 // warpgroups
 constexpr int ROWS = CONSUMERS * 64;         // rows of a block's result
 constexpr int THREADS = (CONSUMERS + 1) * 128;
 constexpr float LOG2_E = 1.44269504088896340736f;
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- barriers of the copy engine -----------------------------------------------------------------------------------
 
@@ -161,13 +155,6 @@ __device__ __forceinline__ void multiply(float (&d)[DIM / 2], const u32 (&a)[LEN
     Descriptor x(b, LEN * 128);
 #pragma unroll
     for (int row = 0; row < LEN; row += 16) product_step(d, a[row / 16], x + row * 128);
-}
-
-// Two neighbours as bf16.
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
 }
 
 // Accumulators [64, LEN] as the left operand of a product. Thread t of a warpgroup has rows 16 (t / 32) + t % 32 / 4 and 8 more,

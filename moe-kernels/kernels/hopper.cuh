@@ -2,14 +2,8 @@
 //
 // -DOP= says how operands lie (see grouped_hopper.cu), -DBN= columns of a tile, -DCLUSTER= blocks that share copies.
 
-struct alignas(64) TensorMap {
-    unsigned long long opaque[16];
-};
-
 // 64 rows of 128 bytes: how operands lie whose columns are k.
 constexpr int CHUNK_BYTES = 64 * 128;
-
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 r;
@@ -165,12 +159,6 @@ template <int N> __device__ __forceinline__ void multiply(float (&d)[BN / 2], u6
                      : F32(d, 0), F32(d, 32), F32(d, 64), F32(d, 96)
                      : "l"(a), "l"(b), "r"(add));
 #endif
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
 }
 
 __device__ __forceinline__ void group_sync(int name) { asm volatile("bar.sync %0, 128;" ::"r"(name) : "memory"); }

@@ -186,8 +186,6 @@ CROSS_ENTROPY_BACKWARD(cross_entropy_backward_any, 1)
 // hold a row in their shared memory, `part` elements each.
 #if defined(CLUSTER)
 
-__device__ __forceinline__ u32 shared_address(const void *at) { return u32(__cvta_generic_to_shared(at)); }
-
 // Writes to the same place in the shared memory of block `to` of the cluster.
 __device__ __forceinline__ void put(const float *at, u32 to, float x) {
     u32 there;

@@ -30,6 +30,13 @@ __device__ __forceinline__ bf16 bf16_from_f32(float x) {
     return y;
 }
 
+// Two, the first of them in the lower half.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 // To the nearest, ties to even, once: cut off first with the last bit set where something was cut (rounding to odd), since a
 // float has more than two bits more than a bf16.
 __device__ __forceinline__ bf16 bf16_from_f64(double x) {
@@ -123,9 +130,17 @@ template <typename To, int N, typename A> __device__ __forceinline__ Vec<To, N> 
     return rounded;
 }
 
+// What instructions take for a place in shared memory.
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// How the copy engine sees a matrix; a kernel takes it by value, `const __grid_constant__`.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
 // 16 bytes on their way to shared memory, past the registers; waited for by `cp.async.wait_group`.
 __device__ __forceinline__ void copy_async(void *shared, const void *global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(shared))), "l"(global)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
                  : "memory");
 }
 
