@@ -129,21 +129,6 @@ extern "C" __global__ void sort_place(i32 *order, i32 *tokens, i32 *position, i6
     }
 }
 
-#if defined(T_F32)
-typedef u32 Key;
-__device__ __forceinline__ Key bits_of(T x) { return __float_as_uint(x); }
-#else
-typedef u64 Key;
-__device__ __forceinline__ Key bits_of(T x) { return __double_as_longlong(x); }
-#endif
-
-// Ordered as the numbers are, 0 and −0 equal.
-__device__ __forceinline__ Key key_of(T x) {
-    constexpr Key SIGN = Key(1) << (8 * sizeof(T) - 1);
-    Key bits = bits_of(x + T(0));
-    return bits & SIGN ? ~bits : bits | SIGN;
-}
-
 // kept[c] = −1 for the choices of each expert (`order[offsets[e]..offsets[e + 1]]`) before which `capacity` others of the same unit
 // go. A block for each expert looks for the last choice that stays, byte by byte of its weight and then of its slot: it counts what each
 // byte has among those that agree so far. That is a number of passes over the choices for each unit. `keys` and `places` have

@@ -13,15 +13,11 @@ __device__ __forceinline__ float root_of(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root_of(double x) { return sqrt(x); }
 
 #if defined(T_F32)
-typedef u32 Key;
 #define INFINITE INF_F32
-__device__ __forceinline__ Key bits_of(T x) { return __float_as_uint(x); }
 __device__ __forceinline__ T of_bits(Key x) { return __uint_as_float(x); }
 __device__ __forceinline__ Key largest_in_warp(Key x) { return __reduce_max_sync(ALL, x); }
 #else
-typedef u64 Key;
 #define INFINITE INF_F64
-__device__ __forceinline__ Key bits_of(T x) { return __double_as_longlong(x); }
 __device__ __forceinline__ T of_bits(Key x) { return __longlong_as_double(x); }
 __device__ __forceinline__ Key largest_in_warp(Key x) {
     u32 high = __reduce_max_sync(ALL, u32(x >> 32));
@@ -32,9 +28,9 @@ __device__ __forceinline__ Key largest_in_warp(Key x) {
 
 constexpr Key SIGN = Key(1) << (8 * sizeof(T) - 1);
 
-// Ordered as the numbers are, 0 and −0 equal; never 0, which stands for what cannot be chosen.
-__device__ __forceinline__ Key key_of(T x) {
-    Key bits = bits_of(x + T(0)), key = bits & SIGN ? ~bits : bits | SIGN;
+// A key that is never 0, which stands for what cannot be chosen.
+__device__ __forceinline__ Key choosable(T x) {
+    Key key = key_of(x);
     return key > 0 ? key : 1;
 }
 
@@ -186,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(256)
             T x = logits[e];
             own[e] = x;
             most = x > most ? x : most;
-            if (!is_separate) keys[e] = key_of(bias ? x + bias[e] : x);
+            if (!is_separate) keys[e] = choosable(bias ? x + bias[e] : x);
         }
         most = warp_max(most);
         T exponentials = 0, scores = 0;
@@ -197,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(256)
             if (is_separate) {
                 T s = separate(r.score, x).score;
                 scores += s;
-                keys[e] = key_of(bias ? s + bias[e] : s);
+                keys[e] = choosable(bias ? s + bias[e] : s);
                 own[e] = s;
             } else {
                 own[e] = exponential;
@@ -247,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(256)
                         Key most = 0;
                         i32 at = NONE;
                         for (i32 e = g * size + lane % members; g < r.groups && e < (g + 1) * size; e += members) {
-                            Key key = by_keys ? keys[e] : key_of(own[e]);
+                            Key key = by_keys ? keys[e] : choosable(own[e]);
                             if (key > most && (key < last || (key == last && e > last_at))) {
                                 most = key;
                                 at = e;
@@ -265,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(256)
                         last = most;
                         last_at = at;
                     }
-                    if (g < r.groups && lane % members == 0) group_keys[g] = key_of(score);
+                    if (g < r.groups && lane % members == 0) group_keys[g] = choosable(score);
                 }
                 __syncwarp();
                 Chooser groups(group_keys, r.groups, lane);
@@ -293,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(256)
             }
         }
         if (unbiased) {
-            for (i32 e = lane; e < count; e += 32) keys[e] = key_of(is_separate ? own[e] : logits[e]);
+            for (i32 e = lane; e < count; e += 32) keys[e] = choosable(is_separate ? own[e] : logits[e]);
             Chooser choice(keys, count, lane);
             Key last = 0;
             i32 expert;

@@ -63,8 +63,8 @@ sources! {
     REDUCE = "reduce", FLOATS, &[];
     GROUPED_BIAS = "grouped_bias", FLOATS, &[];
     OPTIM = "optim", FLOATS, &[];
-    ROUTING = "routing", &[DType::F64, DType::F32], &[];
-    CHOICES = "choices", &[DType::F64, DType::F32], &[];
+    ROUTING = "routing" after ["keys"], &[DType::F64, DType::F32], &[];
+    CHOICES = "choices" after ["keys"], &[DType::F64, DType::F32], &[];
 }
 
 /// Most definitions of a [`Variant`].
