@@ -34,7 +34,9 @@ fn freed_and_kept(part: Action, memory: &[StageMemory]) -> (u64, u64) {
 
 impl Program {
     /// The most that each rank ever keeps for backward passes, `memory[s]` being what stage `s` does. Messages under way are not in
-    /// it, nor what an action needs only while it runs. It depends on the order alone, not on times.
+    /// it, nor what an action needs only while it runs: a `B`, also that of an overlap, what the weight gradients need that it has
+    /// not added yet ([`Order::deferred`](crate::weave::Order::deferred) says of how many nodes, if it is woven). It depends on the
+    /// order alone, not on times.
     ///
     /// # Errors
     /// Another number of stages, or sums beyond 64 bits.

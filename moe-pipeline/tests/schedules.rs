@@ -218,6 +218,9 @@ fn schedules_by_name() {
             }
             None => assert!((1..=3).all(|v| named.generate(sizes(v)).is_ok()), "{named}"),
         }
+        let schedule = named.generate(sizes(named.virtual_stages().unwrap_or(2))).unwrap();
+        let overlaps = schedule.actions().any(|at| matches!(at.action.kind, Kind::Overlap { .. }));
+        assert_eq!(overlaps, named.has_overlaps(), "{named}");
     }
     assert_eq!(Named::ZbV.generate(sizes(2)), zb_v(4, 10));
     assert_eq!(Named::DualPipe.generate(sizes(2)), dual_pipe(4, 10));

@@ -145,6 +145,11 @@ impl Named {
         matches!(self, Named::Interleaved1F1B | Named::Overlapped1F1B | Named::InterleavedZeroBubble)
     }
 
+    /// Whether it takes a forward and a backward pass as one [overlap](crate::Kind::Overlap), given enough micro-batches.
+    pub const fn has_overlaps(self) -> bool {
+        matches!(self, Named::Overlapped1F1B | Named::DualPipe | Named::DualPipeV)
+    }
+
     /// The schedule.
     ///
     /// # Errors

@@ -15,7 +15,8 @@ pub trait Task {
     /// Why a step can fail.
     type Error;
 
-    /// Does a step. A start returns as soon as the all-to-all is under way.
+    /// Does a step. A start returns as soon as the all-to-all is under way, a wait as soon as what arrived is in place: what one
+    /// of them computes besides is hidden by nothing and hides nothing that the order knows of.
     fn step(&mut self, step: Step, cx: &mut Self::Cx) -> Result<(), Self::Error>;
 
     /// What was made, after the last step.

@@ -7,10 +7,11 @@ use super::search::{Chain, Problem};
 use crate::Result;
 
 /// The shortest order that is found for a forward pass through layers that cost `forward`, first layer first, and a backward pass
-/// through layers that cost `backward`. The passes may be of different numbers of layers, and either of none.
+/// through layers that cost `backward`; among equally short ones, that with the fewest [deferred](Order::deferred) weight
+/// gradients. The passes may be of different numbers of layers, and either of none.
 ///
 /// The search goes through all orders whose weight gradients come in the order of their input gradients, leaves out what can no
-/// longer be the shortest, and is exact unless more than a thousand beginnings remain of one length, which takes many and uneven
+/// longer be the best, and is exact unless more than a thousand beginnings remain of one length, which takes many and uneven
 /// layers; of these it then keeps the most promising. The same costs give the same order, on every rank and machine that
 /// computes as IEEE 754 says.
 ///

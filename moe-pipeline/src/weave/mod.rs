@@ -39,6 +39,12 @@
 //! | layer of experts | `ATTENTION`, `DISPATCH`, `EXPERTS`, `COMBINE` | `COMBINE`, `EXPERTS`, `DISPATCH`, `ATTENTION` | `EXPERTS`, `ATTENTION` |
 //!
 //! `ATTENTION` is all before dispatch, the router included. A stage's embedding or head is part of its first or last layer.
+//!
+//! # Costs that are not known
+//!
+//! A lane's work is a bound: c for computes, k·x for k all-to-alls of length x. An order that takes c + δ where the two are equal,
+//! x = c/k, takes at most max(c, k·x) + δ for every other x, since no path through it has more than k all-to-alls, or gets longer when
+//! they get shorter. Of equal layers whose computes take 1 each that is x = 1.5: who knows no costs takes it.
 
 mod cost;
 mod execute;

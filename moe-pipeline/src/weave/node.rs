@@ -27,7 +27,8 @@ pub enum Phase {
 pub enum Part {
     /// All of a dense layer.
     Dense,
-    /// All of a layer of experts that comes before dispatch: attention, norms, the router.
+    /// All of a layer of experts that comes before dispatch: attention, norms, the router, and the exchange of the counts of
+    /// rows, which is waited for.
     Attention,
     /// The all-to-all that brings tokens to their experts; its gradient brings gradients back.
     Dispatch,

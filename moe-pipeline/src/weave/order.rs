@@ -54,6 +54,23 @@ impl Order {
         &self.backward
     }
 
+    /// The most weight gradients that are put off at once: their input gradients are done, they are not. For each of them the
+    /// backward pass keeps a node's inputs and the gradients of its outputs; one that adds each layer's weight gradients after its
+    /// input gradients keeps those of one layer, 2 of a layer of experts.
+    pub fn deferred(&self) -> usize {
+        let (mut now, mut most) = (0_usize, 0);
+        for step in &self.steps {
+            match step {
+                Step::Compute(Node { phase: Phase::InputGradient, .. }) => now += 1,
+                // Not before its input gradient, as was checked.
+                Step::Compute(Node { phase: Phase::WeightGradient, .. }) => now -= 1,
+                _ => {}
+            }
+            most = most.max(now);
+        }
+        most
+    }
+
     /// The all-to-alls in the order in which they are started: the same on all ranks of a group, as the whole list is.
     pub fn all_to_alls(&self) -> impl Iterator<Item = Node> {
         self.steps.iter().filter_map(|step| match step {

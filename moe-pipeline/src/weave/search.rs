@@ -1,4 +1,5 @@
-//! Two chains of compute and all-to-all, and weight gradients that wait for nobody, on two lanes: the shortest order.
+//! Two chains of compute and all-to-all, and weight gradients that wait for nobody, on two lanes: the shortest order, and of the
+//! shortest one that keeps few weight gradients waiting.
 
 use std::cmp::Ordering;
 
@@ -8,6 +9,9 @@ pub(super) type Chain = Vec<(bool, f64)>;
 /// Beginnings of one length that are kept: few to find an order to beat, many to beat it.
 const NARROW: usize = 32;
 const WIDE: usize = 1024;
+
+/// What orders are compared by, less being better: the length, then how many weight gradients are put off at once.
+type Value = (f64, usize);
 
 /// The forward pass, the input gradients, and the weight gradients, of which each needs that many input gradients to be done.
 pub(super) struct Problem {
@@ -27,6 +31,8 @@ struct State {
     arrives: [f64; 2],
     /// When the lane of all-to-alls is free; not before now.
     free: f64,
+    /// The most weight gradients that were possible and not done at once.
+    deferred: usize,
     /// The longest path that it can still have: no completion is shorter.
     bound: f64,
     /// Where the step before it stands among those that were kept, and the chain that was advanced.
@@ -52,32 +58,33 @@ impl Problem {
     /// The chains in the order in which their next nodes are taken.
     pub(super) fn solve(&self) -> Vec<usize> {
         let first = self.bounded([0; 3], 0.0, [0.0; 2], 0.0);
-        let Some((length, order)) = self.search(first, NARROW, f64::INFINITY) else { return Vec::new() };
-        if length <= first.bound {
+        let Some((found, order)) = self.search(first, NARROW, (f64::INFINITY, 0)) else { return Vec::new() };
+        if found <= (first.bound, 1) {
             return order;
         }
-        self.search(first, WIDE, length).map_or(order, |(_, shorter)| shorter)
+        self.search(first, WIDE, found).map_or(order, |(_, better)| better)
     }
 
-    /// The shortest completion that is shorter than `than`, if `width` beginnings of one length suffice to find one.
-    fn search(&self, first: State, width: usize, than: f64) -> Option<(f64, Vec<usize>)> {
+    /// The best completion that is better than `than`, if `width` beginnings of one length suffice to find one. Values are
+    /// [`State::value`].
+    fn search(&self, first: State, width: usize, than: Value) -> Option<(Value, Vec<usize>)> {
         let mut kept = vec![first];
         let mut level = 0..1;
         for _ in 0..self.chains.iter().map(Vec::len).sum() {
             let mut next: Vec<State> = Vec::new();
             for before in level {
                 let after = (0..3).filter_map(|chain| self.advance(&kept, before, chain));
-                next.extend(after.filter(|state| state.bound < than));
+                next.extend(after.filter(|state| state.value() < than));
             }
             undominated(&mut next);
             if next.len() > width {
-                next.sort_by(|a, b| a.bound.total_cmp(&b.bound).then(a.order(b)));
+                next.sort_by(|a, b| a.compare(b).then(a.order(b)));
                 next.truncate(width);
             }
             level = kept.len()..kept.len() + next.len();
             kept.extend(next);
         }
-        let last = kept[level].iter().min_by(|a, b| a.bound.total_cmp(&b.bound))?;
+        let last = kept[level].iter().min_by(|a, b| a.compare(b))?;
         let mut order = Vec::new();
         let mut state = last;
         while state.done != [0; 3] {
@@ -85,12 +92,12 @@ impl Problem {
             state = &kept[state.before];
         }
         order.reverse();
-        Some((last.bound, order))
+        Some((last.value(), order))
     }
 
     /// Takes the next node of a chain, if there is one and it may be.
     fn advance(&self, kept: &[State], before: usize, chain: usize) -> Option<State> {
-        let State { mut done, now, mut arrives, free, .. } = kept[before];
+        let State { mut done, now, mut arrives, free, deferred, .. } = kept[before];
         let &(all_to_all, time) = self.chains[chain].get(done[chain])?;
         if chain == 2 && self.weight_needs[done[2]] > done[1] {
             return None;
@@ -106,7 +113,9 @@ impl Problem {
             }
             false => self.bounded(done, now + time, arrives, free),
         };
-        Some(State { before, chain, ..state })
+        let possible = self.weight_needs.partition_point(|&needs| needs <= done[1]);
+        let deferred = deferred.max(possible - done[2]);
+        Some(State { before, chain, deferred, ..state })
     }
 
     fn bounded(&self, done: [usize; 3], now: f64, arrives: [f64; 2], free: f64) -> State {
@@ -119,22 +128,33 @@ impl Problem {
             arrives[1] + (inputs[0] + inputs[1]),
         ];
         let bound = bound.into_iter().fold(0.0, f64::max);
-        State { done, now, arrives, free, bound, before: 0, chain: 0 }
+        State { done, now, arrives, free, deferred: 0, bound, before: 0, chain: 0 }
     }
 }
 
 impl State {
+    fn value(&self) -> Value {
+        (self.bound, self.deferred)
+    }
+
+    /// By value.
+    fn compare(&self, other: &State) -> Ordering {
+        self.bound.total_cmp(&other.bound).then(self.deferred.cmp(&other.deferred))
+    }
+
     /// Equal beginnings stand together, the better ones first.
     fn order(&self, other: &State) -> Ordering {
         let times = |state: &State| [state.now, state.arrives[0], state.arrives[1], state.free];
         let pairs = times(self).into_iter().zip(times(other));
         let times = pairs.map(|(a, b)| a.total_cmp(&b)).find(|order| order.is_ne());
-        self.done.cmp(&other.done).then(times.unwrap_or(Ordering::Equal))
+        let deferred = self.deferred.cmp(&other.deferred);
+        self.done.cmp(&other.done).then(deferred).then(times.unwrap_or(Ordering::Equal))
     }
 
-    /// Whether whatever follows `other` ends no sooner than after this.
+    /// Whether whatever follows `other` is no better than after this.
     fn dominates(&self, other: &State) -> bool {
-        self.now <= other.now
+        self.deferred <= other.deferred
+            && self.now <= other.now
             && self.arrives[0] <= other.arrives[0]
             && self.arrives[1] <= other.arrives[1]
             && self.free <= other.free
