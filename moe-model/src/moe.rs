@@ -11,7 +11,7 @@ use moe_kernels::family::{Gate, GateFunction, Op};
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_topology::{Expert, Owner, Placement};
 
-use self::steps::{ExpertsDeferred, SharedDeferred, Way};
+use self::steps::{ExpertsDeferred, InFlight, SharedDeferred};
 use crate::axes::{TP_CP, TP_CP_DP};
 use crate::capacity::{Place, within_budget};
 use crate::config::{AuxLossScope, ModelConfig, RouterDType};
@@ -303,18 +303,15 @@ impl MoeMlp {
         Ok(Routed { router, noise, weights: routing.weights, state })
     }
 
-    /// Starts to bring the rows of `h` to their experts, and runs `beside` with the shared expert while they are on their way, if
-    /// it may overlap.
-    fn depart<T: Float, D: Backend<T>, R>(
+    /// Starts to bring the rows of `h` to their experts.
+    fn to_experts<T: Float, D: Backend<T>>(
         &self,
         h: &Tensor<T, D>,
         routed: &Routed<T, D>,
         cx: &Cx<T, D>,
-        beside: impl FnOnce(&SharedExpert) -> Result<R>,
-    ) -> Result<(Way<T, D>, Option<R>)> {
-        let fabric = self.fabric(cx)?;
-        let way = self.dispatcher.to_experts_start(&fabric, h, Some(&routed.weights), &routed.state)?;
-        Ok((way, self.overlapping().map(beside).transpose()?))
+    ) -> Result<InFlight<T, D>> {
+        let Routed { weights, state, .. } = routed;
+        Ok(self.dispatcher.to_experts_start(&self.fabric(cx)?, h, Some(weights), state)?)
     }
 
     /// Ranks that share the layer's experts, as rows of tokens go.
@@ -387,11 +384,14 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
 
     fn forward(&self, m: u32, x: Hidden<T, D>, cx: &mut Cx<T, D>) -> Result<Passed<T, D, Self::Saved>> {
         let mut chosen = self.choose(m, x, cx)?;
-        let way = self.dispatch_start(&mut chosen, cx)?;
-        let rows = self.dispatch_finish(&chosen, way, cx)?;
-        let (out, computed) = self.compute(rows, cx)?;
-        let way = self.combine_start(&chosen, out, cx)?;
-        self.combine_finish(chosen, computed, way, cx)
+        let flight = self.dispatch_start(&chosen, cx)?;
+        if self.execution.shared_expert_overlap {
+            self.compute_shared(&mut chosen, cx)?;
+        }
+        let rows = self.dispatch_finish(&chosen, flight, cx)?;
+        let (out, experts) = self.compute(rows, cx)?;
+        let flight = self.combine_start(&chosen, out, cx)?;
+        self.combine_finish(chosen, experts, flight, cx)
     }
 
     fn backward_input(
@@ -401,12 +401,16 @@ impl<T: Float, D: Backend<T>> Layer<T, D> for MoeMlp {
         saved: Self::Saved,
         cx: &mut Cx<T, D>,
     ) -> Result<(Tensor<T, D>, Self::Deferred)> {
-        let (going, computed, way) = self.combine_backward_start(dy, saved, cx)?;
-        let d_out = self.combine_backward_finish(&going, way, cx)?;
-        let (by_rows, experts) = self.compute_backward(computed, d_out, cx)?;
-        let way = self.dispatch_backward_start(&going, by_rows, cx)?;
-        let by_tokens = self.dispatch_backward_finish(&going, way, cx)?;
-        let (dx, shared) = self.choose_backward(m, going, by_tokens, cx)?;
+        let flight = self.combine_backward_start(&dy, saved.routed(), cx)?;
+        let (mut tokens, experts) = saved.sides(dy);
+        if let Some(expert) = self.overlapping() {
+            self.shared_ahead(expert, &mut tokens, cx)?;
+        }
+        let d_out = self.combine_backward_finish(&tokens.routed, flight, cx)?;
+        let (by_rows, experts) = self.compute_backward(experts, d_out, cx)?;
+        let flight = self.dispatch_backward_start(&tokens, by_rows, cx)?;
+        let by_tokens = self.dispatch_backward_finish(&tokens, flight, cx)?;
+        let (dx, shared) = self.choose_backward(m, tokens, by_tokens, cx)?;
         Ok((dx, MoeMlpDeferred { experts, shared }))
     }
 
@@ -431,8 +435,9 @@ impl<T: Float, D: Backend<T>> Rerun<T, D> for MoeMlp {
         cx: &mut Cx<T, D>,
     ) -> Result<Self::Saved> {
         let (h, norm) = self.norm.forward(x, cx)?;
-        let (way, mut shared) = self.depart(&h, &routed, cx, |expert| expert.rerun(&h, cx))?;
-        let rows = self.dispatcher.dispatch_finish(&self.fabric(cx)?, way, &routed.state)?;
+        let flight = self.to_experts(&h, &routed, cx)?;
+        let mut shared = self.overlapping().map(|expert| expert.rerun(&h, cx)).transpose()?;
+        let rows = self.dispatcher.dispatch_finish(&self.fabric(cx)?, flight, &routed.state)?;
         let [gate_up, activated] = self.gate_up(&rows, cx)?;
         let activated = Some(activated);
         if let (None, Some(expert)) = (&shared, &self.shared) {

@@ -8,7 +8,7 @@ use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::Stage;
 use moe_topology::Attention;
 
-use self::weave::{Ahead, Behind, Orders};
+use self::weave::{BackwardTask, ForwardTask, Orders};
 use crate::axes::TP_CP;
 use crate::block::{Block, Mlp};
 use crate::cache::KvCache;
@@ -35,7 +35,7 @@ pub struct DecoderStage {
     embedding: Option<TokenEmbedding>,
     blocks: Vec<Recompute<Block>>,
     head: Option<Head>,
-    /// Of overlaps of its forward passes.
+    /// Of overlaps of its forward passes, where they were [made](DecoderStage::weave).
     orders: Orders,
 }
 
@@ -58,10 +58,10 @@ pub struct StageDeferred<T: Float, D: Backend<T>> {
 }
 
 /// The gradient of a stage's input, if another stage gets it, and what the weight gradients still need.
-type WentBack<T, D> = (Option<Activation<T, D>>, StageDeferred<T, D>);
+type InputGradient<T, D> = (Option<Activation<T, D>>, StageDeferred<T, D>);
 
 /// The gradient of a stage's input, if another stage gets it, or the rows of the embedding's gradient.
-type Ended<T, D> = (Option<Activation<T, D>>, Option<Tensor<T, D>>);
+type GradientOrRows<T, D> = (Option<Activation<T, D>>, Option<Tensor<T, D>>);
 
 /// Whether weight gradients follow the input gradient layer by layer, or are for a later call.
 #[derive(Debug, Clone, Copy)]
@@ -105,7 +105,7 @@ impl DecoderStage {
                     })
                     .collect::<Result<Vec<_>>>()?;
                 let head = last.then(|| Head::new(params, config, layout)).transpose()?;
-                let (choices, orders) = (config.choices_of_all_layers(), Orders::default());
+                let (choices, orders) = (config.choices_of_all_layers(), Orders::new());
                 Ok(DecoderStage { stage, choices, embedding, blocks, head, orders })
             })
             .collect()
@@ -181,7 +181,7 @@ impl DecoderStage {
         saved: StageSaved<T, D>,
         cx: &mut Cx<T, D>,
         weights: When,
-    ) -> Result<WentBack<T, D>> {
+    ) -> Result<InputGradient<T, D>> {
         let mut rest = StageDeferred { embedding: None, blocks: Vec::new() };
         let mut dx = self.start_back(m, dy, saved.head, cx)?;
         for (block, saved) in self.blocks.iter().zip(saved.blocks).rev() {
@@ -222,7 +222,11 @@ impl DecoderStage {
     }
 
     /// What the gradient of the first block's input is for: another stage, or the embedding's rows.
-    fn end_back<T: Float, D: Backend<T>>(&self, dx: Tensor<T, D>, cx: &mut Cx<T, D>) -> Result<Ended<T, D>> {
+    fn end_back<T: Float, D: Backend<T>>(
+        &self,
+        dx: Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<GradientOrRows<T, D>> {
         let choices = cx.choices.take();
         match &self.embedding {
             None => Ok((Some(Activation { x: dx, choices }), None)),
@@ -454,7 +458,8 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         Ok(self.stage.back(m, dy, saved, cx, When::Now)?.0)
     }
 
-    /// Woven, so that each pass computes while rows of the other travel between the ranks of experts. No bit depends on it.
+    /// Woven, so that each pass computes while rows of the other travel between the ranks of experts, if
+    /// [`DecoderStage::weave`] made an order. No bit depends on it.
     fn overlap(
         &self,
         forward: (u32, Option<Self::Act>),
@@ -462,16 +467,16 @@ impl<T: Float, D: Backend<T>> Stage for TypedStage<T, D> {
         backward: (u32, Option<Self::Act>, Self::Saved),
         cx: &mut Cx<T, D>,
     ) -> Result<((Option<Self::Act>, Self::Saved), Option<Self::Act>)> {
-        let ((m, x), (behind, dy, saved)) = (forward, backward);
-        match self.stage.order(&back.stage)? {
+        let ((m, x), (back_m, dy, saved)) = (forward, backward);
+        match self.stage.order(&back.stage) {
             Some(order) => {
-                let forward = Ahead::new(&self.stage, m, x, cx)?;
-                let backward = Behind::new(&back.stage, behind, dy, saved, cx)?;
-                moe_pipeline::weave::run(&order, forward, backward, cx)
+                let forward = ForwardTask::new(&self.stage, m, x, cx)?;
+                let backward = BackwardTask::new(&back.stage, back_m, dy, saved, cx)?;
+                moe_pipeline::weave::run(order, forward, backward, cx)
             }
             None => {
                 let made = self.forward(m, x, cx)?;
-                Ok((made, back.backward(behind, dy, saved, cx)?))
+                Ok((made, back.backward(back_m, dy, saved, cx)?))
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The passes of the expert sublayer in steps: between the start and the finish of each movement of rows, others may compute.
+//! The passes of the expert sublayer in steps: between the start and the finish of each movement of rows, others may compute. Starts
+//! and finishes compute nothing but where rows go.
 
 use moe_dispatch::{Batch, Dispatcher, Flight, NativePending, RouterInput, RouterScales};
 use moe_kernels::family::{GateGradients, Op};
@@ -9,11 +10,11 @@ use crate::dense::GatedMlpDeferred;
 use crate::layer::{Hidden, Passed};
 use crate::norm::RmsNormSaved;
 use crate::recompute::RecomputeModule;
-use crate::shared::SharedExpertSaved;
+use crate::shared::{SharedExpert, SharedExpertSaved};
 use crate::{Cx, Result};
 
 /// Rows on their way between ranks.
-pub type Way<T, D> = Flight<Tensor<T, D>, Tensor<<T as Float>::Acc, D>, NativePending<T, D>>;
+pub type InFlight<T, D> = Flight<Tensor<T, D>, Tensor<<T as Float>::Acc, D>, NativePending<T, D>>;
 
 /// A shared expert's output, and what its backward needs.
 type Shared<T, D> = (Tensor<T, D>, SharedExpertSaved<T, D>);
@@ -30,18 +31,18 @@ pub struct Chosen<T: Float, D: Device> {
 }
 
 /// What experts keep of their rows, forward.
-pub struct Computed<T: Float, D: Device> {
+pub struct ExpertsSaved<T: Float, D: Device> {
     rows: Rows<T, D>,
     gate_up: Tensor<T, D>,
     activated: Option<Tensor<T, D>>,
 }
 
-/// A backward pass whose gradient goes to the experts, without what these need.
-pub struct GoingBack<T: Float, D: Device> {
+/// A backward pass on the tokens' side: all but what its experts need.
+pub struct TokenSide<T: Float, D: Device> {
     dy: Tensor<T, D>,
     norm: RmsNormSaved<T, D>,
     h: Option<Tensor<T, D>>,
-    routed: Routed<T, D>,
+    pub(super) routed: Routed<T, D>,
     shared: Option<SharedExpertSaved<T, D>>,
     by_shared: Option<BySharedExpert<T, D>>,
 }
@@ -59,14 +60,25 @@ pub struct ExpertsDeferred<T: Float, D: Device> {
 /// Gradients of the experts' inputs, `[rows, hidden]`, and of the probabilities, `[1, rows]`.
 pub type ByRows<T, D> = (Tensor<T, D>, Tensor<<T as Float>::Acc, D>);
 
-/// A backward pass that has begun: itself, what its experts need, and its gradient on the way to them.
-type Departed<T, D> = (GoingBack<T, D>, Computed<T, D>, Way<T, D>);
-
 /// What the shared expert's weight gradients need, if there is one.
 pub type SharedDeferred<T, D> = Option<GatedMlpDeferred<T, D>>;
 
 /// The gradient of the sublayer's input, and what weight gradients still need.
 type BySublayer<T, D> = (Tensor<T, D>, SharedDeferred<T, D>);
+
+impl<T: Float, D: Device> MoeMlpSaved<T, D> {
+    /// What was decided and exchanged.
+    pub(crate) fn routed(&self) -> &Routed<T, D> {
+        &self.routed
+    }
+
+    /// The two sides of a backward pass with the gradient `dy` of the output.
+    pub(crate) fn sides(self, dy: Tensor<T, D>) -> (TokenSide<T, D>, ExpertsSaved<T, D>) {
+        let MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared } = self;
+        let tokens = TokenSide { dy, norm, h, routed, shared, by_shared: None };
+        (tokens, ExpertsSaved { rows, gate_up, activated })
+    }
+}
 
 impl MoeMlp {
     /// Norm and router.
@@ -81,26 +93,35 @@ impl MoeMlp {
         Ok(Chosen { norm, h, routed, shared: None })
     }
 
-    /// Starts to bring rows to their experts; a shared expert that may overlap computes here.
+    /// Starts to bring rows to their experts.
     pub(crate) fn dispatch_start<T: Float, D: Backend<T>>(
+        &self,
+        chosen: &Chosen<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<InFlight<T, D>> {
+        self.to_experts(&chosen.h, &chosen.routed, cx)
+    }
+
+    /// Computes the shared expert, if there is one and it was not computed before.
+    pub(crate) fn compute_shared<T: Float, D: Backend<T>>(
         &self,
         chosen: &mut Chosen<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Way<T, D>> {
-        let Chosen { h, routed, .. } = &*chosen;
-        let (way, shared) = self.depart(h, routed, cx, |expert| expert.forward(h, cx))?;
-        chosen.shared = shared;
-        Ok(way)
+    ) -> Result<()> {
+        if let (Some(expert), None) = (&self.shared, &chosen.shared) {
+            chosen.shared = Some(expert.forward(&chosen.h, cx)?);
+        }
+        Ok(())
     }
 
     /// The rows of this rank's experts.
     pub(crate) fn dispatch_finish<T: Float, D: Backend<T>>(
         &self,
         chosen: &Chosen<T, D>,
-        way: Way<T, D>,
+        flight: InFlight<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<Rows<T, D>> {
-        Ok(self.dispatcher.dispatch_finish(&self.fabric(cx)?, way, &chosen.routed.state)?)
+        Ok(self.dispatcher.dispatch_finish(&self.fabric(cx)?, flight, &chosen.routed.state)?)
     }
 
     /// The experts' output, `[rows, hidden]`.
@@ -108,7 +129,7 @@ impl MoeMlp {
         &self,
         rows: Rows<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<(Tensor<T, D>, Computed<T, D>)> {
+    ) -> Result<(Tensor<T, D>, ExpertsSaved<T, D>)> {
         let device = &cx.device;
         let [gate_up, activated] = self.gate_up(&rows, cx)?;
         let weight = cx.params.weight(self.down)?;
@@ -118,7 +139,7 @@ impl MoeMlp {
             bias.add_to_out(out.view_mut()?, &rows.probs, &rows.offsets, cx)?;
         }
         let activated = self.keeps(RecomputeModule::MoeAct).then_some(activated);
-        Ok((out, Computed { rows, gate_up, activated }))
+        Ok((out, ExpertsSaved { rows, gate_up, activated }))
     }
 
     /// Starts to bring the experts' output to its tokens.
@@ -127,23 +148,23 @@ impl MoeMlp {
         chosen: &Chosen<T, D>,
         out: Tensor<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Way<T, D>> {
+    ) -> Result<InFlight<T, D>> {
         Ok(self.dispatcher.combine_start(&self.fabric(cx)?, out, &chosen.routed.state)?)
     }
 
-    /// The sublayer's output.
+    /// The sublayer's output; computes the shared expert, if it was not computed before.
     pub(crate) fn combine_finish<T: Float, D: Backend<T>>(
         &self,
-        chosen: Chosen<T, D>,
-        computed: Computed<T, D>,
-        way: Way<T, D>,
+        mut chosen: Chosen<T, D>,
+        experts: ExpertsSaved<T, D>,
+        flight: InFlight<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<Passed<T, D, MoeMlpSaved<T, D>>> {
+        let combined = self.dispatcher.combine_finish(&self.fabric(cx)?, flight, &chosen.routed.state)?;
+        self.compute_shared(&mut chosen, cx)?;
         let Chosen { norm, h, routed, shared } = chosen;
-        let combined = self.dispatcher.combine_finish(&self.fabric(cx)?, way, &routed.state)?;
         let mut y = Hidden { x: norm.x.clone(), added: Some(combined) };
-        let late = || self.shared.as_ref().map(|expert| expert.forward(&h, cx)).transpose();
-        let shared = match shared.map_or_else(late, |done| Ok(Some(done)))? {
+        let shared = match shared {
             Some((out, saved)) => {
                 y = Hidden { x: y.sum(&cx.device)?, added: Some(out) };
                 self.keeps(RecomputeModule::SharedExperts).then_some(saved)
@@ -151,48 +172,53 @@ impl MoeMlp {
             None => None,
         };
         let h = self.keeps(RecomputeModule::Layernorm).then_some(h);
-        let Computed { rows, gate_up, activated } = computed;
+        let ExpertsSaved { rows, gate_up, activated } = experts;
         Ok((y, MoeMlpSaved { norm, h, routed, rows, gate_up, activated, shared }))
     }
 
-    /// Starts to bring the gradient to the experts; that of a shared expert that may overlap is computed here.
+    /// Starts to bring the gradient to the experts.
     pub(crate) fn combine_backward_start<T: Float, D: Backend<T>>(
         &self,
-        dy: Tensor<T, D>,
-        saved: MoeMlpSaved<T, D>,
-        cx: &mut Cx<T, D>,
-    ) -> Result<Departed<T, D>> {
-        let MoeMlpSaved { norm, mut h, routed, rows, gate_up, activated, mut shared } = saved;
-        let way = self.dispatcher.combine_backward_start(&self.fabric(cx)?, &dy, &routed.state)?;
-        let mut by_shared = None;
-        if let Some(expert) = self.overlapping() {
-            let normed = self.norm.output(h, &norm, cx)?;
-            by_shared = Some(self.shared_backward(expert, &dy, &normed, shared.take(), cx)?);
-            h = Some(normed);
-        }
-        let going = GoingBack { dy, norm, h, routed, shared, by_shared };
-        Ok((going, Computed { rows, gate_up, activated }, way))
+        dy: &Tensor<T, D>,
+        routed: &Routed<T, D>,
+        cx: &Cx<T, D>,
+    ) -> Result<InFlight<T, D>> {
+        Ok(self.dispatcher.combine_backward_start(&self.fabric(cx)?, dy, &routed.state)?)
     }
 
     /// The gradient of the experts' output, `[rows, hidden]`.
     pub(crate) fn combine_backward_finish<T: Float, D: Backend<T>>(
         &self,
-        going: &GoingBack<T, D>,
-        way: Way<T, D>,
+        routed: &Routed<T, D>,
+        flight: InFlight<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<Tensor<T, D>> {
-        Ok(self.dispatcher.combine_backward_finish(&self.fabric(cx)?, way, &going.routed.state)?)
+        Ok(self.dispatcher.combine_backward_finish(&self.fabric(cx)?, flight, &routed.state)?)
+    }
+
+    /// The shared expert's part of the backward pass, ahead of the rest: beside a transfer.
+    pub(super) fn shared_ahead<T: Float, D: Backend<T>>(
+        &self,
+        expert: &SharedExpert,
+        tokens: &mut TokenSide<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        let TokenSide { dy, norm, h, shared, by_shared, .. } = tokens;
+        let normed = self.norm.output(h.take(), norm, cx)?;
+        *by_shared = Some(self.shared_backward(expert, dy, &normed, shared.take(), cx)?);
+        *h = Some(normed);
+        Ok(())
     }
 
     /// Through the experts.
     pub(crate) fn compute_backward<T: Float, D: Backend<T>>(
         &self,
-        computed: Computed<T, D>,
+        experts: ExpertsSaved<T, D>,
         d_out: Tensor<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<(ByRows<T, D>, ExpertsDeferred<T, D>)> {
         let device = cx.device.clone();
-        let Computed { rows, gate_up, activated } = computed;
+        let ExpertsSaved { rows, gate_up, activated } = experts;
         let [n, hidden] = d_out.shape();
         let weight = cx.params.weight(self.down)?;
         let inner = weight.shape()[1];
@@ -216,22 +242,22 @@ impl MoeMlp {
     /// Starts to bring the gradients of rows to their tokens.
     pub(crate) fn dispatch_backward_start<T: Float, D: Backend<T>>(
         &self,
-        going: &GoingBack<T, D>,
+        tokens: &TokenSide<T, D>,
         (dx_rows, d_probs): ByRows<T, D>,
         cx: &Cx<T, D>,
-    ) -> Result<Way<T, D>> {
-        let state = &going.routed.state;
+    ) -> Result<InFlight<T, D>> {
+        let state = &tokens.routed.state;
         Ok(self.dispatcher.dispatch_backward_start(&self.fabric(cx)?, dx_rows, d_probs, state)?)
     }
 
     /// The gradient by the normed input, `[tokens, hidden]`, and by the weights of the choices.
     pub(crate) fn dispatch_backward_finish<T: Float, D: Backend<T>>(
         &self,
-        going: &GoingBack<T, D>,
-        way: Way<T, D>,
+        tokens: &TokenSide<T, D>,
+        flight: InFlight<T, D>,
         cx: &Cx<T, D>,
     ) -> Result<ByRows<T, D>> {
-        Ok(self.dispatcher.dispatch_backward_finish(&self.fabric(cx)?, way, &going.routed.state)?)
+        Ok(self.dispatcher.dispatch_backward_finish(&self.fabric(cx)?, flight, &tokens.routed.state)?)
     }
 
     /// Through router, shared expert and norm: the gradient of the sublayer's input, and what the shared expert's weight
@@ -239,12 +265,12 @@ impl MoeMlp {
     pub(crate) fn choose_backward<T: Float, D: Backend<T>>(
         &self,
         m: u32,
-        going: GoingBack<T, D>,
+        tokens: TokenSide<T, D>,
         (mut dh, dweights): ByRows<T, D>,
         cx: &mut Cx<T, D>,
     ) -> Result<BySublayer<T, D>> {
         let device = cx.device.clone();
-        let GoingBack { dy, norm, h, routed, shared, mut by_shared } = going;
+        let TokenSide { dy, norm, h, routed, shared, mut by_shared } = tokens;
         let Routed { router, noise, .. } = routed;
         let h = self.norm.output(h, &norm, cx)?;
         let (step_counts, model_counts) = (self.step_counts(&router, cx)?, cx.choices.clone());

@@ -1,7 +1,7 @@
 //! A forward and a backward pass through stages, woven so that rows travel while the other pass computes.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use moe_kernels::{Backend, Device, Float, Tensor};
 use moe_pipeline::StageCost;
@@ -11,44 +11,76 @@ use super::{DecoderStage, SavedBlock, StageSaved};
 use crate::attention::SelfAttention;
 use crate::block::{Block, Either, Mlp};
 use crate::layer::{Hidden, Layer};
-use crate::moe::steps::{ByRows, Chosen, Computed, ExpertsDeferred, GoingBack, SharedDeferred, Way};
-use crate::moe::{MoeMlp, Rows};
-use crate::recompute::Recompute;
+use crate::moe::steps::{ByRows, Chosen, ExpertsDeferred, ExpertsSaved, InFlight, SharedDeferred, TokenSide};
+use crate::moe::{MoeMlp, Routed, Rows};
+use crate::recompute::{Recompute, RecomputeSaved};
 use crate::transport::Activation;
 use crate::{Cx, Error, Result};
 
 /// The orders in which a stage's forward passes are woven with backward passes, by the stage of these.
-#[derive(Debug, Default)]
-pub struct Orders(Mutex<BTreeMap<usize, Arc<Order>>>);
+pub type Orders = BTreeMap<usize, Arc<Order>>;
 
-/// Every computation and every all-to-all taken as equally long: whatever they take, an all-to-all has one of the other pass beside it.
-fn cost(moe: bool) -> LayerCost {
-    let one = StageCost { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
-    match moe {
-        true => LayerCost::Moe { attention: one, experts: one, all_to_all: 1.0 },
-        false => LayerCost::Dense(one),
+/// What a layer is taken to cost, as nothing is measured: attention, experts and either half of a dense layer 1, an all-to-all 1.5. In
+/// equal layers of experts computes and all-to-alls then take equally long, and an order that hides the most of these hides the
+/// most of shorter and of longer ones too ([`moe_pipeline::weave`]).
+fn cost(block: &Block) -> LayerCost {
+    let all = |time| StageCost { forward: time, backward_input: time, backward_weight: time };
+    match block.mlp.layer {
+        Mlp::Moe(_) => LayerCost::Moe { attention: all(1.0), experts: all(1.0), all_to_all: 1.5 },
+        Mlp::Dense(_) => LayerCost::Dense(all(2.0)),
     }
 }
 
 impl DecoderStage {
-    /// The order of an overlap with a backward pass through `back`; none where nothing would be gained (no rows travel in one of the
-    /// passes), or where both passes would count choices over layers in the one place that the context has for it.
-    pub(super) fn order(&self, back: &DecoderStage) -> Result<Option<Arc<Order>>> {
+    /// Makes the orders in which the stages of a rank overlap: a forward pass through any of them and a backward pass through any of
+    /// them, layer by layer. Stages without orders run one pass after the other. A search takes milliseconds, some tenths of a second
+    /// for stages of dozens of layers; stages of the same layers share it.
+    ///
+    /// # Errors
+    /// Those of [`moe_pipeline::weave::weave`], which no layers here give cause for.
+    pub fn weave(stages: &mut [DecoderStage]) -> Result<()> {
+        let mut made: Vec<Arc<Order>> = Vec::new();
+        let mut of_stages = Vec::with_capacity(stages.len());
+        for stage in &*stages {
+            let mut orders = Orders::new();
+            for back in stages.iter().filter(|back| stage.gains_with(back)) {
+                let [forward, backward] = [stage, back].map(DecoderStage::costs);
+                let known = made.iter().find(|order| {
+                    order.forward().iter().copied().eq(forward.iter().map(LayerCost::layer))
+                        && order.backward().iter().copied().eq(backward.iter().map(LayerCost::layer))
+                });
+                let order = match known.cloned() {
+                    Some(order) => order,
+                    None => {
+                        let order = Arc::new(weave(&forward, &backward)?);
+                        made.push(order.clone());
+                        order
+                    }
+                };
+                orders.insert(back.stage, order);
+            }
+            of_stages.push(orders);
+        }
+        for (stage, orders) in stages.iter_mut().zip(of_stages) {
+            stage.orders = orders;
+        }
+        Ok(())
+    }
+
+    /// The order in which a forward pass through this stage overlaps with a backward pass through `back`, if
+    /// [`weave`](Self::weave) made one. There is none where nothing would be gained, as no rows travel in either pass, nor where
+    /// both would count choices over all layers in the one place that the context has for it.
+    pub fn order(&self, back: &DecoderStage) -> Option<&Order> {
+        self.orders.get(&back.stage).map(|order| &**order)
+    }
+
+    fn gains_with(&self, back: &DecoderStage) -> bool {
         let travels = |stage: &DecoderStage| stage.moe_layers().any(|mlp| mlp.expert_ranks() > 1);
-        if self.choices > 0 || !travels(self) || !travels(back) {
-            return Ok(None);
-        }
-        let mut orders = self.orders.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(order) = orders.get(&back.stage) {
-            return Ok(Some(order.clone()));
-        }
-        let costs = |stage: &DecoderStage| {
-            let moe = |block: &Recompute<Block>| cost(matches!(block.layer.mlp.layer, Mlp::Moe(_)));
-            stage.blocks.iter().map(moe).collect::<Vec<_>>()
-        };
-        let order = Arc::new(weave(&costs(self), &costs(back))?);
-        orders.insert(back.stage, order.clone());
-        Ok(Some(order))
+        self.choices == 0 && (travels(self) || travels(back))
+    }
+
+    fn costs(&self) -> Vec<LayerCost> {
+        self.blocks.iter().map(|block| cost(&block.layer)).collect()
     }
 
     fn block(&self, layer: u32) -> Result<&Recompute<Block>> {
@@ -67,8 +99,19 @@ impl DecoderStage {
     }
 }
 
+/// What is kept of a layer of experts whatever is made again.
+fn routed<T: Float, D: Backend<T>>(saved: &SavedBlock<T, D>) -> Result<&Routed<T, D>> {
+    match saved {
+        RecomputeSaved::Input { kept, .. }
+        | RecomputeSaved::Whole((_, RecomputeSaved::Input { kept, .. })) => kept.as_ref(),
+        RecomputeSaved::Whole((_, RecomputeSaved::Whole(Either::Moe(saved)))) => Some(saved.routed()),
+        RecomputeSaved::Whole((_, RecomputeSaved::Whole(Either::Dense(_)))) => None,
+    }
+    .ok_or(Error::OtherLayer)
+}
+
 /// A forward pass in steps.
-pub struct Ahead<'a, T: Float, D: Backend<T>> {
+pub struct ForwardTask<'a, T: Float, D: Backend<T>> {
     stage: &'a DecoderStage,
     m: u32,
     x: Option<Hidden<T, D>>,
@@ -88,13 +131,13 @@ struct Within<T: Float, D: Backend<T>> {
 /// How far it is.
 enum Forward<T: Float, D: Device> {
     Chosen,
-    ToExperts(Way<T, D>),
+    ToExperts(InFlight<T, D>),
     Arrived(Rows<T, D>),
-    Computed(Tensor<T, D>, Computed<T, D>),
-    ToTokens(Computed<T, D>, Way<T, D>),
+    Computed(Tensor<T, D>, ExpertsSaved<T, D>),
+    ToTokens(ExpertsSaved<T, D>, InFlight<T, D>),
 }
 
-impl<'a, T: Float, D: Backend<T>> Ahead<'a, T, D> {
+impl<'a, T: Float, D: Backend<T>> ForwardTask<'a, T, D> {
     /// Begins with what [`Stage::forward`](moe_pipeline::Stage::forward) is given.
     pub fn new(
         stage: &'a DecoderStage,
@@ -103,7 +146,7 @@ impl<'a, T: Float, D: Backend<T>> Ahead<'a, T, D> {
         cx: &mut Cx<T, D>,
     ) -> Result<Self> {
         let x = Some(Hidden::from(stage.input(m, x, cx)?));
-        Ok(Ahead { stage, m, x, blocks: Vec::with_capacity(stage.blocks.len()), within: None })
+        Ok(ForwardTask { stage, m, x, blocks: Vec::with_capacity(stage.blocks.len()), within: None })
     }
 
     fn take_x(&mut self) -> Result<Hidden<T, D>> {
@@ -124,9 +167,9 @@ impl<'a, T: Float, D: Backend<T>> Ahead<'a, T, D> {
     /// Combine has ended the layer.
     fn leave(&mut self, layer: u32, within: Within<T, D>, cx: &Cx<T, D>) -> Result<()> {
         let Within { inputs: [whole, input], attention, chosen, at } = within;
-        let Forward::ToTokens(computed, way) = at else { return Err(self.stage.out_of_order()) };
+        let Forward::ToTokens(experts, flight) = at else { return Err(self.stage.out_of_order()) };
         let block = self.stage.block(layer)?;
-        let (y, saved) = self.stage.experts(layer)?.combine_finish(chosen, computed, way, cx)?;
+        let (y, saved) = self.stage.experts(layer)?.combine_finish(chosen, experts, flight, cx)?;
         let mlp = block.layer.mlp.saved(input, Either::Moe(saved));
         self.blocks.push(block.saved(whole, (attention, mlp)));
         self.x = Some(y);
@@ -134,7 +177,7 @@ impl<'a, T: Float, D: Backend<T>> Ahead<'a, T, D> {
     }
 }
 
-impl<T: Float, D: Backend<T>> Task for Ahead<'_, T, D> {
+impl<T: Float, D: Backend<T>> Task for ForwardTask<'_, T, D> {
     type Cx = Cx<T, D>;
     type Out = (Option<Activation<T, D>>, StageSaved<T, D>);
     type Error = Error;
@@ -160,17 +203,18 @@ impl<T: Float, D: Backend<T>> Task for Ahead<'_, T, D> {
             self.within.take().ok_or_else(|| stage.out_of_order())?;
         let at = match (step, node.part, at) {
             (Step::Start(_), Part::Dispatch, Forward::Chosen) => {
-                Forward::ToExperts(mlp.dispatch_start(&mut chosen, cx)?)
+                Forward::ToExperts(mlp.dispatch_start(&chosen, cx)?)
             }
-            (Step::Wait(_), Part::Dispatch, Forward::ToExperts(way)) => {
-                Forward::Arrived(mlp.dispatch_finish(&chosen, way, cx)?)
+            (Step::Wait(_), Part::Dispatch, Forward::ToExperts(flight)) => {
+                Forward::Arrived(mlp.dispatch_finish(&chosen, flight, cx)?)
             }
             (Step::Compute(_), Part::Experts, Forward::Arrived(rows)) => {
-                let (out, computed) = mlp.compute(rows, cx)?;
-                Forward::Computed(out, computed)
+                let (out, experts) = mlp.compute(rows, cx)?;
+                mlp.compute_shared(&mut chosen, cx)?;
+                Forward::Computed(out, experts)
             }
-            (Step::Start(_), Part::Combine, Forward::Computed(out, computed)) => {
-                Forward::ToTokens(computed, mlp.combine_start(&chosen, out, cx)?)
+            (Step::Start(_), Part::Combine, Forward::Computed(out, experts)) => {
+                Forward::ToTokens(experts, mlp.combine_start(&chosen, out, cx)?)
             }
             (Step::Wait(_), Part::Combine, at) => {
                 return self.leave(layer, Within { inputs, attention, chosen, at }, cx);
@@ -188,51 +232,50 @@ impl<T: Float, D: Backend<T>> Task for Ahead<'_, T, D> {
 }
 
 /// A backward pass in steps.
-pub struct Behind<'a, T: Float, D: Backend<T>> {
+pub struct BackwardTask<'a, T: Float, D: Backend<T>> {
     stage: &'a DecoderStage,
     m: u32,
     dy: Option<Tensor<T, D>>,
     blocks: Vec<SavedBlock<T, D>>,
-    within: Option<Returning<T, D>>,
+    within: Option<Backward<T, D>>,
     /// What weight gradients need, by layer.
     dense: BTreeMap<u32, <Block as Layer<T, D>>::Deferred>,
-    moe: BTreeMap<u32, Late<T, D>>,
+    moe: BTreeMap<u32, PendingWgrad<T, D>>,
 }
 
-/// A backward pass within a layer of experts.
-struct Returning<T: Float, D: Backend<T>> {
-    attention: <SelfAttention as Layer<T, D>>::Saved,
-    going: GoingBack<T, D>,
-    at: Backward<T, D>,
-}
+/// The gradient of a layer's output, and what its forward pass kept.
+type Entered<T, D> = (Tensor<T, D>, SavedBlock<T, D>);
 
-/// How far it is.
-enum Backward<T: Float, D: Device> {
-    ToExperts(Computed<T, D>, Way<T, D>),
-    Arrived(Computed<T, D>, Tensor<T, D>),
-    Computed(ByRows<T, D>),
-    ToTokens(Way<T, D>),
-    Back(ByRows<T, D>),
+/// What a layer's backward pass needs after its experts.
+type Remaining<T, D> = (<SelfAttention as Layer<T, D>>::Saved, TokenSide<T, D>);
+
+/// How far a backward pass is within a layer of experts.
+enum Backward<T: Float, D: Backend<T>> {
+    ToExperts(Entered<T, D>, InFlight<T, D>),
+    Arrived(Entered<T, D>, Tensor<T, D>),
+    Computed(Remaining<T, D>, ByRows<T, D>),
+    ToTokens(Remaining<T, D>, InFlight<T, D>),
+    Back(Remaining<T, D>, ByRows<T, D>),
 }
 
 /// What the weight gradients of attention need, and of the shared expert.
 type AttentionDeferred<T, D> = (<SelfAttention as Layer<T, D>>::Deferred, SharedDeferred<T, D>);
 
 /// What the weight gradients of a layer of experts still need.
-struct Late<T: Float, D: Backend<T>> {
+struct PendingWgrad<T: Float, D: Backend<T>> {
     experts: Option<ExpertsDeferred<T, D>>,
     attention: Option<AttentionDeferred<T, D>>,
-    /// Which of the two were added.
+    /// How many of the two were added.
     added: usize,
 }
 
-impl<T: Float, D: Backend<T>> Default for Late<T, D> {
+impl<T: Float, D: Backend<T>> Default for PendingWgrad<T, D> {
     fn default() -> Self {
-        Late { experts: None, attention: None, added: 0 }
+        PendingWgrad { experts: None, attention: None, added: 0 }
     }
 }
 
-impl<'a, T: Float, D: Backend<T>> Behind<'a, T, D> {
+impl<'a, T: Float, D: Backend<T>> BackwardTask<'a, T, D> {
     /// Begins with what [`Stage::backward`](moe_pipeline::Stage::backward) is given.
     pub fn new(
         stage: &'a DecoderStage,
@@ -243,7 +286,7 @@ impl<'a, T: Float, D: Backend<T>> Behind<'a, T, D> {
     ) -> Result<Self> {
         let dy = Some(stage.start_back(m, dy, saved.head, cx)?);
         let (dense, moe) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Behind { stage, m, dy, blocks: saved.blocks, within: None, dense, moe })
+        Ok(BackwardTask { stage, m, dy, blocks: saved.blocks, within: None, dense, moe })
     }
 
     fn take_dy(&mut self) -> Result<Tensor<T, D>> {
@@ -257,21 +300,33 @@ impl<'a, T: Float, D: Backend<T>> Behind<'a, T, D> {
         }
     }
 
-    /// What forward did not keep is made again, and the gradient goes to the experts.
-    fn enter(&mut self, layer: u32, cx: &mut Cx<T, D>) -> Result<Returning<T, D>> {
+    /// Through the experts. What forward did not keep is made again first: here, where it is needed, and not where the gradient sets out,
+    /// which therefore travels beside the other pass.
+    fn experts(
+        &mut self,
+        layer: u32,
+        (dy, saved): Entered<T, D>,
+        d_out: Tensor<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<Backward<T, D>> {
         let (block, mlp, m) = (self.stage.block(layer)?, self.stage.experts(layer)?, self.m);
-        let (dy, saved) = (self.take_dy()?, self.take_saved(layer)?);
         let (attention, saved) = block.whole(m, saved, cx)?;
         let Either::Moe(saved) = block.layer.mlp.whole(m, saved, cx)? else { return Err(Error::OtherLayer) };
-        let (going, computed, way) = mlp.combine_backward_start(dy, saved, cx)?;
-        Ok(Returning { attention, going, at: Backward::ToExperts(computed, way) })
+        let (tokens, experts) = saved.sides(dy);
+        let (by_rows, deferred) = mlp.compute_backward(experts, d_out, cx)?;
+        self.moe.entry(layer).or_default().experts = Some(deferred);
+        Ok(Backward::Computed((attention, tokens), by_rows))
     }
 
     /// Router and attention end the layer.
-    fn leave(&mut self, layer: u32, returning: Returning<T, D>, cx: &mut Cx<T, D>) -> Result<()> {
-        let Returning { attention, going, at } = returning;
-        let Backward::Back(by_tokens) = at else { return Err(self.stage.out_of_order()) };
-        let (dy, shared) = self.stage.experts(layer)?.choose_backward(self.m, going, by_tokens, cx)?;
+    fn leave(
+        &mut self,
+        layer: u32,
+        (attention, tokens): Remaining<T, D>,
+        by_tokens: ByRows<T, D>,
+        cx: &mut Cx<T, D>,
+    ) -> Result<()> {
+        let (dy, shared) = self.stage.experts(layer)?.choose_backward(self.m, tokens, by_tokens, cx)?;
         let (dx, attention) =
             self.stage.block(layer)?.layer.attention.backward_input(self.m, dy, attention, cx)?;
         self.moe.entry(layer).or_default().attention = Some((attention, shared));
@@ -286,21 +341,21 @@ impl<'a, T: Float, D: Backend<T>> Behind<'a, T, D> {
             let deferred = self.dense.remove(&layer).ok_or_else(|| stage.out_of_order())?;
             return block.backward_weight(m, deferred, cx);
         }
-        let late = self.moe.entry(layer).or_default();
-        match (part, late.experts.take(), late.attention.take()) {
+        let pending = self.moe.entry(layer).or_default();
+        match (part, pending.experts.take(), pending.attention.take()) {
             (Part::Experts, Some(deferred), attention) => {
-                late.attention = attention;
+                pending.attention = attention;
                 stage.experts(layer)?.experts_weight(deferred, cx)?;
             }
             (Part::Attention, experts, Some((attention, shared))) => {
-                late.experts = experts;
+                pending.experts = experts;
                 stage.experts(layer)?.shared_weight(shared, cx)?;
                 block.attention.backward_weight(m, attention, cx)?;
             }
             _ => return Err(stage.out_of_order()),
         }
-        late.added += 1;
-        match late.added {
+        pending.added += 1;
+        match pending.added {
             2 => cx.grads_added(block.segment, m),
             _ => Ok(()),
         }
@@ -316,7 +371,7 @@ impl<'a, T: Float, D: Backend<T>> Behind<'a, T, D> {
     }
 }
 
-impl<T: Float, D: Backend<T>> Task for Behind<'_, T, D> {
+impl<T: Float, D: Backend<T>> Task for BackwardTask<'_, T, D> {
     type Cx = Cx<T, D>;
     type Out = Option<Activation<T, D>>;
     type Error = Error;
@@ -327,37 +382,37 @@ impl<T: Float, D: Backend<T>> Task for Behind<'_, T, D> {
         if node.phase == Phase::WeightGradient {
             return self.weights(layer, node.part, cx);
         }
-        match (step, node.part) {
-            (_, Part::Dense) => return self.dense(layer, cx),
-            (Step::Start(_), Part::Combine) => {
-                self.within = Some(self.enter(layer, cx)?);
-                return Ok(());
-            }
-            _ => {}
+        if node.part == Part::Dense {
+            return self.dense(layer, cx);
         }
         let mlp = stage.experts(layer)?;
-        let Returning { attention, going, at } = self.within.take().ok_or_else(|| stage.out_of_order())?;
-        let at = match (step, node.part, at) {
-            (Step::Wait(_), Part::Combine, Backward::ToExperts(computed, way)) => {
-                Backward::Arrived(computed, mlp.combine_backward_finish(&going, way, cx)?)
+        let at = match (step, node.part, self.within.take()) {
+            (Step::Start(_), Part::Combine, None) => {
+                let entered = (self.take_dy()?, self.take_saved(layer)?);
+                let flight = mlp.combine_backward_start(&entered.0, routed(&entered.1)?, cx)?;
+                Backward::ToExperts(entered, flight)
             }
-            (Step::Compute(_), Part::Experts, Backward::Arrived(computed, d_out)) => {
-                let (by_rows, deferred) = mlp.compute_backward(computed, d_out, cx)?;
-                self.moe.entry(layer).or_default().experts = Some(deferred);
-                Backward::Computed(by_rows)
+            (Step::Wait(_), Part::Combine, Some(Backward::ToExperts(entered, flight))) => {
+                let d_out = mlp.combine_backward_finish(routed(&entered.1)?, flight, cx)?;
+                Backward::Arrived(entered, d_out)
             }
-            (Step::Start(_), Part::Dispatch, Backward::Computed(by_rows)) => {
-                Backward::ToTokens(mlp.dispatch_backward_start(&going, by_rows, cx)?)
+            (Step::Compute(_), Part::Experts, Some(Backward::Arrived(entered, d_out))) => {
+                self.experts(layer, entered, d_out, cx)?
             }
-            (Step::Wait(_), Part::Dispatch, Backward::ToTokens(way)) => {
-                Backward::Back(mlp.dispatch_backward_finish(&going, way, cx)?)
+            (Step::Start(_), Part::Dispatch, Some(Backward::Computed(remaining, by_rows))) => {
+                let flight = mlp.dispatch_backward_start(&remaining.1, by_rows, cx)?;
+                Backward::ToTokens(remaining, flight)
             }
-            (Step::Compute(_), Part::Attention, at) => {
-                return self.leave(layer, Returning { attention, going, at }, cx);
+            (Step::Wait(_), Part::Dispatch, Some(Backward::ToTokens(remaining, flight))) => {
+                let by_tokens = mlp.dispatch_backward_finish(&remaining.1, flight, cx)?;
+                Backward::Back(remaining, by_tokens)
+            }
+            (Step::Compute(_), Part::Attention, Some(Backward::Back(remaining, by_tokens))) => {
+                return self.leave(layer, remaining, by_tokens, cx);
             }
             _ => return Err(stage.out_of_order()),
         };
-        self.within = Some(Returning { attention, going, at });
+        self.within = Some(at);
         Ok(())
     }
 

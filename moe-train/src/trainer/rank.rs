@@ -301,6 +301,9 @@ fn build(setup: &Setup, rank: usize) -> Result<(Vec<DecoderStage>, ParamLayout)>
     let mut params = ParamLayoutBuilder::new(&setup.folding, rank);
     let &Setup { dispatcher, recompute, moe_shared_expert_overlap: shared_expert_overlap, .. } = setup;
     let execution = Execution { dispatcher, recompute, shared_expert_overlap };
-    let stages = DecoderStage::of_rank(&mut params, &setup.model, execution, &setup.pipeline)?;
+    let mut stages = DecoderStage::of_rank(&mut params, &setup.model, execution, &setup.pipeline)?;
+    if setup.schedule.has_overlaps() {
+        DecoderStage::weave(&mut stages)?;
+    }
     Ok((stages, params.build()))
 }
