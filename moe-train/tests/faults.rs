@@ -16,8 +16,10 @@ use moe_comm::count::{Counted, Counters};
 use moe_comm::fault::{Fate, Fault, Faulty};
 use moe_comm::{RawComm, ThreadRank, ThreadWorld, World, WorldError};
 use moe_kernels::Cpu;
-use moe_model::ModelConfig;
 use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
+use moe_model::{ModelConfig, PipelineLayout};
+use moe_pipeline::generate::Named;
+use moe_pipeline::{Action, Kind};
 use moe_topology::{Attention, Axes, Expert, GroupKey, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::{Checkpoint, list};
@@ -40,6 +42,18 @@ fn folded() -> Setup {
     let mapping = Mapping { world_size: WORLD, tp: 2, pp: 2, ep: 4, ..Mapping::default() };
     let model = ModelConfig { num_hidden_layers: 2, ..tiny_model() };
     Setup { global_batch_size: 8, ..setup(model, mapping) }
+}
+
+/// The same under another schedule, each stage of one layer of experts.
+fn scheduled(schedule: Named) -> Setup {
+    let setup = folded();
+    let (pp, virtual_stages) =
+        (setup.folding.size(Attention::PP), schedule.virtual_stages().unwrap_or(1) as usize);
+    let layers = pp * virtual_stages;
+    let placement = schedule.placement(pp as u32, virtual_stages as u32).unwrap();
+    let pipeline = PipelineLayout::even(layers, pp, virtual_stages).unwrap().placed(placement).unwrap();
+    let model = ModelConfig { num_hidden_layers: layers, ..setup.model };
+    Setup { model, schedule, pipeline, ..setup }
 }
 
 fn source(setup: &Setup) -> RandomBatches {
@@ -65,17 +79,22 @@ enum Phase {
 type Life = (Vec<StepReport>, Vec<Piece>, Option<f64>);
 
 /// All that a rank of a run does: start, evaluate, two steps, evaluate, save.
-fn life(world: &dyn World<Cpu>, root: &Path, ended: impl FnMut(Phase)) -> moe_train::Result<Life> {
-    life_on(world, root, &source(&folded()), ended)
+fn life(
+    setup: &Setup,
+    world: &dyn World<Cpu>,
+    root: &Path,
+    ended: impl FnMut(Phase),
+) -> moe_train::Result<Life> {
+    life_on(setup, world, root, &source(setup), ended)
 }
 
 fn life_on(
+    setup: &Setup,
     world: &dyn World<Cpu>,
     root: &Path,
     source: &dyn BatchSource,
     mut ended: impl FnMut(Phase),
 ) -> moe_train::Result<Life> {
-    let setup = folded();
     let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), world, Cpu::poisoned(1))?;
     ended(Phase::New);
     trainer.evaluate(setup.folding.size(Attention::DP), |u| source.micro_batch(99, u))?;
@@ -86,7 +105,7 @@ fn life_on(
     ended(Phase::SecondStep);
     let val_loss = trainer.evaluate(setup.micro_batches(), |u| source.micro_batch(98, u))?;
     ended(Phase::Evaluate);
-    save(&trainer, root, 2, &meta(&setup, 2, 2))?;
+    save(&trainer, root, 2, &meta(setup, 2, 2))?;
     ended(Phase::Save);
     Ok((reports, pieces(&trainer)?, val_loss))
 }
@@ -116,19 +135,19 @@ struct Fallen {
 }
 
 /// A world whose rank [`FAULTY`] lives as `faulty` says.
-fn fall<F>(root: &Path, faulty: F) -> Fallen
+fn fall<F>(setup: &Setup, root: &Path, faulty: F) -> Fallen
 where
-    F: Fn(ThreadRank, &Path) -> moe_train::Result<Life> + Send + Sync + 'static,
+    F: Fn(&Setup, ThreadRank, &Path) -> moe_train::Result<Life> + Send + Sync + 'static,
 {
-    let root = root.to_owned();
+    let (setup, root) = (setup.clone(), root.to_owned());
     watched(move || {
         let own = Arc::new(Mutex::new(BTreeMap::new()));
         let seen = own.clone();
         let ended = ThreadWorld::run(WORLD, PATIENCE, move |world| {
             let rank = world.rank();
             let result = match rank {
-                FAULTY => faulty(world, &root),
-                _ => life(&world, &root, |_| ()),
+                FAULTY => faulty(&setup, world, &root),
+                _ => life(&setup, &world, &root, |_| ()),
             };
             let note = result.as_ref().map(drop).map_err(Error::to_string);
             seen.lock().unwrap().insert(rank, note);
@@ -167,10 +186,10 @@ impl Site {
     }
 }
 
-/// A run in which nothing goes wrong, and the calls to break in others, by what its rank [`FAULTY`] called in each phase.
-fn unharmed() -> (Vec<Site>, Outcome, Option<f64>) {
+/// A run in which nothing goes wrong, and what its rank [`FAULTY`] called in each phase.
+fn unharmed(setup: &Setup) -> (Counts, Outcome, Option<f64>) {
     let folder = tempfile::tempdir().unwrap();
-    let root = folder.path().to_owned();
+    let (setup, root) = (setup.clone(), folder.path().to_owned());
     let counters = Counters::default();
     let phases = Arc::new(Mutex::new(BTreeMap::new()));
     let seen = phases.clone();
@@ -182,9 +201,9 @@ fn unharmed() -> (Vec<Site>, Outcome, Option<f64>) {
                 let ended = |phase| {
                     seen.lock().unwrap().insert(phase, counters.snapshot());
                 };
-                life(&Counted::new(world, counters.clone()), &root, ended)
+                life(&setup, &Counted::new(world, counters.clone()), &root, ended)
             }
-            _ => life(&world, &root, |_| ()),
+            _ => life(&setup, &world, &root, |_| ()),
         })
     })
     .unwrap_or_else(|error| panic!("{error}"));
@@ -198,7 +217,7 @@ fn unharmed() -> (Vec<Site>, Outcome, Option<f64>) {
             .map(|(&phase, calls)| (phase, calls.iter().map(|(&key, count)| (key, count.calls)).collect()))
             .collect(),
     );
-    (counts.sites(), outcome, val_loss)
+    (counts, outcome, val_loss)
 }
 
 /// Calls by phase (up to its end), group and operation.
@@ -274,22 +293,43 @@ fn communicator(group: GroupKey) -> GroupKey {
 
 #[test]
 fn a_rank_that_fails_or_panics_is_named_in_every_phase() {
-    for site in unharmed().0 {
+    let setup = folded();
+    for site in unharmed(&setup).0.sites() {
         for fate in [Fate::Fail, Fate::Panic] {
-            let what = format!("{fate:?} in {site:?}");
-            let folder = tempfile::tempdir().unwrap();
-            let fault = site.fault(fate);
-            let fallen = fall(folder.path(), move |world, root| {
-                life(&Faulty::new(world, [fault.clone()]), root, |_| ())
-            });
-            assert_all_know(&fallen, &what);
-            let injected = format!("injected fault at {} of {}", site.op, site.group);
-            assert!(fallen.error.to_string().contains(&injected), "{what}: {}", fallen.error);
-            assert!(fallen.error.running.is_empty(), "{what}: {}", fallen.error);
-            assert_eq!(fallen.own.contains_key(&FAULTY), fate == Fate::Fail, "{what}");
-            assert_whole_or_absent(&site, folder.path());
+            break_at(&setup, &site, fate);
         }
     }
+}
+
+/// A world whose rank [`FAULTY`] fails or panics at a call: everybody else knows.
+fn break_at(setup: &Setup, site: &Site, fate: Fate) {
+    let what = format!("{}: {fate:?} in {site:?}", setup.schedule);
+    let folder = tempfile::tempdir().unwrap();
+    let fault = site.fault(fate);
+    let fallen = fall(setup, folder.path(), move |setup, world, root| {
+        life(setup, &Faulty::new(world, [fault.clone()]), root, |_| ())
+    });
+    assert_all_know(&fallen, &what);
+    let injected = format!("injected fault at {} of {}", site.op, site.group);
+    assert!(fallen.error.to_string().contains(&injected), "{what}: {}", fallen.error);
+    assert!(fallen.error.running.is_empty(), "{what}: {}", fallen.error);
+    assert_eq!(fallen.own.contains_key(&FAULTY), fate == Fate::Fail, "{what}");
+    assert_whole_or_absent(site, folder.path());
+}
+
+/// The same where it stops answering.
+fn hang_at(setup: &Setup, site: &Site) {
+    let folder = tempfile::tempdir().unwrap();
+    let fault = site.fault(Fate::Hang);
+    let fallen = fall(setup, folder.path(), move |setup, world, root| {
+        life(setup, &Faulty::new(world, [fault.clone()]), root, |_| ())
+    });
+    let what = format!("{}: {site:?}", setup.schedule);
+    assert_all_know(&fallen, &what);
+    assert_eq!(fallen.error.running, [FAULTY], "{what}: {}", fallen.error);
+    assert!(!fallen.own.contains_key(&FAULTY), "{what}: it went on");
+    assert!(fallen.error.to_string().contains("did not"), "{what}: {}", fallen.error);
+    assert_whole_or_absent(site, folder.path());
 }
 
 /// A save that did not end leaves a whole checkpoint or nothing.
@@ -308,22 +348,13 @@ fn assert_whole_or_absent(site: &Site, root: &Path) {
 
 #[test]
 fn a_rank_that_stops_answering_is_named_in_every_phase() {
-    let hangs = unharmed().0.into_iter().map(|site| {
-        thread::spawn(move || {
-            let folder = tempfile::tempdir().unwrap();
-            let fault = site.fault(Fate::Hang);
-            let fallen = fall(folder.path(), move |world, root| {
-                life(&Faulty::new(world, [fault.clone()]), root, |_| ())
-            });
-            let what = format!("{site:?}");
-            assert_all_know(&fallen, &what);
-            assert_eq!(fallen.error.running, [FAULTY], "{what}: {}", fallen.error);
-            assert!(!fallen.own.contains_key(&FAULTY), "{what}: it went on");
-            assert!(fallen.error.to_string().contains("did not"), "{what}: {}", fallen.error);
-            assert_whole_or_absent(&site, folder.path());
-        })
-    });
-    // All started before the first is awaited.
+    let setup = folded();
+    hang_at_all(unharmed(&setup).0.sites().into_iter().map(|site| (setup.clone(), site)));
+}
+
+/// All at once, as each takes as long as its peers' patience.
+fn hang_at_all(sites: impl Iterator<Item = (Setup, Site)>) {
+    let hangs = sites.map(|(setup, site)| thread::spawn(move || hang_at(&setup, &site)));
     for hang in hangs.collect::<Vec<_>>() {
         if let Err(panic) = hang.join() {
             std::panic::resume_unwind(panic);
@@ -331,16 +362,63 @@ fn a_rank_that_stops_answering_is_named_in_every_phase() {
     }
 }
 
+/// What a layer of experts calls of its expert group in a pass: its rows go there and back, with the probabilities, or their gradients,
+/// beside them on one way.
+const MOVEMENTS: u64 = 3;
+
+/// The movements of rows of rank [`FAULTY`] within its first overlap, and within its first input gradient that is no overlap's, if the
+/// schedule has such.
+fn woven_sites(setup: &Setup, counts: &Counts) -> Vec<Site> {
+    let (op, group) = ("all_to_all", communicator(Expert::EP.into()));
+    let program = setup.training_program(setup.global_batch_size).unwrap();
+    let mut call = counts.until(Phase::Forward, op, group);
+    let mut sites: Vec<Site> = Vec::new();
+    for action in program.schedule().list(setup.folding.stage(FAULTY) as u32) {
+        let phase = match action.kind {
+            Kind::Overlap { .. } => "overlap",
+            Kind::BackwardInput => "input gradient",
+            _ => "",
+        };
+        let moves = |part: &Action| matches!(part.kind, Kind::Forward | Kind::Backward | Kind::BackwardInput);
+        let end = call + MOVEMENTS * action.parts().filter(moves).count() as u64;
+        if !phase.is_empty() && sites.iter().all(|site| site.phase != phase) {
+            sites.extend((call..end).map(|call| Site { phase, op, group, call }));
+        }
+        call = end;
+    }
+    // None of another kind, so that these are where they should be.
+    assert_eq!(call, counts.until(Phase::Step, op, group));
+    sites
+}
+
+/// Passes that have started what they have not waited for, of two micro-batches, are let go.
+#[test]
+fn a_rank_that_goes_wrong_within_an_overlap_or_half_a_backward_pass_is_named() {
+    let mut hangs = Vec::new();
+    for (schedule, expected) in [(Named::Overlapped1F1B, 6), (Named::DualPipeV, 9)] {
+        let setup = scheduled(schedule);
+        let sites = woven_sites(&setup, &unharmed(&setup).0);
+        assert_eq!(sites.len(), expected, "{schedule}");
+        for (at, site) in sites.into_iter().enumerate() {
+            break_at(&setup, &site, if at % 2 == 0 { Fate::Fail } else { Fate::Panic });
+            hangs.push((setup.clone(), site));
+        }
+    }
+    hang_at_all(hangs.into_iter().step_by(2));
+}
+
 #[test]
 fn a_late_rank_changes_no_bit() {
-    let (sites, unharmed, val_loss) = unharmed();
+    let setup = folded();
+    let (counts, unharmed, val_loss) = unharmed(&setup);
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path().to_owned();
-    let delays: Vec<Fault> = sites.iter().map(|site| site.fault(Fate::Delay(PATIENCE / 40))).collect();
+    let delay = |site: &Site| site.fault(Fate::Delay(PATIENCE / 40));
+    let delays: Vec<Fault> = counts.sites().iter().map(delay).collect();
     let lives = watched(move || {
         ThreadWorld::run(WORLD, PATIENCE, move |world| match world.rank() {
-            FAULTY => life(&Faulty::new(world, delays.clone()), &root, |_| ()),
-            _ => life(&world, &root, |_| ()),
+            FAULTY => life(&setup, &Faulty::new(world, delays.clone()), &root, |_| ()),
+            _ => life(&setup, &world, &root, |_| ()),
         })
     })
     .unwrap_or_else(|error| panic!("{error}"));
@@ -388,8 +466,9 @@ impl World<Cpu> for NoCommunicator {
 fn a_rank_that_goes_wrong_while_it_makes_its_communicators_is_named() {
     for fate in [Fate::Fail, Fate::Panic, Fate::Hang] {
         let folder = tempfile::tempdir().unwrap();
-        let fallen =
-            fall(folder.path(), move |world, root| life(&NoCommunicator { world, fate }, root, |_| ()));
+        let fallen = fall(&folded(), folder.path(), move |setup, world, root| {
+            life(setup, &NoCommunicator { world, fate }, root, |_| ())
+        });
         assert_all_know(&fallen, &format!("{fate:?} in communicator()"));
         if fate != Fate::Hang {
             assert!(fallen.error.to_string().contains("injected"), "{}", fallen.error);
@@ -422,8 +501,8 @@ impl BatchSource for BadText {
 fn a_rank_that_goes_wrong_between_calls_is_named() {
     for fate in [Fate::Fail, Fate::Panic, Fate::Hang] {
         let folder = tempfile::tempdir().unwrap();
-        let fallen = fall(folder.path(), move |world, root| {
-            life_on(&world, root, &BadText { source: source(&folded()), fate }, |_| ())
+        let fallen = fall(&folded(), folder.path(), move |setup, world, root| {
+            life_on(setup, &world, root, &BadText { source: source(setup), fate }, |_| ())
         });
         assert_all_know(&fallen, &format!("{fate:?} while it reads"));
         if fate != Fate::Hang {
