@@ -11,6 +11,12 @@ use crate::{Routing, Sorted};
 /// mirror image, with a reduce-scatter over ETP for the gather.
 ///
 /// The rows of an expert stand in the order (ETP rank, EP rank, token) of their source.
+///
+/// # What moves between start and finish
+///
+/// Where EP or ETP is 1, all that moves. Where both are larger, the all-to-all over EP alone: rows to experts are gathered over ETP in
+/// `to_experts_finish`, when they have come, and rows to tokens are summed over ETP in `to_tokens_start`, before they go, and
+/// both calls wait for that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AllToAll {
     /// Experts of the layer.

@@ -34,8 +34,8 @@ pub trait DispatchState<I> {
 
 /// Brings tokens to their experts and results back, forward and backward.
 ///
-/// Every movement is two calls, `…_start` and `…_finish`, between which a schedule may put other work. Everything
-/// that a call needs to know about its micro-batch is in its [`State`](Dispatcher::State), which the caller keeps
+/// Every movement is two calls, `…_start` and `…_finish`, between which a schedule may put other work; what moves meanwhile,
+/// [`AllToAll`](crate::AllToAll#what-moves-between-start-and-finish) says of itself. Everything that a call needs to know about its micro-batch is in its [`State`](Dispatcher::State), which the caller keeps
 /// from the forward to the backward pass. All ranks of the EP×ETP group make the same calls in the same order.
 ///
 /// There are only two movements: rows *to experts* (dispatch, and the gradient of combine) and rows *to tokens*

@@ -5,7 +5,7 @@
 //! `e / (E/EP)`, sliced along its feed-forward dimension over ETP. A [`Dispatcher`] brings each token's row and the
 //! probability of each choice to the ranks that hold the expert, grouped by expert, and brings the results back,
 //! summed over choices and slices; and the same for gradients. Every movement is two calls, so that a schedule can
-//! work between them, and all that is kept from forward to backward is in a state that the caller owns: any number of
+//! work between them ([`AllToAll`] says what then moves), and all that is kept from forward to backward is in a state that the caller owns: any number of
 //! micro-batches are in flight.
 //!
 //! - [`AllToAll`], [`AllGather`]: the two dispatchers; [`TokenDispatcher`] picks by name.

@@ -13,6 +13,7 @@ pub struct Execution {
     /// What backward makes again instead of keeping it.
     pub recompute: RecomputeModules,
     /// Whether shared experts compute while rows are on their way to the experts, forward and backward, instead of when
-    /// they are back.
+    /// they are back. In woven passes they compute with the experts, or backward with attention, either way: rows of the other pass are
+    /// under way then.
     pub shared_expert_overlap: bool,
 }

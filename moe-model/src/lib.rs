@@ -13,7 +13,7 @@
 //!   weight gradients, are values that the caller owns. So any number of micro-batches are in flight and a schedule may
 //!   delay weight gradients.
 //! - [`TypedStage`] is a [`moe_pipeline::Stage`] and [`CommTransport`] a [`moe_pipeline::Transport`]: any validated
-//!   schedule runs it.
+//!   schedule runs it, overlaps layer by layer in the orders that [`DecoderStage::weave`] makes.
 //!
 //! The README runs forward and backward; here is what one rank of eight holds, known without a device or a second rank:
 //!

@@ -1,4 +1,9 @@
 //! A forward and a backward pass through stages, woven so that rows travel while the other pass computes.
+//!
+//! Starts and waits move rows and compute nothing besides, with one exception: where experts are spread over EP and sliced over ETP, the
+//! leg over ETP is waited for within them ([`AllToAll`](moe_dispatch::AllToAll)), so that the one over EP alone is hidden. Nor is hidden
+//! what compute steps wait for: the exchange of counts (of attention and router) and the second dispatch of a layer that is made again
+//! (of the gradient of the experts).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
