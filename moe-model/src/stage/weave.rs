@@ -38,8 +38,8 @@ fn cost(block: &Block) -> LayerCost {
 
 impl DecoderStage {
     /// Makes the orders in which the stages of a rank overlap: a forward pass through any of them and a backward pass through any of
-    /// them, layer by layer. Stages without orders run one pass after the other. A search takes milliseconds, some tenths of a second
-    /// for stages of dozens of layers; stages of the same layers share it.
+    /// them, layer by layer. Stages without orders run one pass after the other. A search takes milliseconds for dozens of layers; stages
+    /// of the same layers share it.
     ///
     /// # Errors
     /// Those of [`moe_pipeline::weave::weave`], which no layers here give cause for.
