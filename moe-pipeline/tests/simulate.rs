@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use common::{Draws, draw_schedule};
 use moe_pipeline::generate::{dual_pipe_v, forward_only, gpipe, one_f_one_b, zb_h1, zb_h2};
 use moe_pipeline::{
-    Action, Costs, Error, Flow, Idle, Kind, Link, Message, Overlap, Program, Schedule, StageCost, Timeline,
-    lower, simulate, validate,
+    Action, Costs, Error, Flow, Idle, Kind, Link, Message, Overlap, Program, Schedule, Span, StageCost,
+    Timeline, lower, simulate, validate,
 };
 use proptest::prelude::*;
 
@@ -142,11 +142,13 @@ fn drawings_and_traces_show_every_span() {
     assert!(
         spans.iter().all(|s| svg.contains(&format!("<title>{}, {} to {}</title>", s.action, s.start, s.end)))
     );
-    // A rectangle per pass, four of the legend, two rows and the ground; none reaches beyond the drawing.
+    // A rectangle per pass, five of the legend, two rows and the ground; none reaches beyond the drawing.
     let passes: usize = spans.iter().map(|s| s.action.parts().count()).sum();
-    assert_eq!(svg.matches("<rect ").count(), passes + 4 + 2 + 1);
+    assert_eq!(svg.matches("<rect ").count(), passes + 5 + 2 + 1);
     let ends = numbers(&svg, " x=\"").into_iter();
-    assert!(ends.into_iter().all(|x| (0.0..=1260.0).contains(&x)));
+    assert!(ends.into_iter().all(|x| (0.0..=1280.0).contains(&x)));
+    // A strip per rank, of as many activations as the program keeps.
+    assert_eq!((svg.matches("<path ").count(), svg.matches(">keeps 5<").count()), (2, 2));
 
     let trace = timeline.chrome_trace();
     assert_eq!(trace.matches("\"ph\":\"X\"").count(), spans.len() + timeline.trips.len());
@@ -162,8 +164,31 @@ fn drawings_and_traces_show_every_span() {
     let events = trace.lines().filter(|line| line.contains("\"ph\"")).count();
     assert_eq!(trace.matches("},\n").count(), events - 1);
 
+    let evaluation =
+        simulate(&program(&forward_only(2, 5).unwrap()), &Costs::uniform(2, cost(1.0, 0.0, 0.0), Link::FREE));
+    assert!(!evaluation.unwrap().svg().contains("kept"));
     let nothing = Timeline { spans: vec![Vec::new()], idle: vec![Idle::default()], ..Timeline::default() };
     assert!(nothing.svg().contains("rank 0") && nothing.chrome_trace().contains("rank 0"));
+}
+
+/// A part of a timeline, which has backward passes without their forward ones, and one that makes no sense.
+#[test]
+fn any_timeline_can_be_drawn() {
+    let schedule: Schedule = "0F0,0F1,0F2,0B0,0B1,0B2\n1F0,1F1,1B0,1F2,1B1,1B2\n".parse().unwrap();
+    let mut timeline =
+        simulate(&program(&schedule), &Costs::uniform(2, cost(1.0, 1.0, 1.0), Link::FREE)).unwrap();
+    timeline.spans[0].drain(..4);
+    timeline.spans[1].drain(..2);
+    let svg = timeline.svg();
+    // 0B1 and 0B2 free two; 1B0 and 1B1 free two, between which 1F2 keeps another.
+    assert_eq!((svg.matches(">keeps 2<").count(), svg.matches("<path ").count()), (2, 2));
+    let kept: Vec<f64> = numbers(&timeline.chrome_trace(), "\"kept\":");
+    assert_eq!(kept, [2.0, 1.0, 0.0, 2.0, 1.0, 2.0, 1.0, 0.0]);
+
+    let input = Span { action: Action::new(0, Kind::BackwardInput, 0), start: 2.0, end: 1.0 };
+    timeline.spans = vec![vec![input]];
+    assert!(timeline.svg().contains(">keeps 0<") && !timeline.svg().contains("NaN"));
+    assert_eq!(timeline.draw(4), "rank 0 ....\n");
 }
 
 #[test]

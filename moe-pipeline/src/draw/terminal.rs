@@ -21,7 +21,8 @@ impl Timeline {
                     Kind::Overlap { .. } => '#',
                     _ => '=',
                 };
-                let block = &mut line[column(span.start)..column(span.end)];
+                let end = column(span.end);
+                let block = &mut line[column(span.start).min(end)..end];
                 let label = span.action.microbatch.to_string();
                 for (cell, c) in block.iter_mut().zip(label.chars().chain(std::iter::repeat(fill))) {
                     *cell = c;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::ops::Range;
 
-use crate::{Kind, Timeline, Trip};
+use super::kept;
+use crate::{Span, Timeline, Trip};
 
 impl Timeline {
     /// A trace in Chrome's JSON format, for Perfetto (ui.perfetto.dev) and `chrome://tracing`: a lane per rank, how many
@@ -12,36 +13,16 @@ impl Timeline {
     /// is shown as a microsecond.
     pub fn chrome_trace(&self) -> String {
         let mut trace = String::from("{\"traceEvents\":[\n");
-        let keeps = self
-            .spans
-            .iter()
-            .flatten()
-            .flat_map(|span| span.action.parts())
-            .any(|part| part.kind != Kind::Forward);
         for (rank, spans) in self.spans.iter().enumerate() {
             lane(&mut trace, 0, rank, &format!("rank {rank}"));
-            let mut kept: i64 = 0;
-            for span in spans {
-                let (action, start, end) = (span.action, span.start, span.end);
+            for &Span { action, start, end } in spans {
                 event(&mut trace, (0, rank), &action.to_string(), action.kind.name(), start..end);
-                for part in action.parts().filter(|_| keeps) {
-                    let at = match part.kind {
-                        Kind::Forward => {
-                            kept += 1;
-                            start
-                        }
-                        Kind::Backward | Kind::BackwardWeight => {
-                            kept -= 1;
-                            end
-                        }
-                        _ => continue,
-                    };
-                    let _ = writeln!(
-                        trace,
-                        "{{\"name\":\"activations of rank {rank}\",\"ph\":\"C\",\"pid\":0,\"ts\":{at},\
-                         \"args\":{{\"kept\":{kept}}}}},"
-                    );
-                }
+            }
+            for (at, kept) in kept(spans) {
+                let _ = writeln!(
+                    trace,
+                    "{{\"name\":\"activations of rank {rank}\",\"ph\":\"C\",\"pid\":0,\"ts\":{at},\"args\":{{\"kept\":{kept}}}}},"
+                );
             }
         }
         let mut links: BTreeMap<(u32, u32), Vec<&Trip>> = BTreeMap::new();
