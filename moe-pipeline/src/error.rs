@@ -264,6 +264,12 @@ pub enum Error {
         /// The action that keeps too much.
         at: At,
     },
+    /// A timeline of another program, or of a part of it.
+    #[error("rank {rank} of the timeline does not do what the program does")]
+    OtherTimeline {
+        /// The first such rank.
+        rank: u32,
+    },
     /// A cost that is negative or not a number.
     #[error("the cost of {what} {index} is {value}; costs are finite and not negative")]
     Cost {

@@ -63,7 +63,7 @@ impl Program {
     /// backward pass frees is kept until its end. The highest level is that of [`peak_memory`](Program::peak_memory).
     ///
     /// # Errors
-    /// As [`peak_memory`](Program::peak_memory).
+    /// As [`peak_memory`](Program::peak_memory), or a timeline that is not of this program.
     ///
     /// ```
     /// use moe_pipeline::{Costs, Link, StageCost, StageMemory, generate, lower, simulate, validate};
@@ -79,6 +79,7 @@ impl Program {
     /// ```
     pub fn memory_over_time(&self, timeline: &Timeline, memory: &[StageMemory]) -> Result<Vec<Vec<Level>>> {
         self.peak_memory(memory)?;
+        self.check_timeline(timeline)?;
         if self.schedule().pass() == Pass::ForwardOnly {
             return Ok(vec![Vec::new(); timeline.spans.len()]);
         }
@@ -96,6 +97,20 @@ impl Program {
             levels
         };
         Ok(timeline.spans.iter().map(of_rank).collect())
+    }
+
+    /// The levels of a program's own passes neither overflow nor fall below nothing.
+    fn check_timeline(&self, timeline: &Timeline) -> Result<()> {
+        let same = |rank: u32| {
+            let passes = self.schedule().list(rank).iter().filter(|action| action.kind.is_compute());
+            let spans = timeline.spans.get(rank as usize).map_or(&[][..], Vec::as_slice);
+            passes.eq(spans.iter().map(|span| &span.action))
+        };
+        let ranks = timeline.spans.len().max(self.schedule().placement().ranks() as usize) as u32;
+        match (0..ranks).find(|&rank| !same(rank)) {
+            Some(rank) => Err(Error::OtherTimeline { rank }),
+            None => Ok(()),
+        }
     }
 
     fn check_stages(&self, memory: &[StageMemory]) -> Result<()> {

@@ -51,6 +51,31 @@ fn stages_count_with_their_own_memory() {
     );
 }
 
+/// Of another program, of a part of one, of fewer ranks: levels would fall below nothing.
+#[test]
+fn a_timeline_of_another_program_is_refused() {
+    let timeline = |program: &Program| {
+        let stages = program.schedule().placement().stages();
+        simulate(program, &Costs::uniform(stages, StageCost::default(), Link::FREE)).unwrap()
+    };
+    let one = program(one_f_one_b(2, 3).unwrap());
+    let levels = |timeline| one.memory_over_time(&timeline, &[StageMemory { activation: 1, deferred: 1 }; 2]);
+    let own = timeline(&one);
+    assert!(levels(own.clone()).is_ok());
+    let mut part = own.clone();
+    part.spans[1].remove(0);
+    let mut fewer = own.clone();
+    fewer.spans.pop();
+    assert_eq!(levels(part), Err(Error::OtherTimeline { rank: 1 }));
+    assert_eq!(levels(fewer), Err(Error::OtherTimeline { rank: 1 }));
+    let others = [zb_h1(2, 3), one_f_one_b(2, 2), one_f_one_b(2, 4), forward_only(2, 3)];
+    for other in others {
+        assert_eq!(levels(timeline(&program(other.unwrap()))), Err(Error::OtherTimeline { rank: 0 }));
+    }
+    let more = timeline(&program(one_f_one_b(3, 3).unwrap()));
+    assert!(matches!(levels(more), Err(Error::OtherTimeline { .. })));
+}
+
 proptest! {
     /// Any schedule: with as much deferred as kept it is the peak of activations, and it is what a look at every moment gives.
     #[test]
