@@ -147,6 +147,8 @@ fn drawings_and_traces_show_every_span() {
     assert_eq!(svg.matches("<rect ").count(), passes + 5 + 2 + 1);
     let ends = numbers(&svg, " x=\"").into_iter();
     assert!(ends.into_iter().all(|x| (0.0..=1280.0).contains(&x)));
+    // hsl(210, 70%, 78%), a forward pass of a first stage.
+    assert!(svg.contains("fill=\"#a0c7ee\""));
     // A strip per rank, of as many activations as the program keeps.
     assert_eq!((svg.matches("<path ").count(), svg.matches(">keeps 5<").count()), (2, 2));
 

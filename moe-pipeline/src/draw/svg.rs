@@ -107,14 +107,20 @@ fn strip(svg: &mut String, kept: &[(f64, u32)], most: u32, y: f64, scale: f64) {
     );
 }
 
-/// The colour of a pass of a rank's `nth` stage.
+/// The colour of a pass of a rank's `nth` stage, in red, green and blue: not every program that reads SVG knows `hsl()`.
 fn colour(kind: Kind, nth: usize) -> String {
     let (hue, saturation) = match kind {
-        Kind::Forward => (210, 70),
-        Kind::BackwardInput => (150, 45),
-        Kind::BackwardWeight => (35, 80),
-        _ => (120, 45),
+        Kind::Forward => (210.0, 0.7),
+        Kind::BackwardInput => (150.0, 0.45),
+        Kind::BackwardWeight => (35.0, 0.8),
+        _ => (120.0, 0.45),
     };
-    let lightness = 78 - 12 * nth.min(3);
-    format!("hsl({hue},{saturation}%,{lightness}%)")
+    let lightness = 0.78 - 0.12 * nth.min(3) as f64;
+    let chroma = saturation * lightness.min(1.0 - lightness);
+    let channel = |turn: f64| {
+        let at = (turn + hue / 30.0) % 12.0;
+        let part = lightness - chroma * (at - 3.0).min(9.0 - at).clamp(-1.0, 1.0);
+        (255.0 * part).round() as u8
+    };
+    format!("#{:02x}{:02x}{:02x}", channel(0.0), channel(8.0), channel(4.0))
 }
