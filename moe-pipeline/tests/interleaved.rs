@@ -103,12 +103,13 @@ fn whatever_is_accepted_is_valid() {
     }
 }
 
-/// Section 2.2 of arXiv 2104.04473: the time that 1F1B idles, by v; and p·v + p − 1 − 2r activations of a stage.
+/// Section 2.2 of arXiv 2104.04473: the time that 1F1B idles, by v; and p·v + p − 1 − 2r activations of a stage, unless there are
+/// fewer. For all sizes up to 16 ranks and 64 micro-batches.
 #[test]
 fn idle_and_peak_are_the_closed_forms() {
     for p in 1..=16 {
         for v in 2..=4 {
-            for m in (p..=64).step_by(p as usize).filter(|m| m / p <= 5 || m + p > 64) {
+            for m in (p..=64).step_by(p as usize) {
                 let program = program(&interleaved_1f1b(p, v, m, None).unwrap());
                 for (f, i, w) in [(1.0, 1.0, 1.0), (1.0, 1.25, 0.75), (2.0, 0.5, 0.25), (0.5, 3.0, 4.0)] {
                     let cost = StageCost { forward: f, backward_input: i, backward_weight: w };
@@ -120,10 +121,8 @@ fn idle_and_peak_are_the_closed_forms() {
                         assert_eq!(rank.total(), idle, "p={p} v={v} m={m}");
                     }
                 }
-                if m >= 2 * p {
-                    let peak: Vec<u32> = (0..p).map(|r| p * v + p - 1 - 2 * r).collect();
-                    assert_eq!(program.peak_in_flight(), peak);
-                }
+                let peak: Vec<u32> = (0..p).map(|r| (p * v + p - 1 - 2 * r).min(m * v)).collect();
+                assert_eq!(program.peak_in_flight(), peak, "p={p} v={v} m={m}");
             }
         }
     }

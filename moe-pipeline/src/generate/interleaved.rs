@@ -37,8 +37,8 @@ pub fn interleaved_1f1b(
 /// the other's compute. For that the two must not need each other, so ranks go one pass further ahead than in
 /// [`interleaved_1f1b`]: 2(p−r−1) + (v−1)·group + 1.
 ///
-/// With groups of p, m a multiple of p and at least 2p, rank 0 keeps p·v + p activations of a stage, those of both passes of
-/// a pair; each rank 2 fewer than the one before. With one virtual stage the rule is the same, so that ranks go twice as far ahead as in [1F1B](one_f_one_b).
+/// With groups of p and m a multiple of p, rank r keeps min(m·v, p·v + p − 2r) activations of a stage, those of both passes of
+/// a pair among them. With one virtual stage the rule is the same, so that ranks go twice as far ahead as in [1F1B](one_f_one_b).
 ///
 /// # Errors
 /// As [`interleaved_1f1b`]; one virtual stage takes any number of micro-batches.
@@ -56,11 +56,12 @@ pub fn overlapped_1f1b(
 /// micro-batches through one of them before the next, forward through all stages, then backward. One virtual stage is
 /// [GPipe](super::gpipe).
 ///
-/// Any number of micro-batches is legal, as against [`interleaved_1f1b`], and all activations are kept. Micro-batches go
-/// backward in ascending order, where torch's `ScheduleLoopedBFS` takes the last one first.
+/// Any number of micro-batches is legal, as against [`interleaved_1f1b`], and all activations are kept. With stage costs f and b each
+/// rank idles (p−1 + (v−1)·max(p−m, 0))(f+b) per step: where ranks have fewer micro-batches than they are, they wait in each round.
+/// Micro-batches go backward in ascending order, where torch's `ScheduleLoopedBFS` takes the last one first.
 ///
 /// # Errors
-/// No rank, virtual stage or micro-batch.
+/// No rank, virtual stage or micro-batch, or more stages than can be numbered.
 pub fn breadth_first(ranks: u32, virtual_stages: u32, microbatches: u32) -> Result<Schedule> {
     let placement = Placement::looped(ranks, virtual_stages)?;
     let list = |rank: u32| {
