@@ -21,15 +21,21 @@ impl Placement {
     /// Stage `s` on rank `rank_of[s]`.
     ///
     /// # Errors
-    /// No stage, or a rank below the highest that owns none.
+    /// No stage, more than can be numbered, or a rank below the highest that owns none.
     pub fn new(rank_of: Vec<u32>) -> Result<Self> {
         let highest = *rank_of.iter().max().ok_or(Error::Empty { what: "stage" })?;
         if rank_of.len() >= 1 << 31 {
             return Err(Error::TooManyStages { stages: rank_of.len() });
         }
         let ranks = highest.saturating_add(1);
-        if highest as usize >= rank_of.len() {
-            let rank = (0..ranks).find(|r| !rank_of.contains(r)).unwrap_or(highest);
+        // Of more ranks than stages, one of the first as many owns none: what one number says makes nobody allocate.
+        let mut owns = vec![false; rank_of.len().min(ranks as usize)];
+        for &rank in &rank_of {
+            if let Some(owns) = owns.get_mut(rank as usize) {
+                *owns = true;
+            }
+        }
+        if let Some(rank) = (0..).zip(owns).find_map(|(rank, owns)| (!owns).then_some(rank)) {
             return Err(Error::RankWithoutStage { rank, ranks });
         }
         let mut stages_of = vec![Vec::new(); ranks as usize];
@@ -39,10 +45,7 @@ impl Placement {
             local.push(owned.len() as u32);
             owned.push(stage);
         }
-        match (0..).zip(&stages_of).find(|(_, owned)| owned.is_empty()) {
-            Some((rank, _)) => Err(Error::RankWithoutStage { rank, ranks }),
-            None => Ok(Placement { rank_of, local, stages_of, copies: 1 }),
-        }
+        Ok(Placement { rank_of, local, stages_of, copies: 1 })
     }
 
     /// `copies` pipelines of as many stages each: the first `rank_of.len() / copies` entries are the first one's.
@@ -60,9 +63,9 @@ impl Placement {
     /// One stage per rank, in rank order.
     ///
     /// # Errors
-    /// No rank.
+    /// No rank, or more than can be numbered.
     pub fn linear(ranks: u32) -> Result<Self> {
-        Self::new((0..ranks).collect())
+        Self::looped(ranks, 1)
     }
 
     /// `virtual_stages` stages per rank, in rounds: stage `s` on rank `s mod ranks`.

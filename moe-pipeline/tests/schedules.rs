@@ -195,13 +195,38 @@ fn sizes_that_a_schedule_is_not_defined_for() {
         "DualPipe on 3 ranks cannot take 8 micro-batches: it needs an even number of ranks"
     );
     assert!(text(dual_pipe(4, 7)).ends_with("it needs an even number of them, at least 8"));
-    for generate in
-        [zb_h1, zb_h2, zb_v, v_half, v_min, dual_pipe, dual_pipe_v, |p, m| overlapped_1f1b(p, 2, m, None)]
-    {
+    for generate in [
+        gpipe,
+        one_f_one_b,
+        forward_only,
+        zb_h1,
+        zb_h2,
+        zb_v,
+        v_half,
+        v_min,
+        dual_pipe,
+        dual_pipe_v,
+        |p, m| breadth_first(p, 2, m),
+        |p, m| interleaved_1f1b(p, 2, m, None),
+        |p, m| overlapped_1f1b(p, 2, m, None),
+    ] {
         assert_eq!(generate(0, 4), Err(Error::Empty { what: "stage" }));
         assert!(generate(4, 0).is_err());
-        assert!(generate(u32::MAX, u32::MAX).is_err());
+        assert!(matches!(generate(u32::MAX, u32::MAX), Err(Error::TooManyStages { .. })));
     }
+}
+
+/// Far more ranks than micro-batches, and a rank that is found missing only at the end: what it takes grows as what is made.
+#[test]
+fn many_ranks() {
+    let ranks = 100_000;
+    for generate in [gpipe, one_f_one_b, zb_h1, zb_h2, zb_v] {
+        let stages = generate(ranks, 1).unwrap().placement().stages();
+        assert!(stages == ranks || stages == 2 * ranks);
+    }
+    let last = 1 << 21;
+    let without_last = std::iter::once(last + 1).chain((0..last).rev()).collect();
+    assert_eq!(Placement::new(without_last), Err(Error::RankWithoutStage { rank: last, ranks: last + 2 }));
 }
 
 #[test]

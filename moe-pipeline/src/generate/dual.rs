@@ -77,7 +77,7 @@ fn meet(mut turns: Turns, near: u32, far: u32, depth: u32, length: u32, microbat
         turns.weight();
         turns.forward(far);
     }
-    for turn in 0..microbatches + after - 2 * length {
+    for turn in 0..microbatches - 2 * length + after {
         // Where the streams meet, what the first overlap would wait for comes from its own far stage: apart, they wait less.
         if turn == 0 && before == 0 {
             turns.forward(near);

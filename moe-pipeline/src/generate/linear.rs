@@ -7,7 +7,7 @@ use crate::{Action, Kind, Pass, Placement, Result, Schedule};
 /// With stage costs f and b, each rank idles (p−1)(f+b) per step and keeps m activations.
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn gpipe(ranks: u32, microbatches: u32) -> Result<Schedule> {
     linear(ranks, microbatches, Pass::ForwardBackward, |_| microbatches)
 }
@@ -18,7 +18,7 @@ pub fn gpipe(ranks: u32, microbatches: u32) -> Result<Schedule> {
 /// With stage costs f and b, each rank idles (p−1)(f+b) per step like GPipe's, but keeps only min(m, p−r) activations.
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn one_f_one_b(ranks: u32, microbatches: u32) -> Result<Schedule> {
     linear(ranks, microbatches, Pass::ForwardBackward, |rank| (ranks - rank).min(microbatches))
 }
@@ -26,7 +26,7 @@ pub fn one_f_one_b(ranks: u32, microbatches: u32) -> Result<Schedule> {
 /// Forward passes alone, for evaluation.
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn forward_only(ranks: u32, microbatches: u32) -> Result<Schedule> {
     linear(ranks, microbatches, Pass::ForwardOnly, |_| microbatches)
 }

@@ -6,11 +6,11 @@ use crate::{Action, Error, Kind, Pass, Placement, Result, Schedule};
 
 /// ZB-H1 (arXiv 2401.10241): 1F1B in which rank r does each `W` r input gradients after its own.
 ///
-/// With stage costs f, i and w, each rank idles (p−1)(f+i−w) per step if w is no longer than f and i, and keeps min(m, p)
-/// activations: as many as the first rank of [1F1B](super::one_f_one_b).
+/// With stage costs f, i and w, each rank idles (p−1)(f+i) − (min(m, p)−1)w per step if w is no longer than f and i, which is
+/// (p−1)(f+i−w) from p micro-batches on, and keeps min(m, p) activations: as many as the first rank of [1F1B](super::one_f_one_b).
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn zb_h1(ranks: u32, microbatches: u32) -> Result<Schedule> {
     interleaved_zero_bubble(ranks, 1, microbatches, None)
 }
@@ -40,7 +40,7 @@ pub fn interleaved_zero_bubble(
 /// together; with equal f, i and w no rank idles between its first and its last action. Each rank keeps 2p−1 activations, twice as many as with [1F1B](super::one_f_one_b).
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn zb_h2(ranks: u32, microbatches: u32) -> Result<Schedule> {
     let sizes = Interleaved::new(ranks, 1, microbatches, None)?;
     sizes.schedule(|rank| {
@@ -60,29 +60,31 @@ fn weight(input: Action) -> Action {
 /// keeps 2p activations of a stage, which is the memory of [1F1B](super::one_f_one_b)'s first rank, as a stage is half of a rank's layers.
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn zb_v(ranks: u32, microbatches: u32) -> Result<Schedule> {
     let placement = Placement::v_shaped(ranks)?;
     if microbatches == 0 {
         return Err(Error::Empty { what: "micro-batch" });
     }
-    // The pattern is that of enough micro-batches to fill the pipeline; those that are not there drop out.
+    // The pattern is that of enough micro-batches to fill the pipeline; those that are not there drop out. After as many turns as
+    // there are micro-batches nothing is left for another.
     let filled = microbatches.max(2 * ranks - 1);
+    let turn = |times: u32| 0..times.min(microbatches);
     let list = |rank: u32| {
         let (down, up) = (rank, 2 * ranks - 1 - rank);
         let mut turns = Turns::new([down, up].map(|stage| (stage, 0..microbatches)));
-        (0..2 * (ranks - rank) - 1).for_each(|_| turns.forward(down));
-        for _ in 0..rank {
+        turn(2 * (ranks - rank) - 1).for_each(|_| turns.forward(down));
+        for _ in turn(rank) {
             turns.forward(up);
             turns.forward(down);
         }
-        for _ in 0..ranks - rank {
+        for _ in turn(ranks - rank) {
             turns.forward(up);
             turns.input(up);
             turns.weight_of(up);
         }
         // As many as go forward through the upper stage from here on.
-        for _ in 0..filled - ranks {
+        for _ in turn(filled - ranks) {
             turns.forward(down);
             turns.input(down);
             turns.weight_of(down);
@@ -90,11 +92,11 @@ pub fn zb_v(ranks: u32, microbatches: u32) -> Result<Schedule> {
             turns.input(up);
             turns.weight_of(up);
         }
-        for _ in 0..rank {
+        for _ in turn(rank) {
             turns.input(down);
             turns.input(up);
         }
-        for _ in 0..ranks - rank {
+        for _ in turn(ranks - rank) {
             turns.input(down);
             turns.weight_of(down);
         }
