@@ -27,10 +27,11 @@ fn draw_costs(stages: u32, spread: usize, draws: &mut Draws) -> Costs {
 fn at_least_as_good_as_every_published_one() {
     let mut better = 0;
     let mut draws = Draws(7);
-    for named in Named::ALL {
-        for (p, m) in [(2, 6), (4, 8), (4, 16), (6, 13), (8, 24)] {
+    for &named in Named::ALL {
+        let sizes = [(2, 6), (4, 8), (4, 9), (4, 16), (6, 13), (8, 24)].into_iter();
+        for (p, m, group) in sizes.flat_map(|(p, m)| [None, Some(p), Some(m)].map(|group| (p, m, group))) {
             let virtual_stages = named.virtual_stages().unwrap_or(2);
-            let sizes = Sizes { ranks: p, virtual_stages, microbatches: m, group: None };
+            let sizes = Sizes { ranks: p, virtual_stages, microbatches: m, group };
             let Ok(published) = named.generate(sizes) else { continue };
             let stages = published.placement().stages();
             let lowered = validate(lower(&published).unwrap(), None).unwrap();

@@ -232,7 +232,7 @@ fn many_ranks() {
 #[test]
 fn schedules_by_name() {
     let sizes = |virtual_stages| Sizes { ranks: 4, virtual_stages, microbatches: 10, group: None };
-    for named in Named::ALL {
+    for &named in Named::ALL {
         assert_eq!(named.to_string().parse::<Named>(), Ok(named));
         assert!(named.torch_name().is_none_or(|name| name.parse() == Ok(named)));
         match named.virtual_stages() {

@@ -55,9 +55,17 @@ pub struct Sizes {
     pub group: Option<u32>,
 }
 
+impl Sizes {
+    /// The group, given or not.
+    pub(super) fn group(self) -> u32 {
+        let rounds = self.microbatches.checked_div(self.ranks).unwrap_or(0).max(1);
+        self.group.unwrap_or(self.microbatches / rounds)
+    }
+}
+
 impl Named {
     /// All of them.
-    pub const ALL: [Named; 13] = [
+    pub const ALL: &'static [Named] = &[
         Named::GPipe,
         Named::OneFOneB,
         Named::BreadthFirst,
@@ -188,9 +196,9 @@ impl FromStr for Named {
 
     fn from_str(text: &str) -> Result<Self> {
         let named = |named: &Named| named.name() == text || named.torch_name() == Some(text);
-        Named::ALL.into_iter().find(named).ok_or_else(|| Error::NotASchedule {
+        Named::ALL.iter().copied().find(named).ok_or_else(|| Error::NotASchedule {
             text: text.to_owned(),
-            names: Named::ALL.map(Named::name).join(", "),
+            names: Named::ALL.iter().map(|named| named.name()).collect::<Vec<_>>().join(", "),
         })
     }
 }

@@ -47,7 +47,7 @@ pub struct Chosen {
 impl Pipeline {
     /// Every named schedule of these sizes, or why there is none. A number of stages that one cannot have is replaced by its own.
     pub fn named(&self) -> impl Iterator<Item = (String, moe_pipeline::Result<Schedule>)> {
-        Named::ALL.into_iter().map(|named| {
+        Named::ALL.iter().copied().map(|named| {
             let vpp = named.virtual_stages().or(self.vpp);
             (named.to_string(), Pipeline { vpp, ..*self }.generate(named))
         })
