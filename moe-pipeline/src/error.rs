@@ -175,7 +175,7 @@ pub enum Error {
     },
     /// Less memory than one micro-batch needs.
     #[error(
-        "rank {rank} has {stages} stages, so {most} activations cannot take a micro-batch through them: allow {stages} or more"
+        "rank {rank} has {stages} stages, so {budget} activations cannot take a micro-batch through them: allow {stages} or more"
     )]
     TooFewActivations {
         /// The rank.
@@ -183,7 +183,7 @@ pub enum Error {
         /// Its stages.
         stages: u32,
         /// Activations allowed.
-        most: u32,
+        budget: u32,
     },
 
     /// Lowering starts from less than it was given.

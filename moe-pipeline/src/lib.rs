@@ -51,7 +51,8 @@
 //! - **No deadlock.** A program runs over a transport whose sends and receives block until they meet, hence over any.
 //! - **Nothing waits for ever.** When a rank fails, [`execute`](execute()) aborts its transport, and the others' errors
 //!   name the failure; a dead or silent peer is an error within the transport's deadline.
-//! - Generating, lowering, validating and simulating are linear in the number of actions.
+//! - Generating, lowering, validating and simulating are linear in the number of actions. (To make V-Half and V-Min also takes a
+//!   time that grows with the cube of the number of ranks.)
 #![forbid(unsafe_code)]
 
 mod action;

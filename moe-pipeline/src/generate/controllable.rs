@@ -17,10 +17,10 @@ const PERIOD: usize = 6;
 ///
 /// With equal f, i and w and at least 2p micro-batches each rank idles (3p−7)f for an even p from 4 on, (3p−4)f for an odd one from
 /// 3 on, however many micro-batches there are; it keeps at most p+2 activations of a stage, p+1 for an odd p. With other costs it
-/// may idle more.
+/// may idle more. To make it takes a time that is linear in m, and for its beginning and end one that grows with p³.
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn v_half(ranks: u32, microbatches: u32) -> Result<Schedule> {
     from_block(ranks, microbatches, |p, r| {
         let gap = if p.is_multiple_of(2) { 3 } else { 0 };
@@ -31,11 +31,12 @@ pub fn v_half(ranks: u32, microbatches: u32) -> Result<Schedule> {
 /// V-Min (arXiv 2405.15362): two stages per rank, placed [in a V](Placement::v_shaped), with about a third of the activations of
 /// [ZB-V](super::zb_v).
 ///
-/// With equal f, i and w each rank idles (4p−7)f if 3 divides p and (4p−5)f otherwise; it keeps at most 2⌊(p+1)/3⌋ + 2
-/// activations of a stage. With other costs the idle time grows with the number of micro-batches: ask the simulator.
+/// With equal f, i and w, p ≥ 2 and at least 2p micro-batches each rank idles (4p−7)f if 3 divides p and (4p−5)f otherwise; it keeps
+/// at most 2⌊(p+1)/3⌋ + 2 activations of a stage. With other costs the idle time grows with the number of micro-batches: ask the
+/// simulator. It takes as long to make as [V-Half](v_half).
 ///
 /// # Errors
-/// No rank or no micro-batch.
+/// No rank or no micro-batch, or more stages than can be numbered.
 pub fn v_min(ranks: u32, microbatches: u32) -> Result<Schedule> {
     from_block(ranks, microbatches, |p, r| {
         let gap = if p.is_multiple_of(3) { 2 } else { 0 };

@@ -12,13 +12,13 @@ use crate::{Action, Error, Kind, Pass, Placement, Result, Schedule};
 /// 1F1B's, as a stage is 1/v of a rank's layers; it keeps min(m·v, 2(p−r−1) + (v−1)·group + 1) activations of a stage.
 /// Larger groups keep more and give each message more time.
 ///
-/// `group` is p unless given, and Megatron's `microbatch_group_size_per_vp_stage`. One virtual stage is [1F1B](one_f_one_b),
-/// whatever the group.
+/// `group` is Megatron's `microbatch_group_size_per_vp_stage`, and p unless given, as there. ([`Sizes`](super::Sizes) without a
+/// group take torch's, which is larger where p does not divide m.) One virtual stage is [1F1B](one_f_one_b), whatever the group.
 ///
 /// # Errors
-/// No rank, virtual stage or micro-batch. With several virtual stages, a group larger than m; or a group, or a rest of m in
-/// the last one, smaller than p, in which a micro-batch would not be back at the first rank when its turn comes. (A group of
-/// all m is legal however few they are: ranks then wait for it.)
+/// No rank, virtual stage or micro-batch, or more stages than can be numbered. With several virtual stages, a group larger than m; or
+/// a group, or a rest of m in the last one, smaller than p, in which a micro-batch would not be back at the first rank when its turn
+/// comes. (A group of all m is legal however few they are: ranks then wait for it.)
 pub fn interleaved_1f1b(
     ranks: u32,
     virtual_stages: u32,

@@ -9,27 +9,28 @@ use crate::{
     Action, Costs, Error, Kind, Message, Pass, Placement, Result, Schedule, lower, simulate, validate,
 };
 
-/// The shortest step that is found for a placement and measured costs, with at most `most` activations of a stage kept per rank.
+/// The shortest step that is found for a placement and measured costs, with at most `budget` activations of a stage kept per rank.
 ///
 /// Tried are lists made by what is ready first at these costs, under several rules of what to prefer, and the published schedules
-/// of the same placement that keep no more; so it is at least as good as each of those at these costs. Backward passes are split, so
-/// a stage must be able to. Overlaps are not made.
+/// of the same placement that keep no more; so it is at least as good as each of those at these costs. (Those with groups of
+/// micro-batches are tried in groups of p, of all, and [without a group](Sizes::group), where these are legal.) Backward passes are
+/// split, so a stage must be able to. Overlaps are made only by the published schedules that have them.
 ///
 /// # Errors
-/// No micro-batch, costs of the wrong number, negative or not finite, or fewer activations than a rank has stages: one micro-batch
+/// No micro-batch; costs that [`simulate`](crate::simulate()) refuses; or fewer activations than a rank has stages: one micro-batch
 /// could not go through.
-pub fn for_costs(placement: &Placement, microbatches: u32, costs: &Costs, most: u32) -> Result<Schedule> {
+pub fn for_costs(placement: &Placement, microbatches: u32, costs: &Costs, budget: u32) -> Result<Schedule> {
     if microbatches == 0 {
         return Err(Error::Empty { what: "micro-batch" });
     }
     costs.check(placement.stages() as usize)?;
     let stages = |rank| placement.stages_of(rank).len() as u32;
-    if let Some(rank) = (0..placement.ranks()).find(|&rank| stages(rank) > most) {
-        return Err(Error::TooFewActivations { rank, stages: stages(rank), most });
+    if let Some(rank) = (0..placement.ranks()).find(|&rank| stages(rank) > budget) {
+        return Err(Error::TooFewActivations { rank, stages: stages(rank), budget });
     }
     let mut best: Option<(f64, Schedule)> = None;
     let mut offer = |schedule: Schedule| -> Result<()> {
-        let program = match validate(lower(&schedule)?, Some(most)) {
+        let program = match validate(lower(&schedule)?, Some(budget)) {
             Err(Error::OverBudget { .. }) => return Ok(()),
             program => program?,
         };
@@ -41,11 +42,23 @@ pub fn for_costs(placement: &Placement, microbatches: u32, costs: &Costs, most: 
     };
     let (ranks, virtual_stages) = (placement.ranks(), placement.stages() / placement.ranks());
     let sizes = Sizes { ranks, virtual_stages, microbatches, group: None };
-    let published = Named::ALL.into_iter().filter_map(|named| named.generate(sizes).ok());
-    published.filter(|schedule| schedule.placement() == placement).try_for_each(&mut offer)?;
+    let mut groups = vec![sizes.group_or_default(), ranks, microbatches];
+    groups.sort_unstable();
+    groups.dedup();
+    let own = |named: &Named| named.placement(ranks, virtual_stages).as_ref() == Ok(placement);
+    for named in Named::ALL.iter().copied().filter(own) {
+        let has_groups = named.has_groups() && virtual_stages > 1;
+        for &group in if has_groups { &groups[..] } else { &groups[..1] } {
+            // Sizes that a published schedule is not made for do not keep the others from being tried.
+            if let Ok(schedule) = named.generate(Sizes { group: Some(group), ..sizes }) {
+                offer(schedule)?;
+            }
+        }
+    }
     for deep_first in [true, false] {
         for patient in [true, false] {
-            let lists = Run::new(placement, microbatches, costs, most, Rule { deep_first, patient }).lists();
+            let lists =
+                Run::new(placement, microbatches, costs, budget, Rule { deep_first, patient }).lists();
             offer(Schedule::new(placement.clone(), microbatches, Pass::ForwardBackward, lists)?)?;
         }
     }
@@ -106,7 +119,7 @@ struct Rank {
 struct Run<'a> {
     placement: &'a Placement,
     costs: &'a Costs,
-    most: u32,
+    budget: u32,
     rule: Rule,
     microbatches: u32,
     ranks: Vec<Rank>,
@@ -117,7 +130,7 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(placement: &'a Placement, microbatches: u32, costs: &'a Costs, most: u32, rule: Rule) -> Self {
+    fn new(placement: &'a Placement, microbatches: u32, costs: &'a Costs, budget: u32, rule: Rule) -> Self {
         let progress = |&stage: &u32| {
             let Range { start, end } = placement.microbatches_of(stage, microbatches);
             Progress { stage, start, end, forward: start, input: start }
@@ -131,7 +144,7 @@ impl<'a> Run<'a> {
         };
         let ranks = (0..placement.ranks()).map(rank).collect();
         let arrivals = vec![None; 2 * placement.stages() as usize * microbatches as usize];
-        Run { placement, costs, most, rule, microbatches, ranks, arrivals, links: HashMap::new() }
+        Run { placement, costs, budget, rule, microbatches, ranks, arrivals, links: HashMap::new() }
     }
 
     fn lists(mut self) -> Vec<Vec<Action>> {
@@ -193,7 +206,7 @@ impl<'a> Run<'a> {
         let forwards = rank.stages.iter().filter_map(Progress::next_forward);
         let mut forwards = forwards.filter(ready).filter(|action| self.fits(rank, *action));
         let forward = if self.rule.deep_first { forwards.next_back() } else { forwards.next() };
-        if forward.is_some() && rank.in_flight + (rank.deferred.len() as u32) < self.most {
+        if forward.is_some() && rank.in_flight + (rank.deferred.len() as u32) < self.budget {
             return forward;
         }
         // (If a forward pass lacks memory, this makes some.)
@@ -210,11 +223,15 @@ impl<'a> Run<'a> {
     /// with what is free and what those before it give back. If that holds on every rank, the first one that is unfinished always
     /// goes on, everywhere, and nothing waits for ever. (The banker's algorithm; copies' micro-batches come in turns.)
     fn fits(&self, rank: &Rank, forward: Action) -> bool {
-        let Some(mut free) = self.most.checked_sub(rank.in_flight + 1) else { return false };
+        let Some(mut free) = self.budget.checked_sub(rank.in_flight + 1) else { return false };
         let begun = |stage: &Progress| stage.forward + u32::from(stage.stage == forward.stage);
         let first = rank.stages.iter().map(|stage| stage.input - stage.start).min().unwrap_or(0);
         let last = rank.stages.iter().map(|stage| begun(stage) - stage.start).max().unwrap_or(0);
         for nth in first..last {
+            // Enough for any micro-batch, and it only grows.
+            if free as usize >= rank.stages.len() {
+                return true;
+            }
             for of_copy in rank.stages.chunk_by(|a, b| a.start == b.start) {
                 let m = of_copy[0].start + nth;
                 let lacks = of_copy.iter().filter(|stage| (begun(stage)..stage.end).contains(&m)).count();

@@ -51,13 +51,14 @@ pub struct Sizes {
     /// Micro-batches of a step.
     pub microbatches: u32,
     /// Micro-batches that go through one stage before the next, where a schedule has such groups. Unless given, as many as fill
-    /// the pipeline once or a little more, in groups of the same size: m / ⌊m/p⌋, as torch has it.
+    /// the pipeline once or a little more, in groups of the same size: m / ⌊m/p⌋, as torch has it; m where m < p. (The generators
+    /// themselves, called without a group, take Megatron's p.)
     pub group: Option<u32>,
 }
 
 impl Sizes {
     /// The group, given or not.
-    pub(super) fn group(self) -> u32 {
+    pub(super) fn group_or_default(self) -> u32 {
         let rounds = self.microbatches.checked_div(self.ranks).unwrap_or(0).max(1);
         self.group.unwrap_or(self.microbatches / rounds)
     }
@@ -163,10 +164,9 @@ impl Named {
     /// # Errors
     /// Another number of stages per rank than it has, or sizes that its generator refuses.
     pub fn generate(self, sizes: Sizes) -> Result<Schedule> {
-        let Sizes { ranks: p, virtual_stages: v, microbatches: m, group } = sizes;
+        let Sizes { ranks: p, virtual_stages: v, microbatches: m, .. } = sizes;
         self.check_stages(v)?;
-        let rounds = m.checked_div(p).unwrap_or(0).max(1);
-        let group = group.or(Some(m / rounds));
+        let group = Some(sizes.group_or_default());
         match self {
             Named::GPipe => gpipe(p, m),
             Named::OneFOneB => one_f_one_b(p, m),
