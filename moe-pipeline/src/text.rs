@@ -2,8 +2,9 @@
 //!
 //! `0F0,0F1,0B0,0B1` is what rank 0 does; empty fields (torch's idle steps) are skipped. Placement, number of
 //! micro-batches and pass are read off the actions; where a stage begins with a later micro-batch than the first, it is a
-//! further copy of the pipeline that begins. An overlap is `(0F3;3B1)OVERLAP_F_B`. Waits, which torch 2.9 does not write, are `0WAIT_SEND_F0` and
-//! `1WAIT_RECV_F0`.
+//! further copy of the pipeline that begins. An overlap is `(0F3;3B1)OVERLAP_F_B`. Waits are `0WAIT_SEND_F0` and
+//! `1WAIT_RECV_F0`. Torch reads lists of passes (`_load_csv`) and adds messages of its own; not our waits, as it has none for
+//! receives and before 2.15 none for sends.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -47,6 +48,12 @@ fn overlap(text: &str) -> Option<Action> {
     parts.then(|| Action::overlap((forward.stage, forward.microbatch), (backward.stage, backward.microbatch)))
 }
 
+/// Whether it is an action of torch's sharded data parallelism, which has no micro-batch.
+fn shards(text: &str) -> bool {
+    let name = text.trim_start_matches(|c: char| c.is_ascii_digit());
+    name != text && matches!(name, "UNSHARD" | "RESHARD" | "REDUCE_GRAD" | "WAIT_REDUCE_GRAD")
+}
+
 impl FromStr for Action {
     type Err = Error;
 
@@ -58,14 +65,18 @@ impl FromStr for Action {
 impl FromStr for Schedule {
     type Err = Error;
 
-    /// Reads what [`Display`](fmt::Display) writes, and torch's CSV. A stage belongs to the rank on whose line it first
-    /// computes; a text without backward actions is forward-only.
+    /// Reads what [`Display`](fmt::Display) writes, and torch's `_dump_csv`, with and without messages; what that has of sharded data
+    /// parallelism (`0UNSHARD`, `0RESHARD`, `0REDUCE_GRAD`, `0WAIT_REDUCE_GRAD`) is left out. (Messages of torch 2.9 still need
+    /// [`add_waits`](crate::add_waits). Those of 2.15 have waits for sends alone and cannot be run here: take its lists of passes,
+    /// `_dump_csv(…, format="compute_only")`, and [`lower`](crate::lower()) them.)
+    ///
+    /// A stage belongs to the rank on whose line it first computes; a text without backward actions is forward-only.
     fn from_str(text: &str) -> Result<Self> {
         let mut lists = Vec::new();
-        for (line, row) in (1..).zip(text.lines()) {
+        for (line, row) in (1..).zip(text.trim_end().lines()) {
             let mut list: Vec<Action> = Vec::new();
             for (column, field) in (1..).zip(row.split(',').map(str::trim)) {
-                if !field.is_empty() {
+                if !field.is_empty() && !shards(field) {
                     let action =
                         field.parse().map_err(|_| Error::Parse { line, column, text: field.to_owned() })?;
                     list.push(action);

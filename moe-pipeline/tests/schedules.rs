@@ -126,6 +126,8 @@ fn text_that_is_no_schedule() {
         "99999999999F0",
         "0f0",
         "0 F0",
+        "UNSHARD",
+        "0UNSHARD0",
         "é",
         "0Fé",
     ] {
@@ -142,9 +144,14 @@ fn text_that_is_no_schedule() {
 }
 
 #[test]
-fn empty_fields_are_torchs_idle_steps() {
-    let idle: Schedule = "0F0,0F1,,,0B0,,0B1\n,1F0,1F1,1B0,1B1,,\n".parse().unwrap();
-    assert_eq!(idle, gpipe(2, 2).unwrap());
+fn what_torch_writes_besides_is_skipped() {
+    for text in [
+        "0F0,0F1,,,0B0,,0B1\n,1F0,1F1,1B0,1B1,,\n",
+        "0UNSHARD,0F0,0F1,0B0,0B1,0RESHARD,0REDUCE_GRAD\r\n1UNSHARD,1F0,1F1,1B0,1B1,1REDUCE_GRAD,1WAIT_REDUCE_GRAD\r\n",
+        "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1\n\n \n",
+    ] {
+        assert_eq!(text.parse(), gpipe(2, 2), "{text}");
+    }
 }
 
 #[test]
