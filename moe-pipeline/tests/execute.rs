@@ -5,12 +5,12 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    Boom, DEADLINE, Draws, Outcome, Toy, draw_schedule, equals_sequential, equals_sequential_with, run, toys,
-    zeros,
+    Boom, DEADLINE, Draws, Outcome, Toy, draw_named, draw_schedule, equals_sequential,
+    equals_sequential_with, run, toys, zeros,
 };
 use moe_pipeline::generate::{
-    Named, Sizes, breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble,
-    one_f_one_b, overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
+    Named, breadth_first, dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_1f1b,
+    interleaved_zero_bubble, one_f_one_b, overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
@@ -30,11 +30,15 @@ fn sums_are_those_of_sequential_execution_bit_for_bit() {
                 equals_sequential(&program(generate(ranks, microbatches).unwrap()));
             }
             equals_sequential(&program(breadth_first(ranks, 3, microbatches).unwrap()));
-            for v in 1..=2 {
-                for generate in [interleaved_zero_bubble, overlapped_1f1b] {
-                    equals_sequential(&program(
-                        generate(ranks, v, microbatches, Some(microbatches)).unwrap(),
-                    ));
+            // One group; groups of as many as there are ranks; and a last group that is smaller.
+            let rounds = |group: u32| microbatches.next_multiple_of(group);
+            for (m, group) in
+                [(microbatches, microbatches), (rounds(ranks), ranks), (rounds(ranks + 1) + ranks, ranks + 1)]
+            {
+                for v in 1..=2 {
+                    for generate in [interleaved_1f1b, interleaved_zero_bubble, overlapped_1f1b] {
+                        equals_sequential(&program(generate(ranks, v, m, Some(group)).unwrap()));
+                    }
                 }
             }
             equals_sequential(&program(dual_pipe_v(ranks, 2 * ranks + microbatches).unwrap()));
@@ -64,15 +68,8 @@ proptest! {
         m in 1_u32..=6,
         seed: u64,
     ) {
-        // DualPipe has even ranks, and both take twice as many micro-batches as ranks or more.
-        let (ranks, microbatches) = match named {
-            Named::DualPipe => (2 * p.div_ceil(2), 4 * p.div_ceil(2) + 2 * m),
-            Named::DualPipeV => (p, 2 * p + m),
-            _ => (p, m),
-        };
-        let virtual_stages = named.virtual_stages().unwrap_or(v);
-        let sizes = Sizes { ranks, virtual_stages, microbatches, group: Some(microbatches) };
-        equals_sequential_with(&program(named.generate(sizes).unwrap()), Some(seed));
+        let schedule = draw_named(named, p, v, m, &mut Draws(seed));
+        equals_sequential_with(&program(schedule), Some(seed));
     }
 }
 

@@ -4,12 +4,11 @@ mod common;
 
 use std::collections::HashSet;
 
-use common::{Draws, draw_schedule, equals_sequential, lists, revalidate};
-use moe_pipeline::generate::{
-    dual_pipe, dual_pipe_v, forward_only, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b,
-    v_half, v_min, zb_h1, zb_h2, zb_v,
+use common::{Draws, draw_named, draw_schedule, equals_sequential, lists, revalidate};
+use moe_pipeline::generate::{Named, for_costs, forward_only, gpipe, one_f_one_b};
+use moe_pipeline::{
+    Action, Costs, Error, Flow, Kind, Link, Pass, Placement, Schedule, StageCost, lower, validate,
 };
-use moe_pipeline::{Action, Error, Flow, Kind, Pass, Placement, Schedule, lower, validate};
 use proptest::prelude::*;
 
 fn reject(text: &str) -> Error {
@@ -306,21 +305,22 @@ fn ends_in_batches(schedule: &Schedule) -> bool {
 }
 
 fn drawn() -> impl Strategy<Value = (Schedule, u64)> {
-    (0..18, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
-        let compute = match which {
-            0 => gpipe(p, m).unwrap(),
-            1 => one_f_one_b(p, m).unwrap(),
-            2 => forward_only(p, m).unwrap(),
-            3 => zb_h1(p, m).unwrap(),
-            4 => zb_h2(p, m).unwrap(),
-            5 => zb_v(p, m).unwrap(),
-            6 => dual_pipe_v(p.min(3), m.clamp(6, 9)).unwrap(),
-            7 => dual_pipe(2 * p.min(2), 2 * m.clamp(4, 5)).unwrap(),
-            8 => overlapped_1f1b(p, 1, m, None).unwrap(),
-            9 => interleaved_zero_bubble(p.min(4), 1 + extra.min(2), m.min(8), Some(m.min(8))).unwrap(),
-            10 => v_half(p, m.min(8)).unwrap(),
-            11 => v_min(p, m.min(8)).unwrap(),
-            _ => draw_schedule(p, extra, m, &mut Draws(seed)),
+    let which = 0..Named::ALL.len() + 8;
+    (which, 1_u32..=8, 0_u32..=4, 1_u32..=16, any::<u64>()).prop_map(|(which, p, extra, m, seed)| {
+        let mut draws = Draws(seed);
+        let compute = match Named::ALL.get(which) {
+            // One stage per rank takes all sizes; others are kept small, because every action of theirs is changed.
+            Some(&named) if named.virtual_stages() == Some(1) => draw_named(named, p, 1, m, &mut draws),
+            Some(&named) => draw_named(named, p.min(4), 1 + extra.min(2), m.min(6), &mut draws),
+            None if which == Named::ALL.len() => forward_only(p, m).unwrap(),
+            None if which == Named::ALL.len() + 1 => {
+                let placement = Placement::v_shaped(p).unwrap();
+                let mut time = || 1.0 + draws.below(8) as f64;
+                let cost = StageCost { forward: time(), backward_input: time(), backward_weight: time() };
+                let costs = Costs::uniform(2 * p, cost, Link { transfer: time() / 4.0, latency: 0.5 });
+                for_costs(&placement, m.min(6), &costs, 2 + extra).unwrap()
+            }
+            None => draw_schedule(p, extra, m, &mut draws),
         };
         (lower(&compute).unwrap(), seed)
     })

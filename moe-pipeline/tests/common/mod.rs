@@ -5,6 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
+use moe_pipeline::generate::{Named, Sizes};
 use moe_pipeline::transport::{Channels, buffered, rendezvous};
 use moe_pipeline::{
     Action, Error, ExecuteError, Kind, Pass, Placement, Post, Program, Schedule, Stage, Transport, execute,
@@ -284,6 +285,23 @@ impl Draws {
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         ((z ^ (z >> 31)) % n as u64) as usize
     }
+}
+
+/// A published schedule of so many ranks, stages per rank and micro-batches, or of somewhat more where it is not defined for them; in
+/// groups of all micro-batches, of as many as there are ranks, or of one more.
+pub fn draw_named(named: Named, p: u32, v: u32, m: u32, draws: &mut Draws) -> Schedule {
+    let even = p.next_multiple_of(2);
+    let (ranks, microbatches, group) = match (named, draws.below(3)) {
+        (Named::DualPipe, _) => (even, 2 * even + m.next_multiple_of(2), None),
+        (Named::DualPipeV, _) => (p, 2 * p + m, None),
+        (_, 0) => (p, m, Some(m)),
+        (_, 1) if named.has_groups() => (p, m.next_multiple_of(p), Some(p)),
+        // The last group has a micro-batch fewer.
+        (_, 2) if named.has_groups() => (p, m.next_multiple_of(p + 1) + p, Some(p + 1)),
+        _ => (p, m, None),
+    };
+    let virtual_stages = named.virtual_stages().unwrap_or(v);
+    named.generate(Sizes { ranks, virtual_stages, microbatches, group }).unwrap()
 }
 
 /// A compute schedule drawn at random from all that can run: any placement, any interleaving of micro-batches, stages and
