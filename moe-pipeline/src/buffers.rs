@@ -7,6 +7,7 @@ use crate::{Action, Kind, Message, Pass, Program};
 
 /// What a rank keeps between actions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Value {
     /// What `F` leaves for `B` or `I`.
     Saved {
@@ -41,6 +42,7 @@ impl Value {
 
 /// A value in its slot. No other value of its kind is in the slot from the action at `from` to the one at `until`, both included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Life {
     /// The value.
     pub value: Value,

@@ -45,6 +45,7 @@ pub struct Costs {
 
 /// What an overlap costs.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Overlap {
     /// What part of its shorter pass hides behind the longer one, from 0 (the two take as long as one after the other) to 1 (as
     /// long as the longer one).

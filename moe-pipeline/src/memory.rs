@@ -13,6 +13,7 @@ pub struct StageMemory {
 
 /// What a rank keeps from a moment on.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Level {
     /// The moment.
     pub from: f64,

@@ -18,6 +18,7 @@ pub struct Span {
 
 /// How long a rank computed nothing, by cause.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
 pub struct Idle {
     /// Waiting for the previous stage to make an activation.
     pub activation: f64,
@@ -40,6 +41,7 @@ impl Idle {
 
 /// A message in time.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Trip {
     /// What was sent.
     pub message: Message,
@@ -55,8 +57,9 @@ pub struct Trip {
     pub arrived: f64,
 }
 
-/// A program in time.
+/// A program in time. (To draw passes that were measured, fill in a default one: `makespan` and `spans` do.)
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct Timeline {
     /// When the last rank is done.
     pub makespan: f64,
