@@ -180,7 +180,9 @@ pub struct Message {
 }
 
 impl Message {
-    /// The stage that makes it; none for the input of the pipeline's first stage.
+    /// The stage that makes it, which is the next one against its direction; none for the input of stage 0. A message does not know
+    /// where its pipeline ends: of one that crosses no boundary, such as a gradient for the last stage, this is a stage that does not
+    /// exist or is of another copy.
     pub fn producer(self) -> Option<u32> {
         match self.flow {
             Flow::Forward => self.stage.checked_sub(1),

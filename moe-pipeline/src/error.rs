@@ -433,7 +433,8 @@ fn nearest(ranks: u32, microbatches: u32, group: u32) -> String {
         true => return format!("the nearest group is {ranks}"),
         false => {}
     }
-    let legal = |m: u32| m >= group && (m.is_multiple_of(group) || m % group >= ranks);
+    let rest = |m: u32| m.checked_rem(group).unwrap_or(0);
+    let legal = |m: u32| m >= group && (rest(m) == 0 || rest(m) >= ranks);
     let below = (group..microbatches).rev().find(|&m| legal(m));
     let above = (microbatches.max(group)..=u32::MAX).find(|&m| legal(m));
     let numbers: Vec<String> = below.into_iter().chain(above).map(|m| m.to_string()).collect();

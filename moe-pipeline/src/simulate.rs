@@ -91,7 +91,8 @@ impl Timeline {
 /// Linear in the number of actions.
 ///
 /// # Errors
-/// Costs of the wrong number, negative, or not finite.
+/// Costs of the wrong number, negative, or not finite; a share of overlaps that is none; or costs of layers of a placement in which
+/// the stages of an overlap are not on one rank.
 pub fn simulate(program: &Program, costs: &Costs) -> Result<Timeline> {
     let schedule = program.schedule();
     let placement = schedule.placement();

@@ -7,7 +7,60 @@
 /// number of micro-batches can be in flight.
 ///
 /// The executor calls each of them in ascending micro-batch order, so sums over micro-batches do not depend on the
-/// schedule.
+/// schedule. An error ends the run: [`execute`](crate::execute()) aborts the transport and returns the error with its action.
+///
+/// ```
+/// use std::{convert::Infallible, thread, time::Duration};
+///
+/// use moe_pipeline::{Stage, execute, generate, lower, transport, validate};
+///
+/// /// `y = w x` on single numbers, the micro-batches being 0, 1, 2, …; the loss is the last stage's `y² / 2`.
+/// struct Scale { w: f64, first: bool, last: bool }
+///
+/// impl Stage for Scale {
+///     type Cx = f64; // the sum of the gradients of `w`
+///     type Act = f64;
+///     type Saved = [f64; 2];
+///     type Deferred = f64;
+///     type Error = Infallible;
+///
+///     fn forward(&self, m: u32, x: Option<f64>, _: &mut f64) -> Result<(Option<f64>, [f64; 2]), Infallible> {
+///         let x = x.unwrap_or(f64::from(m));
+///         let y = self.w * x;
+///         Ok(((!self.last).then_some(y), [x, y]))
+///     }
+///
+///     fn backward_input(
+///         &self, _: u32, dy: Option<f64>, [x, y]: [f64; 2], _: &mut f64,
+///     ) -> Result<(Option<f64>, f64), Infallible> {
+///         let dy = dy.unwrap_or(y); // of `y² / 2`
+///         Ok(((!self.first).then_some(self.w * dy), x * dy))
+///     }
+///
+///     fn backward_weight(&self, _: u32, dw: f64, sum: &mut f64) -> Result<(), Infallible> {
+///         *sum += dw;
+///         Ok(())
+///     }
+/// }
+///
+/// let program = validate(lower(&generate::one_f_one_b(2, 3)?)?, None)?;
+/// let ranks = (0..).zip(transport::rendezvous(2, Duration::from_secs(10)));
+/// let sums = thread::scope(|scope| {
+///     let start = |(rank, mut channels)| {
+///         let program = &program;
+///         scope.spawn(move || {
+///             let stage = Scale { w: f64::from(rank) + 2.0, first: rank == 0, last: rank == 1 };
+///             let mut sum = 0.0;
+///             execute(program, rank, &[stage], &mut channels, &mut sum).map(|()| sum)
+///         })
+///     };
+///     let threads: Vec<_> = ranks.map(start).collect();
+///     threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Result<Vec<_>, _>>()
+/// });
+/// // Of (2 · 3 · x)² / 2 for x = 0, 1, 2: the sum of 6x · 3x, and of 6x · 2x.
+/// assert_eq!(sums.unwrap(), [18.0 * 5.0, 12.0 * 5.0]);
+/// # Ok::<(), moe_pipeline::Error>(())
+/// ```
 #[expect(
     clippy::type_complexity,
     reason = "spelled out, the signatures read more easily than behind an alias"
@@ -50,12 +103,13 @@ pub trait Stage {
         &self,
         m: u32,
         dy: Option<Self::Act>,
-        s: Self::Saved,
+        saved: Self::Saved,
         cx: &mut Self::Cx,
     ) -> Result<(Option<Self::Act>, Self::Deferred), Self::Error>;
 
     /// Adds the gradient of the weights of micro-batch `m` to those in `cx`.
-    fn backward_weight(&self, m: u32, d: Self::Deferred, cx: &mut Self::Cx) -> Result<(), Self::Error>;
+    fn backward_weight(&self, m: u32, deferred: Self::Deferred, cx: &mut Self::Cx)
+    -> Result<(), Self::Error>;
 
     /// Both halves at once, for schedules that do not part them. A stage of several layers may take them layer by layer,
     /// so that a layer's weight gradients are there, and what they needed is gone, while earlier layers are still at it.
@@ -63,10 +117,10 @@ pub trait Stage {
         &self,
         m: u32,
         dy: Option<Self::Act>,
-        s: Self::Saved,
+        saved: Self::Saved,
         cx: &mut Self::Cx,
     ) -> Result<Option<Self::Act>, Self::Error> {
-        let (dx, deferred) = self.backward_input(m, dy, s, cx)?;
+        let (dx, deferred) = self.backward_input(m, dy, saved, cx)?;
         self.backward_weight(m, deferred, cx)?;
         Ok(dx)
     }

@@ -66,6 +66,9 @@ fn other_sizes_are_refused_with_the_nearest() {
     assert!(text(4, 2, 8, Some(3)).ends_with("the nearest group is 4"));
     assert!(text(2, 2, 8, Some(0)).ends_with("the nearest group is 2"));
     assert!(text(4, 2, 2, Some(1)).ends_with("the nearest are groups of 4, of 4 micro-batches or more"));
+    // Whoever makes such an error can show it.
+    let nothing = Error::Group { ranks: 0, virtual_stages: 2, microbatches: 3, group: 0 };
+    assert!(nothing.to_string().contains("in groups of 0"));
     // One group of all is legal however few they are.
     assert!(interleaved_1f1b(4, 2, 2, Some(2)).is_ok());
     let nothing = |what| Error::Empty { what };

@@ -7,11 +7,11 @@ use crate::{Action, Error, Pass, Placement, Result, Schedule};
 /// the first with the first half of the micro-batches. Forward passes of one copy [overlap](crate::Kind::Overlap) with backward
 /// passes of the other.
 ///
-/// With F&B the time of an overlap and equal f, i and w, each rank idles (p/2−1)(F&B + B − 3W) per step, and keeps p+1 activations.
-/// Every rank holds two stages' weights; the sums of both copies must be added before they are used.
+/// With F&B the time of an overlap and equal f, i and w, the idlest rank idles (p/2−1)(F&B + B − 3W) per step, and each keeps p+1
+/// activations. Every rank holds two stages' weights; the sums of both copies must be added before they are used.
 ///
 /// # Errors
-/// An odd number of ranks, an odd number of micro-batches, or fewer than 2p.
+/// No rank, an odd number of ranks, an odd number of micro-batches or fewer than 2p, or more stages than can be numbered.
 pub fn dual_pipe(ranks: u32, microbatches: u32) -> Result<Schedule> {
     let placement = Placement::bidirectional(ranks)?;
     let least = 2 * ranks;
@@ -37,11 +37,11 @@ pub fn dual_pipe(ranks: u32, microbatches: u32) -> Result<Schedule> {
 /// [in a V](Placement::v_shaped). Forward passes of one stage [overlap](crate::Kind::Overlap) with backward passes of the other,
 /// and there is one copy of the weights.
 ///
-/// With F&B the time of an overlap and equal f, i and w, each rank idles (p−1)(F&B + B − 3W) per step, and keeps 2p+1
+/// With F&B the time of an overlap and equal f, i and w, the idlest rank idles (p−1)(F&B + B − 3W) per step, and each keeps 2p+1
 /// activations of a stage.
 ///
 /// # Errors
-/// No rank, or fewer micro-batches than stages (2p).
+/// No rank, fewer micro-batches than stages (2p), or more stages than can be numbered.
 pub fn dual_pipe_v(ranks: u32, microbatches: u32) -> Result<Schedule> {
     let placement = Placement::v_shaped(ranks)?;
     let least = 2 * ranks;

@@ -5,7 +5,7 @@
 //! | [`gpipe`], [`breadth_first`] | 1, any | `B` | the simplest; keeps every activation |
 //! | [`one_f_one_b`], [`interleaved_1f1b`] | 1, any | `B` | least memory for its idle time without splitting backward |
 //! | [`overlapped_1f1b`] | any | `B`, in overlaps | MoE: all-to-alls of one pass hide behind the other |
-//! | [`zb_h1`], [`interleaved_zero_bubble`] | 1, any | `I`, `W` | 1F1B's memory, a third of its idle time |
+//! | [`zb_h1`], [`interleaved_zero_bubble`] | 1, any | `I`, `W` | 1F1B's memory, a third of its idle time at f = i = w |
 //! | [`zb_h2`] | 1 | `I`, `W` | no idle time for twice the memory |
 //! | [`zb_v`] | 2 | `I`, `W` | no idle time for 1F1B's memory, on even stages |
 //! | [`v_half`], [`v_min`] | 2 | `I`, `W` | half and a third of that memory, for some idle time |
@@ -23,7 +23,7 @@
 //! GPipe goes forward through everything, then backward. Ranks idle (p−1)(f+b) and keep all m micro-batches.
 //!
 //! ```text
-//! gpipe, 3 ranks, 1 stages per rank, 4 micro-batches
+//! gpipe, 3 ranks, 1 stage per rank, 4 micro-batches
 //! rank 0 0-1-2-3-............0===1===2===3===
 //! rank 1 ..0-1-2-3-......0===1===2===3===....
 //! rank 2 ....0-1-2-3-0===1===2===3===........
@@ -33,15 +33,15 @@
 //! 1F1B takes a micro-batch backward as soon as it can. It takes as long, but rank r keeps only p−r, however many there are.
 //!
 //! ```text
-//! 1f1b, 3 ranks, 1 stages per rank, 4 micro-batches
+//! 1f1b, 3 ranks, 1 stage per rank, 4 micro-batches
 //! rank 0 0-1-2-........0===3-1===..2===..3===
 //! rank 1 ..0-1-....0===2-1===3-2===..3===....
 //! rank 2 ....0-0===1-1===2-2===3-3===........
 //! step 18, kept 3 2 1
 //! ```
 //!
-//! Several stages per rank, each a part of its layers: ranks still idle (p−1)(f+b), but of passes 1/v as long (here 30 halves
-//! of the units above), for more activations and messages.
+//! Several stages per rank, each a part of its layers: ranks still idle (p−1)(f+b), but of passes 1/v as long (here the step takes 30
+//! half-units, which are 15 of the units above), for more activations and messages.
 //!
 //! ```text
 //! interleaved-1f1b, 3 ranks, 2 stages per rank, 4 micro-batches
@@ -55,7 +55,7 @@
 //! rank of 1F1B and idles a third; ZB-H2 goes further ahead and idles only to begin and to end.
 //!
 //! ```text
-//! zb-h1, 3 ranks, 1 stages per rank, 4 micro-batches
+//! zb-h1, 3 ranks, 1 stage per rank, 4 micro-batches
 //! rank 0 0-1-2-....0=0~3-1=1~2=2~3=3~
 //! rank 1 ..0-1-..0=2-1=0~3-2=1~3=2~3~
 //! rank 2 ....0-0=1-1=2-2=0~3-3=1~2~3~
@@ -63,7 +63,7 @@
 //! ```
 //!
 //! ```text
-//! zb-h2, 3 ranks, 1 stages per rank, 5 micro-batches
+//! zb-h2, 3 ranks, 1 stage per rank, 5 micro-batches
 //! rank 0 0-1-2-3-4-0=0~1=1~2=2~3=3~4=4~....
 //! rank 1 ..0-1-2-0=3-1=4-2=0~3=1~4=2~3~4~..
 //! rank 2 ....0-0=1-1=2-2=3-3=4-4=0~1~2~3~4~
@@ -101,7 +101,7 @@
 //! ```
 //!
 //! ```text
-//! overlapped-1f1b, 3 ranks, 1 stages per rank, 6 micro-batches
+//! overlapped-1f1b, 3 ranks, 1 stage per rank, 6 micro-batches
 //! rank 0 0-1-2-3-4-........5#####1===..2===3===..4===5===
 //! rank 1 ..0-1-2-....3#####4#####5#####3===..4===5===....
 //! rank 2 ....0-1#####2#####3#####4#####5#####5===........
