@@ -2,8 +2,8 @@
 //! Idle times hold for a step that all ranks begin and end together.
 
 use moe_pipeline::generate::{
-    breadth_first, dual_pipe, dual_pipe_v, gpipe, interleaved_zero_bubble, one_f_one_b, overlapped_1f1b,
-    v_half, v_min, zb_h1, zb_h2, zb_v,
+    breadth_first, dual_pipe, dual_pipe_v, gpipe, interleaved_1f1b, interleaved_zero_bubble, one_f_one_b,
+    overlapped_1f1b, v_half, v_min, zb_h1, zb_h2, zb_v,
 };
 use moe_pipeline::{
     Costs, Link, Overlap, Program, Result, Schedule, StageCost, Timeline, lower, simulate, validate,
@@ -188,6 +188,17 @@ fn a_third_of_the_memory() {
             assert_eq!(peak, most, "{case}");
         }
     }
+}
+
+/// The largest of the benchmarks, 2.6 million actions with messages: work that grows faster than they do would take hours here.
+#[test]
+fn a_large_pipeline() {
+    let (p, v, m) = (64, 4, 1024);
+    let program = program(interleaved_1f1b(p, v, m, None));
+    let [f, i, w] = EVEN;
+    all_idle(&run(&program, EVEN, 0.0), f64::from(p - 1) * (f + i + w), "p=64 v=4 m=1024");
+    let peak: Vec<u32> = (0..p).map(|r| p * v + p - 1 - 2 * r).collect();
+    assert_eq!(program.peak_in_flight(), peak);
 }
 
 /// (p−1)(f+b) as without overlaps; p·v + p activations on rank 0, those of both passes of a pair, and 2 fewer per rank, unless
