@@ -15,6 +15,8 @@ pub struct Placement {
     local: Vec<u32>,
     stages_of: Vec<Vec<u32>>,
     copies: u32,
+    /// Stages of a copy.
+    length: u32,
 }
 
 impl Placement {
@@ -45,7 +47,8 @@ impl Placement {
             local.push(owned.len() as u32);
             owned.push(stage);
         }
-        Ok(Placement { rank_of, local, stages_of, copies: 1 })
+        let length = rank_of.len() as u32;
+        Ok(Placement { rank_of, local, stages_of, copies: 1, length })
     }
 
     /// `copies` pipelines of as many stages each: the first `rank_of.len() / copies` entries are the first one's.
@@ -54,9 +57,10 @@ impl Placement {
     /// As [`new`](Placement::new), or stages that are no multiple of the copies.
     pub fn with_copies(rank_of: Vec<u32>, copies: u32) -> Result<Self> {
         let placement = Self::new(rank_of)?;
-        match placement.stages().checked_rem(copies) {
-            Some(0) => Ok(Placement { copies, ..placement }),
-            _ => Err(Error::Copies { stages: placement.stages(), copies }),
+        let stages = placement.stages();
+        match stages.checked_rem(copies) {
+            Some(0) => Ok(Placement { copies, length: stages / copies, ..placement }),
+            _ => Err(Error::Copies { stages, copies }),
         }
     }
 
@@ -133,17 +137,28 @@ impl Placement {
 
     /// The share of `microbatches` that goes through a stage that is known to exist.
     pub(crate) fn microbatches_of(&self, stage: u32, microbatches: u32) -> Range<u32> {
-        let copy = stage / (self.stages() / self.copies);
+        let copy = stage / self.length;
         let share = |copy: u32| (u64::from(copy) * u64::from(microbatches) / u64::from(self.copies)) as u32;
         share(copy)..share(copy + 1)
     }
 
     /// Whether a message crosses a boundary between two stages of one copy.
     pub(crate) fn crosses(&self, message: Message) -> bool {
-        let stages = self.stages();
-        let length = stages / self.copies;
-        let same_copy = |producer| producer < stages && producer / length == message.stage / length;
-        message.stage < stages && message.producer().is_some_and(same_copy)
+        let upper = match message.flow {
+            Flow::Forward => message.stage,
+            Flow::Backward => message.stage.saturating_add(1),
+        };
+        upper < self.stages() && self.within_copy(upper) > 0
+    }
+
+    /// Stages of a copy.
+    pub(crate) fn length(&self) -> u32 {
+        self.length
+    }
+
+    /// Position of a stage in its copy. (Every message asks, and a division takes long.)
+    pub(crate) fn within_copy(&self, stage: u32) -> u32 {
+        if self.copies == 1 { stage } else { stage % self.length }
     }
 
     /// Position of a stage among those of its rank.

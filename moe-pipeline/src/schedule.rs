@@ -42,7 +42,7 @@ impl Schedule {
         let actions = lists.iter().map(Vec::len).sum();
         let stages = placement.stages();
         // So a table of all messages is never much longer than the schedule, whatever numbers a text names.
-        if (actions as u64) < u64::from(stages / placement.copies()) * u64::from(microbatches) {
+        if (actions as u64) < u64::from(placement.length()) * u64::from(microbatches) {
             return Err(Error::TooFewActions { actions, stages, microbatches });
         }
         let schedule = Schedule { placement, microbatches, pass, lists };
@@ -145,14 +145,13 @@ impl Schedule {
     /// Position of a message in a dense table of [`Schedule::slots`] entries. A micro-batch goes through one copy of the pipeline, so
     /// the same stage of another copy has no message of it.
     pub(crate) fn slot(&self, message: Message) -> usize {
-        let length = self.placement.stages() / self.placement.copies();
-        let row = message.flow as usize * length as usize + (message.stage % length) as usize;
+        let length = self.placement.length() as usize;
+        let row = message.flow as usize * length + self.placement.within_copy(message.stage) as usize;
         row * self.microbatches as usize + message.microbatch as usize
     }
 
     /// Size of a table of all messages of the step: at most two per forward pass.
     pub(crate) fn slots(&self) -> usize {
-        let length = self.placement.stages() / self.placement.copies();
-        2 * length as usize * self.microbatches as usize
+        2 * self.placement.length() as usize * self.microbatches as usize
     }
 }
