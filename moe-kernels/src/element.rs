@@ -101,9 +101,9 @@ pub trait Float:
     /// Widens to the accumulator (exact).
     fn to_acc(self) -> Self::Acc;
 
-    /// A master weight as the weight and what the weight lacks of it: [`join`](Self::join) makes the same bits of them again.
-    /// A type that is its own accumulator lacks nothing. Of bf16 the weight is the master rounded to the nearest, ties away
-    /// from zero, and the remainder the lower half of the master's bits, whose highest says whether that was up. (Ties to
+    /// A master weight as the weight and the master's low 16 bits: [`join`](Self::join) makes the same bits of them again. A type
+    /// that is its own accumulator is whole, beside 0. Of bf16 the weight is the master rounded to the nearest, ties away
+    /// from zero; the highest of the low bits says whether that was up. (Ties to
     /// even need a seventeenth bit: where the weight is even, both neighbouring ties belong to it.) NaN becomes the weight NaN.
     fn split(master: Self::Acc) -> (Self, u16);
 

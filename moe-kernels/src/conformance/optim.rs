@@ -68,7 +68,7 @@ fn nearest_bf16(x: f64) -> f64 {
     (x / unit).round_ties_even() * unit
 }
 
-/// A slice on the device: its weights, what they lack of their masters, and its moments.
+/// A slice on the device: its weights, the low 16 bits of their master weights, and its moments.
 struct Slice<T: Float, D: Device> {
     weight: Placed<T, D>,
     remainder: Option<Placed<u16, D>>,

@@ -62,7 +62,7 @@ impl<'a, A: Float, D: Device> From<ViewMut<'a, A, D>> for MomentMut<'a, A, D> {
 pub struct AdamWSlice<'a, T: Float, D: Device> {
     /// The weights.
     pub weight: ViewMut<'a, T, D>,
-    /// What the weights lack of their masters, as [`Float::split`] has it; none where `T` is its own accumulator.
+    /// The low 16 bits of the master weights, as [`Float::split`] has them; none where `T` is its own accumulator.
     pub remainder: Option<ViewMut<'a, u16, D>>,
     /// The first moment.
     pub m: MomentMut<'a, T::Acc, D>,
