@@ -7,6 +7,10 @@ use std::ops::BitOr;
 
 use crate::{Folding, Layout};
 
+/// Indices among the axes of either view.
+pub(crate) const DP: usize = 2;
+pub(crate) const PP: usize = 3;
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for super::Attention {}

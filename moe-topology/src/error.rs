@@ -88,7 +88,7 @@ pub enum Error {
 
 /// A rule of legality and the values that break it.
 ///
-/// The first seven are about ranks alone; the others come from [`Constraints`](crate::Constraints).
+/// The first eight are about ranks alone; the others come from [`Constraints`](crate::Constraints).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rule {
@@ -127,6 +127,16 @@ pub enum Rule {
         /// What comes before `pp` in the attention view.
         attention: Product,
         /// What comes before `pp` in the expert view.
+        expert: Product,
+    },
+    /// Both views must have the same optimizer instances: as many, and the sizes up to `dp` and `edp` multiply to the
+    /// same.
+    OptimizerInstances {
+        /// The order.
+        order: Order,
+        /// The number of instances, or what comes up to `dp`, in the attention view.
+        attention: Product,
+        /// The same in the expert view.
         expert: Product,
     },
     /// A split gives a size to something other than one digit of one axis.
@@ -184,9 +194,10 @@ impl fmt::Display for Rule {
                 write!(f, "order {order} leaves out {name}, which then must be 1, but is {size}")
             }
             Self::PipelineGroups { order, attention, expert } => {
-                let (left, right) = (attention.names(), expert.names());
-                write!(f, "the pipeline groups of both views must be the same, which with order {order} ")?;
-                write!(f, "needs {left} = {right}, but {left} = {attention} and {right} = {expert}")
+                same(f, "the pipeline groups", *order, attention, expert)
+            }
+            Self::OptimizerInstances { order, attention, expert } => {
+                same(f, "the optimizer instances", *order, attention, expert)
             }
             Self::NotADigit { axes } => {
                 write!(
@@ -218,6 +229,19 @@ impl fmt::Display for Rule {
     }
 }
 
+/// `what` is the same in both views if the products are.
+fn same(
+    f: &mut fmt::Formatter<'_>,
+    what: &str,
+    order: Order,
+    attention: &Product,
+    expert: &Product,
+) -> fmt::Result {
+    let (left, right) = (attention.names(), expert.names());
+    write!(f, "{what} of both views must be the same, which with order {order} ")?;
+    write!(f, "needs {left} = {right}, but {left} = {attention} and {right} = {expert}")
+}
+
 /// A product of named sizes, `tp·cp·pp`, for messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Product(Vec<(&'static str, usize)>);
@@ -227,8 +251,9 @@ impl Product {
         Self(factors.into())
     }
 
-    pub(crate) fn push(&mut self, name: &'static str, size: usize) {
+    pub(crate) fn times(mut self, name: &'static str, size: usize) -> Self {
         self.0.push((name, size));
+        self
     }
 
     /// The product, unless it overflows.

@@ -1,14 +1,13 @@
 //! Two layouts over the same ranks with the same pipeline groups.
 
+use crate::axis::{DP, PP};
 use crate::error::{Product, Rule};
 use crate::{
     Attention, Axes, Constraints, Error, Expert, Group, GroupKey, Layout, Mapping, Order, Ranks, View,
 };
 
-/// Index of `pp` among the axes of either view.
-const PP: usize = 3;
-
-/// A legal folding: the [`Attention`] and the [`Expert`] view of the same ranks, with identical pipeline groups.
+/// A legal folding: the [`Attention`] and the [`Expert`] view of the same ranks, with identical pipeline groups and
+/// optimizer instances.
 ///
 /// ```
 /// use moe_topology::{Attention, Expert, Folding, Mapping};
@@ -53,9 +52,11 @@ pub struct Folding {
 impl Folding {
     /// Folds the world as the mapping says.
     ///
-    /// Legal is: every size at least 1; `world_size % (tp·cp·pp) = 0` and `world_size % (etp·ep·pp) = 0`; an axis left
-    /// out of the order has size 1; splits divide their axes; and the pipeline groups of both views are the same, that
-    /// is, the sizes before `pp` in the order multiply to the same in both (always so when `pp` is last).
+    /// A mapping is legal if every size is at least 1; `world_size % (tp·cp·pp) = 0` and
+    /// `world_size % (etp·ep·pp) = 0`; an axis left out of the order has size 1; splits divide their axes; the pipeline
+    /// groups of both views are the same, that is, the sizes before `pp` in the order multiply to the same in both
+    /// (always so when `pp` is last); and so are the optimizer instances, the outer digits of `dp` and `edp`: as many,
+    /// and the sizes up to `dp` multiply to the same (always so when `dp` comes after `tp`, `cp` and `ep`).
     /// [`Constraints::fold`] adds the rules of a model and a batch.
     ///
     /// # Errors
@@ -82,12 +83,27 @@ impl Folding {
         let (attention, expert) = ([tp, cp, dp, pp], [etp, ep, edp, pp]);
         let folding =
             Self { attention: layout(&mapping, attention)?, expert: layout(&mapping, expert)?, mapping };
-        if pp > 1 && folding.attention.stride(PP) != folding.expert.stride(PP) {
+        let [pipeline, instance] = folding.attention.shared();
+        let [expert_pipeline, expert_instance] = folding.expert.shared();
+        if pipeline != expert_pipeline {
             return Err(Rule::PipelineGroups {
                 order,
-                attention: before_pp::<Attention>(order, attention),
-                expert: before_pp::<Expert>(order, expert),
+                attention: before::<Attention>(order, PP, attention),
+                expert: before::<Expert>(order, PP, expert),
             });
+        }
+        if instance != expert_instance {
+            let (attention, expert) =
+                match (folding.size(Attention::DP_OUTER), folding.size(Expert::EDP_OUTER)) {
+                    (one, other) if one != other => {
+                        (Product::new(&[("dp.outer", one)]), Product::new(&[("edp.outer", other)]))
+                    }
+                    _ => (
+                        before::<Attention>(order, DP, attention).times("dp", dp),
+                        before::<Expert>(order, DP, expert).times("edp", edp),
+                    ),
+                };
+            return Err(Rule::OptimizerInstances { order, attention, expert });
         }
         Ok(folding)
     }
@@ -223,11 +239,8 @@ fn layout<V: View>(mapping: &Mapping, sizes: [usize; 4]) -> Result<Layout<V>, Ru
     Ok(Layout::new(sizes.map(|size| size as u32), inner.map(|size| size as u32), order))
 }
 
-/// The sizes that make up the stride of `pp`.
-fn before_pp<V: View>(order: Order, sizes: [usize; 4]) -> Product {
-    let mut product = Product::new(&[]);
-    for axis in order.axes(V::KIND).into_iter().take_while(|&axis| axis != PP) {
-        product.push(V::AXES[axis], sizes[axis]);
-    }
-    product
+/// The sizes that make up the stride of `until`.
+fn before<V: View>(order: Order, until: usize, sizes: [usize; 4]) -> Product {
+    let axes = order.axes(V::KIND).into_iter().take_while(|&axis| axis != until);
+    axes.fold(Product::new(&[]), |product, axis| product.times(V::AXES[axis], sizes[axis]))
 }

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use crate::axis::{DP, PP};
 use crate::group::{Digit, Ranks};
 use crate::{Axes, Group, View};
 
@@ -52,8 +53,14 @@ impl<V: View> Layout<V> {
         rank as u32
     }
 
+    /// What the two layouts of a folding must have in common: the pipeline and the optimizer instance of rank 0. Those
+    /// of the other ranks are the same, shifted.
+    pub(crate) fn shared(&self) -> [Ranks; 2] {
+        [Axes::axis(PP), Axes::ALL.minus(Axes::outer(DP))].map(|axes| self.group(0, axes).ranks())
+    }
+
     /// Ranks between neighbours along `axis`.
-    pub(crate) fn stride(&self, axis: usize) -> usize {
+    fn stride(&self, axis: usize) -> usize {
         self.digits[2 * axis].stride as usize
     }
 

@@ -72,8 +72,9 @@ impl Mapping {
 
     /// Cuts the data-parallel replicas into `instances` of the sharded optimizer: the outer digits of `DP` and `EDP`.
     ///
-    /// `instances` must divide `dp` and `edp`. (Megatron-LM asks that it divide `dp·cp` and `edp`; it would cut
-    /// through a context-parallel group where this is refused.)
+    /// `instances` must divide `dp` and `edp`, and an instance is the same ranks in both views, which an order that has
+    /// `dp` before `cp` or `ep` may refuse. (Megatron-LM asks that it divide `dp·cp` and `edp`; it would cut through a
+    /// context-parallel group where this is refused.)
     #[must_use]
     pub fn optimizer_instances(self, instances: usize) -> Self {
         self.split(Attention::DP_OUTER, instances).split(Expert::EDP_OUTER, instances)

@@ -9,7 +9,8 @@ pub type Lists = Vec<Vec<usize>>;
 ///
 /// Lists and ranks within them stand in Megatron's order, which is ascending but for three cases: groups that are cut
 /// into optimizer instances ([`Mapping::optimizer_instances`](crate::Mapping::optimizer_instances)) stand together
-/// (`intra_*`, `inter_dist_opt`), and `intra_dist_opt` chains whole `tp_ep_pp` groups.
+/// (`intra_*`, `inter_dist_opt`), and `intra_dist_opt` chains whole `tp_ep_pp` groups. With instances and an order that
+/// has `dp` before `cp`, `intra_dp_cp` is not Megatron's: that cuts through context-parallel groups.
 ///
 /// ```
 /// use moe_topology::{Folding, Mapping, megatron};

@@ -2,6 +2,7 @@
 
 use smallvec::SmallVec;
 
+use crate::axis::{DP, PP};
 use crate::group::{Digit, Ranks};
 use crate::{Attention, Axes, Error, Folding, Group, GroupKey, View};
 
@@ -55,7 +56,7 @@ pub struct Placement<V: View> {
 }
 
 impl<V: View> Placement<V> {
-    const PP: Axes<V> = Axes::axis(3);
+    const PP: Axes<V> = Axes::axis(PP);
 
     /// A tensor of shape `dims`, with dimension `d` in blocks over the axes of each shard `(d, axes)`, whose gradient
     /// is a sum over `partial`.
@@ -109,6 +110,19 @@ impl<V: View> Placement<V> {
         self.partial
     }
 
+    /// The part of [`partial`](Self::partial) that cuts a sharded optimizer's state: all of it within one optimizer
+    /// instance.
+    #[must_use]
+    pub fn cut_axes(&self) -> Axes<V> {
+        self.partial.minus(self.instance_axes())
+    }
+
+    /// The part of [`partial`](Self::partial) over which the optimizer instances each hold the whole state.
+    #[must_use]
+    pub fn instance_axes(&self) -> Axes<V> {
+        self.partial.intersect(Axes::outer(DP))
+    }
+
     /// The stage, or the two.
     #[must_use]
     pub fn owner(&self) -> Owner {
@@ -145,7 +159,7 @@ impl<V: View> Placement<V> {
         }
     }
 
-    /// The ranks that sum the gradient with `rank`, and divide the optimizer's state among them.
+    /// The ranks that sum the gradient with `rank`.
     #[must_use]
     pub fn partial_group(&self, folding: &Folding, rank: usize) -> Group<V> {
         folding.group(rank, self.partial)
@@ -169,15 +183,16 @@ impl<V: View> Placement<V> {
 
     /// Whether `rank` is the one, of those that hold the same elements, whose copy counts: in a norm, in a file.
     ///
-    /// That is index 0 of the [`replicated`](Self::replicated) axes, and the first stage of a tied tensor. Ranks that
-    /// differ along [`partial`](Self::partial) all count: once the gradient is reduced and cut over them, each for its
-    /// [`zero_cut`](Self::zero_cut).
+    /// That is index 0 of the [`replicated`](Self::replicated) and the [`instance_axes`](Self::instance_axes), and the
+    /// first stage of a tied tensor. Ranks that differ along the [`cut_axes`](Self::cut_axes) all count: once the
+    /// gradient is reduced and cut over them, each for its [`zero_cut`](Self::zero_cut).
     #[must_use]
     pub fn counts(&self, folding: &Folding, rank: usize) -> bool {
         let first_owner = match self.owner {
             Owner::Stage(stage) => stage,
             Owner::Tied(one, other) => one.min(other),
         };
-        folding.stage(rank) == first_owner && folding.coordinate(rank, self.replicated()) == 0
+        let copies = self.replicated() | self.instance_axes();
+        folding.stage(rank) == first_owner && folding.coordinate(rank, copies) == 0
     }
 }

@@ -34,13 +34,13 @@ impl<V: View> Placement<V> {
     }
 
     /// The part of a flat buffer of `len` elements whose optimizer state is `rank`'s: equal blocks of `ceil(len/size)`
-    /// over the [`partial_group`](Self::partial_group), as a reduce-scatter wants them.
+    /// over the [`cut_axes`](Self::cut_axes), as a reduce-scatter wants them.
     ///
     /// The last blocks may reach beyond `len`: the buffer must be padded to `size` blocks.
     #[must_use]
     pub fn zero_cut(&self, len: usize, folding: &Folding, rank: usize) -> Range<usize> {
-        let block = len.div_ceil(folding.size(self.partial()));
-        let start = folding.coordinate(rank, self.partial()) * block;
+        let block = len.div_ceil(folding.size(self.cut_axes()));
+        let start = folding.coordinate(rank, self.cut_axes()) * block;
         start..start + block
     }
 

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use moe_topology::{Attention, Constraints, Error, Folding, Mapping, Order, Rule, enumerate, nearest};
+use moe_topology::{
+    Attention, Constraints, Error, Expert, Folding, Mapping, Order, Rule, enumerate, nearest,
+};
 use proptest::prelude::*;
 
 fn sizes(mapping: &Mapping) -> [usize; 5] {
@@ -203,6 +205,35 @@ fn the_message_has_the_equation_the_values_and_what_is_nearest() {
     );
 }
 
+/// An instance of the optimizer is one set of ranks for attention and experts.
+#[test]
+fn optimizer_instances_are_the_same_in_both_views() {
+    let rule = |mapping: Mapping| match Folding::new(mapping) {
+        Err(Error::Illegal { rule: rule @ Rule::OptimizerInstances { .. }, .. }) => rule.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let order: Order = "tp-dp-cp-ep-pp".parse().unwrap();
+    let cp_after_dp = Mapping { world_size: 4, cp: 2, order, ..Mapping::default() };
+    assert_eq!(
+        rule(cp_after_dp.clone().optimizer_instances(2)),
+        "the optimizer instances of both views must be the same, which with order tp-dp-cp-ep-pp needs \
+         tp·dp = etp·edp, but tp·dp = 1·2 = 2 and etp·edp = 1·4 = 4"
+    );
+    assert_eq!(
+        rule(Mapping { order: Order::default(), ..cp_after_dp.clone() }.split(Attention::DP_OUTER, 2)),
+        "the optimizer instances of both views must be the same, which with order tp-cp-ep-dp-pp needs \
+         dp.outer = edp.outer, but dp.outer = 2 and edp.outer = 1"
+    );
+    for legal in
+        [Mapping { ep: 2, ..cp_after_dp.clone() }, Mapping { order: Order::default(), ..cp_after_dp }]
+    {
+        let folding = Folding::new(legal.optimizer_instances(2)).unwrap();
+        let instances = folding.groups(Attention::ALL.minus(Attention::DP_OUTER)).map(|group| group.ranks());
+        let expert = folding.groups(Expert::ALL.minus(Expert::EDP_OUTER)).map(|group| group.ranks());
+        assert!(instances.eq(expert));
+    }
+}
+
 #[test]
 fn nothing_a_caller_can_write_panics() {
     let huge = usize::MAX;
@@ -231,10 +262,10 @@ fn nothing_a_caller_can_write_panics() {
 #[test]
 fn the_last_split_of_an_axis_counts() {
     let mapping = Mapping { world_size: 8, cp: 4, ..Mapping::default() }.split(Attention::CP_INNER, 3);
-    let split = mapping.split(Attention::CP_OUTER, 4).split(Attention::DP_OUTER, 2);
+    let split = mapping.split(Attention::CP_OUTER, 4).optimizer_instances(2);
     assert_eq!(
         split.to_string(),
-        "tp 1, cp 4, pp 1, ep 1, etp 1, attention cp.outer 4, attention dp.outer 2"
+        "tp 1, cp 4, pp 1, ep 1, etp 1, attention cp.outer 4, attention dp.outer 2, expert edp.outer 2"
     );
     let folding = Folding::new(split).unwrap();
     assert_eq!([Attention::CP_INNER, Attention::CP_OUTER].map(|digit| folding.size(digit)), [1, 4]);

@@ -94,7 +94,8 @@ fn check<V: View>(folding: &Folding, placement: &Placement<V>) {
         }
         assert_eq!(found, mine);
 
-        let group = placement.partial_group(folding, rank);
+        assert_eq!(placement.cut_axes() | placement.instance_axes(), placement.partial());
+        let group = folding.group(rank, placement.cut_axes());
         let cut = placement.zero_cut(local_len, folding, rank);
         assert_eq!(cut.len(), local_len.div_ceil(group.len()));
         assert_eq!(Some(cut.start), group.position(rank).map(|position| position * cut.len()));
@@ -165,6 +166,19 @@ fn shared_key_value_heads_are_digits_of_tp() {
     assert_eq!(heads, [0, 0, 0, 0, 1, 1, 1, 1]);
     assert!(k.partial_group(&folding, 5).iter().eq([4, 5, 6, 7, 12, 13, 14, 15]));
     assert!(k.replicated().is_empty() && (0..16).all(|rank| k.counts(&folding, rank)));
+}
+
+/// Two instances of the optimizer keep the same slices: those of the first count.
+#[test]
+fn an_optimizer_instance_cuts_alone() {
+    let mapping = Mapping { world_size: 8, cp: 2, ..Mapping::default() }.optimizer_instances(2);
+    let folding = Folding::new(mapping).unwrap();
+    let q = Placement::new(&[8], &[], Attention::CP | Attention::DP, Owner::Stage(0)).unwrap();
+    assert_eq!(q.cut_axes(), Attention::CP | Attention::DP_INNER);
+    assert_eq!(q.instance_axes(), Attention::DP_OUTER);
+    let cuts: Vec<_> = (0..8).map(|rank| q.zero_cut(8, &folding, rank).start).collect();
+    assert_eq!(cuts, [0, 2, 4, 6, 0, 2, 4, 6]);
+    assert!((0..8).all(|rank| q.counts(&folding, rank) == (rank < 4)));
 }
 
 #[test]

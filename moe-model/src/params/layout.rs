@@ -46,27 +46,21 @@ impl Placed {
     }
 
     fn reduction(&self, folding: &Folding, rank: usize) -> Reduction {
-        fn of<V: View>(
-            placement: &Placement<V>,
-            folding: &Folding,
-            rank: usize,
-            instances: Axes<V>,
-        ) -> Reduction {
-            let instances = placement.partial().intersect(instances);
+        fn of<V: View>(placement: &Placement<V>, folding: &Folding, rank: usize) -> Reduction {
+            let instances = placement.instance_axes();
             let several = folding.size(instances) > 1;
-            let group = if several { placement.partial().minus(instances) } else { placement.partial() };
+            let group = if several { placement.cut_axes() } else { placement.partial() };
             Reduction {
                 group: group.into(),
                 size: folding.size(group),
                 position: folding.coordinate(rank, group),
                 instances: several.then(|| instances.into()),
-                instance: folding.coordinate(rank, instances),
                 tied: placement.tied_ranks(folding, rank).is_some(),
             }
         }
         match self {
-            Placed::Attention(p) => of(p, folding, rank, Attention::DP_OUTER),
-            Placed::Expert(p) => of(p, folding, rank, Expert::EDP_OUTER),
+            Placed::Attention(p) => of(p, folding, rank),
+            Placed::Expert(p) => of(p, folding, rank),
         }
     }
 }
@@ -84,7 +78,6 @@ struct Reduction {
     size: usize,
     position: usize,
     instances: Option<GroupKey>,
-    instance: usize,
     tied: bool,
 }
 
@@ -472,8 +465,7 @@ impl<'a> ParamLayoutBuilder<'a> {
     fn blocks(&self, logical: &Logical) -> Result<Vec<(usize, Part)>> {
         let Logical { name, placement, init } = logical;
         let slice = placement.slice(self.folding, self.rank);
-        let first_instance = placement.reduction(self.folding, self.rank).instance == 0;
-        let counts = first_instance && placement.counts(self.folding, self.rank);
+        let counts = placement.counts(self.folding, self.rank);
         let part = |name: String, dims: [usize; 2], vector, rows: &Range<usize>, cols: &Range<usize>| Part {
             name,
             dims,

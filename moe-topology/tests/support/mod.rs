@@ -44,7 +44,8 @@ pub struct Sample {
     pub expert: [usize; 8],
 }
 
-/// Any order of the axes with any sizes and any splits, up to 144 ranks.
+/// Any order of the axes with any sizes and any splits, up to 144 ranks. What is tried on the way is refused where the
+/// views do not share, by the definition, their pipelines and their optimizer instances, and only there.
 pub fn sample() -> impl Strategy<Value = Sample> {
     let stage = prop::sample::select(vec![1usize, 2, 3, 4, 6, 8, 9, 12, 16, 18, 24, 30, 36]);
     let order = Just(["tp", "cp", "ep", "dp", "pp"]).prop_shuffle();
@@ -60,14 +61,17 @@ pub fn sample() -> impl Strategy<Value = Sample> {
                 let order = order.join("-").parse().unwrap();
                 Mapping { world_size: stage * pp, tp, cp, pp, ep, etp, order, ..Mapping::default() }
             };
-            if pp_last || Folding::new(mapping(order)).is_err() {
+            let [mut attention_digits, mut expert_digits] = [attention, expert]
+                .map(|sizes| std::array::from_fn(|digit| [sizes[digit / 2], 1][digit % 2]));
+            let legal = agree(&mapping(order), attention_digits, expert_digits, &PP);
+            assert_eq!(Folding::new(mapping(order)).is_ok(), legal, "same pipelines");
+            if pp_last || !legal {
                 let place = order.iter().position(|name| *name == "pp").unwrap();
                 order[place..].rotate_left(1);
             }
 
             let mut mapping = mapping(order);
-            let (mut attention_digits, mut expert_digits) = ([1; 8], [1; 8]);
-            for axis in 0..4 {
+            for axis in [0, 1, 3] {
                 let inner = divisor(attention[axis], choice[4 + axis]);
                 attention_digits[2 * axis] = inner;
                 attention_digits[2 * axis + 1] = attention[axis] / inner;
@@ -77,10 +81,38 @@ pub fn sample() -> impl Strategy<Value = Sample> {
                 expert_digits[2 * axis + 1] = outer;
                 mapping = mapping.split(EXPERT[2 * axis + 1], outer);
             }
+
+            let [dp, edp] = [attention[2], expert[2]];
+            let outer = divisor(dp, choice[6]);
+            let as_many = edp.is_multiple_of(outer) && choice[10].is_multiple_of(4);
+            let expert_outer = if as_many { outer } else { divisor(edp, choice[10]) };
+            let split =
+                mapping.clone().split(Attention::DP_INNER, dp / outer).split(Expert::EDP_OUTER, expert_outer);
+            let (mut attention_split, mut expert_split) = (attention_digits, expert_digits);
+            attention_split[4..6].copy_from_slice(&[dp / outer, outer]);
+            expert_split[4..6].copy_from_slice(&[edp / expert_outer, expert_outer]);
+            let legal = agree(&split, attention_split, expert_split, &INSTANCES);
+            assert_eq!(Folding::new(split.clone()).is_ok(), legal, "same optimizer instances");
+            if legal {
+                (mapping, attention_digits, expert_digits) = (split, attention_split, expert_split);
+            }
             let folding = Folding::new(mapping).unwrap();
             Sample { folding, attention: attention_digits, expert: expert_digits }
         },
     )
+}
+
+/// The digits that both views must share.
+const INSTANCES: [usize; 1] = [5];
+const PP: [usize; 2] = [6, 7];
+
+/// Whether every rank has the same of these digits in both views.
+fn agree(mapping: &Mapping, attention: [usize; 8], expert: [usize; 8], digits: &[usize]) -> bool {
+    (0..mapping.world_size).all(|rank| {
+        let dense = digits_of(rank, mapping.order, Attention::AXES, attention);
+        let moe = digits_of(rank, mapping.order, Expert::AXES, expert);
+        digits.iter().all(|&digit| dense[digit] == moe[digit])
+    })
 }
 
 /// The digits of a rank by the definition: count it up in the written order.
