@@ -23,22 +23,14 @@ pub fn enumerate(
     order: Order,
     constraints: &Constraints,
 ) -> impl Iterator<Item = Folding> + use<> {
-    enumerate_like(&Mapping { world_size, order, ..Mapping::default() }, constraints)
-}
-
-/// All legal foldings with the world, the order and the splits of `template`.
-pub(crate) fn enumerate_like(
-    template: &Mapping,
-    constraints: &Constraints,
-) -> impl Iterator<Item = Folding> + use<> {
-    let (template, constraints) = (template.clone(), constraints.clone());
-    let mut pipelines = divisors(template.world_size);
+    let constraints = constraints.clone();
+    let mut pipelines = divisors(world_size);
     pipelines.retain(|&pp| constraints.check_pipeline(pp).is_ok());
     pipelines.into_iter().flat_map(move |pp| {
-        let stage = template.world_size / pp;
+        let stage = world_size / pp;
         let attention = pairs(stage, |tp, cp| constraints.check_attention(tp, cp, stage / (tp * cp)).is_ok());
         let expert = pairs(stage, |etp, ep| constraints.check_expert(etp, ep).is_ok());
-        let template = Mapping { pp, ..template.clone() };
+        let template = Mapping { world_size, pp, order, ..Mapping::default() };
         attention.into_iter().flat_map(move |(tp, cp)| {
             let template = Mapping { tp, cp, ..template.clone() };
             let fold = move |(etp, ep)| Folding::build(Mapping { etp, ep, ..template.clone() }).ok();
@@ -48,14 +40,14 @@ pub(crate) fn enumerate_like(
 }
 
 /// Pairs `(a, b)` that are allowed and whose product divides `n`, ascending.
-fn pairs(n: usize, allowed: impl Fn(usize, usize) -> bool) -> Vec<(usize, usize)> {
+pub(crate) fn pairs(n: usize, allowed: impl Fn(usize, usize) -> bool) -> Vec<(usize, usize)> {
     let divisors = divisors(n);
     let fits = |&(a, b): &(usize, usize)| n.is_multiple_of(a) && (n / a).is_multiple_of(b) && allowed(a, b);
     divisors.iter().flat_map(|&a| divisors.iter().map(move |&b| (a, b))).filter(fits).collect()
 }
 
 /// The divisors of `n`, ascending; none of 0, nor of a world of 2^32 ranks or more, which is illegal.
-fn divisors(n: usize) -> Vec<usize> {
+pub(crate) fn divisors(n: usize) -> Vec<usize> {
     if u32::try_from(n).is_err() {
         return Vec::new();
     }

@@ -88,7 +88,7 @@ pub enum Error {
 
 /// A rule of legality and the values that break it.
 ///
-/// The first eight are about ranks alone; the others come from [`Constraints`](crate::Constraints).
+/// The first nine are about ranks alone; the others come from [`Constraints`](crate::Constraints).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rule {
@@ -143,6 +143,11 @@ pub enum Rule {
     NotADigit {
         /// What was given a size.
         axes: GroupKey,
+    },
+    /// A digit of an axis has at least one value.
+    EmptyDigit {
+        /// The digit whose size a split gives as 0.
+        digit: GroupKey,
     },
     /// Interleaved stages need a pipeline.
     Interleaved {
@@ -205,6 +210,7 @@ impl fmt::Display for Rule {
                     "a split gives a size to one digit of one axis, such as cp.inner, not to \"{axes}\""
                 )
             }
+            Self::EmptyDigit { digit } => write!(f, "{digit} must be at least 1, but is 0"),
             Self::Interleaved { vpp } => {
                 write!(f, "vpp > 1 (interleaved stages) needs pp > 1, but vpp = {vpp} and pp = 1")
             }

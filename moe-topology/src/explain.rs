@@ -1,16 +1,19 @@
 //! The legal mappings nearest to an illegal one.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Add;
 
-use crate::enumerate::enumerate_like;
-use crate::{Constraints, Mapping, Order};
+use crate::enumerate::{divisors, pairs};
+use crate::folding::layout;
+use crate::{Attention, Constraints, Expert, Mapping, Order, Ranks};
 
 /// How many mappings are proposed.
 const AT_MOST: usize = 5;
 
-/// The legal mappings of the same world nearest to what was asked: those that change the fewest numbers (the order
-/// counts as one), and among them those that change them the least in sum. At most five, the nearest first; the same
-/// input gives the same answer.
+/// The legal mappings of the same world nearest to what was asked: those that change the fewest numbers (the order, and
+/// a split that is left out, count as one each), and among them those that change the numbers the least in sum. At most
+/// five, the nearest first; the same input gives the same answer.
 ///
 /// If `asked` is legal it is the only answer.
 ///
@@ -20,84 +23,123 @@ const AT_MOST: usize = 5;
 /// // Megatron's default, ETP = TP, needs 64 ranks for TP8·EP8.
 /// let asked = Mapping { world_size: 8, tp: 8, ep: 8, etp: 8, ..Mapping::default() };
 /// let legal = nearest(&asked, &Constraints::default());
-/// assert_eq!(legal[0], Mapping { ep: 1, ..asked.clone() });
-/// assert_eq!(legal[1], Mapping { etp: 1, ..asked.clone() });
+/// assert_eq!(legal, [Mapping { etp: 1, ..asked.clone() }, Mapping { ep: 1, ..asked.clone() }]);
 /// ```
 #[must_use]
 pub fn nearest(asked: &Mapping, constraints: &Constraints) -> Vec<Mapping> {
-    for changes in 0..=Free::COUNT {
-        let mut found: Vec<(usize, Mapping)> = Vec::new();
-        for free in Free::sets_of(changes) {
-            let Some((template, constraints)) = free.search(asked, constraints) else { continue };
-            for folding in enumerate_like(&template, &constraints) {
-                let legal = folding.mapping();
-                if !free.all_changed(asked, legal) {
-                    continue;
-                }
-                let distance = distance(asked, legal);
-                let place = found.partition_point(|(known, _)| *known <= distance);
-                if place < AT_MOST {
-                    found.insert(place, (distance, legal.clone()));
-                    found.truncate(AT_MOST);
+    let templates = templates(asked);
+    let mut found: Vec<Candidate> = Vec::new();
+    for (template, (changes, mapping)) in templates.iter().enumerate() {
+        if found.first().is_some_and(|best| best.cost.changes < *changes) {
+            break;
+        }
+        for pp in divisors(asked.world_size) {
+            let [attention, expert] = nearest_pairs(asked, mapping, constraints, pp);
+            let cost = Cost { changes: *changes, distance: 0 } + Cost::of([(asked.pp, pp)]);
+            for (shared, attention) in attention {
+                for &(other_cost, expert) in expert.get(&shared).into_iter().flatten() {
+                    let candidate = |&(one_cost, attention): &(Cost, _)| {
+                        let cost = cost + one_cost + other_cost;
+                        Candidate { cost, template, pp, attention, expert }
+                    };
+                    found.extend(attention.iter().map(candidate));
                 }
             }
+            found.sort_unstable();
+            found.truncate(AT_MOST);
         }
-        if !found.is_empty() {
-            return found.into_iter().map(|(_, mapping)| mapping).collect();
+    }
+    let fewest = found.first().map_or(0, |best| best.cost.changes);
+    found.retain(|candidate| candidate.cost.changes == fewest);
+    let mapping = |Candidate { template, pp, attention: (tp, cp), expert: (etp, ep), .. }: Candidate| {
+        Mapping { pp, tp, cp, etp, ep, ..templates[template].1.clone() }
+    };
+    found.into_iter().map(mapping).collect()
+}
+
+/// Sizes that make a template a legal mapping. What costs the same is ordered by the other fields.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    cost: Cost,
+    template: usize,
+    pp: usize,
+    attention: (usize, usize),
+    expert: (usize, usize),
+}
+
+/// How far a mapping is from what was asked. It adds up over the numbers.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Cost {
+    changes: usize,
+    distance: usize,
+}
+
+impl Cost {
+    /// Of numbers as they were asked and as they are legal.
+    fn of<const N: usize>(numbers: [(usize, usize); N]) -> Self {
+        numbers.into_iter().fold(Self::default(), |cost, (asked, legal)| {
+            cost + Self { changes: usize::from(asked != legal), distance: asked.abs_diff(legal) }
+        })
+    }
+}
+
+impl Add for Cost {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        let distance = self.distance.saturating_add(other.distance);
+        Self { changes: self.changes + other.changes, distance }
+    }
+}
+
+/// What was asked, also in the default order and without some of its splits, and how many changes that makes: the
+/// fewest first.
+fn templates(asked: &Mapping) -> Vec<(usize, Mapping)> {
+    let mut templates = vec![(0, asked.clone())];
+    if asked.order != Order::default() {
+        templates.push((1, Mapping { order: Order::default(), ..asked.clone() }));
+    }
+    for (digit, _) in asked.splits.iter() {
+        let mut without = templates.clone();
+        for (changes, template) in &mut without {
+            *changes += 1;
+            template.splits.remove(digit);
         }
+        templates.extend(without);
     }
-    Vec::new()
+    templates.sort_by_key(|(changes, _)| *changes);
+    templates
 }
 
-fn sizes(mapping: &Mapping) -> [usize; 5] {
-    [mapping.tp, mapping.cp, mapping.pp, mapping.ep, mapping.etp]
-}
+/// Pairs `(tp, cp)` or `(etp, ep)` that are legal in their view, by what both views must share.
+type Pairs = BTreeMap<[Ranks; 2], Vec<(Cost, (usize, usize))>>;
 
-/// How far the sizes are apart, in sum.
-fn distance(asked: &Mapping, legal: &Mapping) -> usize {
-    sizes(asked).iter().zip(sizes(legal)).fold(0, |sum, (a, b)| sum.saturating_add(a.abs_diff(b)))
-}
-
-/// Which numbers of a mapping may change: bits 0 to 4 in the order of [`sizes`], bit 5 the order.
-#[derive(Clone, Copy)]
-struct Free(u8);
-
-impl Free {
-    const COUNT: u32 = 6;
-    const ORDER: usize = 5;
-
-    fn sets_of(count: u32) -> impl Iterator<Item = Self> {
-        (0u8..1 << Self::COUNT).filter(move |bits| bits.count_ones() == count).map(Self)
-    }
-
-    fn has(self, place: usize) -> bool {
-        self.0 >> place & 1 == 1
-    }
-
-    /// Where to look: all else pinned to what was asked. `None` if that excludes everything.
-    fn search(self, asked: &Mapping, constraints: &Constraints) -> Option<(Mapping, Constraints)> {
-        let mut constraints = constraints.clone();
-        let Constraints { tp, cp, pp, ep, etp, .. } = &mut constraints;
-        for (place, (allowed, size)) in [tp, cp, pp, ep, etp].into_iter().zip(sizes(asked)).enumerate() {
-            if !self.has(place) {
-                if !allowed.contains(&size) {
-                    return None;
-                }
-                *allowed = size..=size;
+/// The pairs of both views that fit a template with this `pp`.
+///
+/// Pairs that share the same go together whatever their sizes. So the nearest mappings are made of the nearest pairs of
+/// each view, and of those that share the same no more are kept than are proposed.
+fn nearest_pairs(asked: &Mapping, template: &Mapping, constraints: &Constraints, pp: usize) -> [Pairs; 2] {
+    let (mut attention, mut expert) = (Pairs::new(), Pairs::new());
+    if constraints.check_pipeline(pp).is_ok() {
+        let stage = asked.world_size / pp;
+        let dp = |tp, cp| stage / (tp * cp);
+        for (tp, cp) in pairs(stage, |tp, cp| constraints.check_attention(tp, cp, dp(tp, cp)).is_ok()) {
+            if let Ok(layout) = layout::<Attention>(template, [tp, cp, dp(tp, cp), pp]) {
+                let cost = Cost::of([(asked.tp, tp), (asked.cp, cp)]);
+                attention.entry(layout.shared()).or_default().push((cost, (tp, cp)));
             }
         }
-        let mut template = asked.clone();
-        if self.has(Self::ORDER) {
-            template.order = Order::default();
+        for (etp, ep) in pairs(stage, |etp, ep| constraints.check_expert(etp, ep).is_ok()) {
+            if let Ok(layout) = layout::<Expert>(template, [etp, ep, stage / (etp * ep), pp]) {
+                let cost = Cost::of([(asked.etp, etp), (asked.ep, ep)]);
+                expert.entry(layout.shared()).or_default().push((cost, (etp, ep)));
+            }
         }
-        Some((template, constraints))
     }
-
-    fn all_changed(self, asked: &Mapping, legal: &Mapping) -> bool {
-        let sizes = sizes(asked).into_iter().zip(sizes(legal)).enumerate();
-        let order_changed = !self.has(Self::ORDER) || asked.order != legal.order;
-        order_changed && sizes.filter(|(place, _)| self.has(*place)).all(|(_, (a, b))| a != b)
+    for pairs in attention.values_mut().chain(expert.values_mut()) {
+        pairs.sort_unstable();
+        pairs.truncate(AT_MOST);
     }
+    [attention, expert]
 }
 
 /// [`nearest`] mappings as the end of an error message.
@@ -125,20 +167,26 @@ impl fmt::Display for Nearest {
         }
         write!(f, "\nnearest legal mappings of world_size {}:", asked.world_size)?;
         for mapping in legal {
-            write!(f, "\n  {mapping}  (")?;
-            let mut separator = "";
-            let names = ["tp", "cp", "pp", "ep", "etp"];
-            for ((name, from), to) in names.into_iter().zip(sizes(asked)).zip(sizes(mapping)) {
-                if from != to {
-                    write!(f, "{separator}{name} {from} -> {to}")?;
-                    separator = ", ";
-                }
-            }
-            if asked.order != mapping.order {
-                write!(f, "{separator}order {} -> {}", asked.order, mapping.order)?;
-            }
-            f.write_str(")")?;
+            write!(f, "\n  {mapping}  ({})", changes(asked, mapping).join(", "))?;
         }
         Ok(())
     }
+}
+
+fn changes(asked: &Mapping, legal: &Mapping) -> Vec<String> {
+    let sizes = [
+        ("tp", asked.tp, legal.tp),
+        ("cp", asked.cp, legal.cp),
+        ("pp", asked.pp, legal.pp),
+        ("ep", asked.ep, legal.ep),
+        ("etp", asked.etp, legal.etp),
+    ];
+    let changed = sizes.into_iter().filter(|(_, from, to)| from != to);
+    let mut changes: Vec<String> = changed.map(|(name, from, to)| format!("{name} {from} -> {to}")).collect();
+    if asked.order != legal.order {
+        changes.push(format!("order {} -> {}", asked.order, legal.order));
+    }
+    let left_out = asked.splits.iter().filter(|split| legal.splits.iter().all(|kept| kept != *split));
+    changes.extend(left_out.map(|(digit, size)| format!("without {digit} {size}")));
+    changes
 }

@@ -209,7 +209,7 @@ fn replicas(world_size: usize, axes: [(&'static str, usize); 3]) -> Result<usize
 }
 
 /// The layout of one view, given the sizes of its axes, which multiply to the world's.
-fn layout<V: View>(mapping: &Mapping, sizes: [usize; 4]) -> Result<Layout<V>, Rule> {
+pub(crate) fn layout<V: View>(mapping: &Mapping, sizes: [usize; 4]) -> Result<Layout<V>, Rule> {
     let (_, missing) = mapping.order.split();
     for axis in missing.iter().filter_map(|token| token.axis(V::KIND)) {
         if sizes[axis] != 1 {
@@ -218,17 +218,17 @@ fn layout<V: View>(mapping: &Mapping, sizes: [usize; 4]) -> Result<Layout<V>, Ru
     }
 
     let mut inner = sizes;
-    for &(key, size) in &mapping.splits.0 {
+    for (key, size) in mapping.splits.iter() {
         let Some(digit) = key.axes::<V>() else { continue };
         let Some(axis) = (0..4).find(|&axis| digit == Axes::inner(axis) || digit == Axes::outer(axis)) else {
             return Err(Rule::NotADigit { axes: key });
         };
         let is_inner = digit == Axes::inner(axis);
-        let name = if is_inner { "its inner digit" } else { "its outer digit" };
         if size == 0 {
-            return Err(Rule::Zero { name });
+            return Err(Rule::EmptyDigit { digit: key });
         }
         if !sizes[axis].is_multiple_of(size) {
+            let name = if is_inner { "its inner digit" } else { "its outer digit" };
             let of = Product::new(&[(name, size)]);
             return Err(Rule::Multiple { name: V::AXES[axis], value: sizes[axis], of });
         }

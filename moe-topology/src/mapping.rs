@@ -63,9 +63,8 @@ impl Mapping {
     /// over `TP_INNER`. The last split of an axis counts.
     #[must_use]
     pub fn split<V: View>(mut self, digit: Axes<V>, size: usize) -> Self {
-        let other_axis =
-            |key: GroupKey| key.axes::<V>().is_none_or(|axes| axes.whole_axes().is_disjoint(digit));
-        self.splits.0.retain(|(key, _)| other_axis(*key));
+        let same = |axes: Axes<V>| axes == digit || !axes.whole_axes().is_disjoint(digit);
+        self.splits.0.retain(|(key, _)| !key.axes().is_some_and(same));
         self.splits.0.push((digit.into(), size));
         self
     }
@@ -89,7 +88,7 @@ impl fmt::Display for Mapping {
         if *order != Order::default() {
             write!(f, ", order {order}")?;
         }
-        for (digit, size) in &splits.0 {
+        for (digit, size) in splits.iter() {
             write!(f, ", {digit} {size}")?;
         }
         Ok(())
@@ -98,7 +97,18 @@ impl fmt::Display for Mapping {
 
 /// The axes that [`Mapping::split`] made two digits.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Splits(pub(crate) SmallVec<[(GroupKey, usize); 2]>);
+pub struct Splits(SmallVec<[(GroupKey, usize); 2]>);
+
+impl Splits {
+    /// The digits that were given a size, in the order they were.
+    pub fn iter(&self) -> impl Iterator<Item = (GroupKey, usize)> {
+        self.0.iter().copied()
+    }
+
+    pub(crate) fn remove(&mut self, digit: GroupKey) {
+        self.0.retain(|(key, _)| *key != digit);
+    }
+}
 
 /// A name in an [`Order`]. Each stands for its axis in both views.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use moe_topology::{
-    Attention, Constraints, Error, Expert, Folding, Mapping, Order, Rule, enumerate, nearest,
+    Attention, Axes, Constraints, Error, Expert, Folding, Mapping, Order, Rule, enumerate, nearest,
 };
 use proptest::prelude::*;
 
@@ -198,11 +198,50 @@ fn the_message_has_the_equation_the_values_and_what_is_nearest() {
          asked for: tp 2, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp\n\
          nearest legal mappings of world_size 16:\n  \
          tp 2, cp 1, pp 2, ep 4, etp 1  (order tp-cp-ep-pp-dp -> tp-cp-ep-dp-pp)\n  \
-         tp 2, cp 2, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (cp 1 -> 2)\n  \
          tp 2, cp 1, pp 1, ep 4, etp 1, order tp-cp-ep-pp-dp  (pp 2 -> 1)\n  \
-         tp 4, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (tp 2 -> 4)\n  \
-         tp 2, cp 1, pp 2, ep 2, etp 1, order tp-cp-ep-pp-dp  (ep 4 -> 2)"
+         tp 2, cp 2, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (cp 1 -> 2)\n  \
+         tp 2, cp 1, pp 2, ep 2, etp 1, order tp-cp-ep-pp-dp  (ep 4 -> 2)\n  \
+         tp 4, cp 1, pp 2, ep 4, etp 1, order tp-cp-ep-pp-dp  (tp 2 -> 4)"
     );
+}
+
+/// A split that does not fit is the number to change, and another split stays.
+#[test]
+fn a_split_that_does_not_fit_is_left_out() {
+    let plain = Mapping { world_size: 8, cp: 4, ..Mapping::default() };
+    let ring = plain.clone().split(Attention::CP_INNER, 2);
+    let message = |mapping: Mapping| Folding::new(mapping).unwrap_err().to_string();
+    assert_eq!(
+        message(ring.clone().split(Attention::DP, 2)),
+        "illegal mapping: a split gives a size to one digit of one axis, such as cp.inner, not to \"attention dp\"\n\
+         asked for: tp 1, cp 4, pp 1, ep 1, etp 1, attention cp.inner 2, attention dp 2\n\
+         nearest legal mappings of world_size 8:\n  \
+         tp 1, cp 4, pp 1, ep 1, etp 1, attention cp.inner 2  (without attention dp 2)"
+    );
+    let zero = message(plain.clone().split(Attention::CP_INNER, 0));
+    assert!(zero.starts_with("illegal mapping: attention cp.inner must be at least 1, but is 0\n"), "{zero}");
+    let any = Constraints::default();
+    assert_eq!(nearest(&plain.clone().split(Attention::CP_INNER, 0), &any), vec![plain.clone()]);
+    assert_eq!(nearest(&ring.clone().split(Axes::<Expert>::NONE, 2), &any), vec![ring.clone()]);
+    // With the size of the axis pinned, only the split can change.
+    let pinned = Constraints { cp: 4..=4, ..any };
+    assert_eq!(nearest(&plain.clone().split(Attention::CP_OUTER, 3), &pinned), vec![plain]);
+    let instances = Mapping { order: "tp-dp-cp-ep-pp".parse().unwrap(), ..ring }.optimizer_instances(2);
+    assert!(nearest(&instances, &pinned).contains(&Mapping { order: Order::default(), ..instances }));
+}
+
+/// All foldings of these worlds are too many to look at: 33,771,360 of the first.
+#[test]
+fn what_is_nearest_in_a_large_world_is_found_at_once() {
+    for world_size in [100_800, 98_304, 1 << 31] {
+        for order in [Order::PP_LAST, Order::DP_LAST] {
+            let asked =
+                Mapping { world_size, tp: 11, cp: 13, pp: 17, ep: 19, etp: 23, order, ..Mapping::default() };
+            let legal = nearest(&asked, &Constraints::default());
+            assert_eq!(legal.len(), 5);
+            assert!(legal.into_iter().all(|mapping| Folding::new(mapping).is_ok()));
+        }
+    }
 }
 
 /// An instance of the optimizer is one set of ranks for attention and experts.
@@ -271,6 +310,9 @@ fn the_last_split_of_an_axis_counts() {
     assert_eq!([Attention::CP_INNER, Attention::CP_OUTER].map(|digit| folding.size(digit)), [1, 4]);
     assert_eq!([Attention::DP_INNER, Attention::DP_OUTER].map(|digit| folding.size(digit)), [1, 2]);
     assert_eq!([Attention::TP_INNER, Attention::TP_OUTER].map(|digit| folding.size(digit)), [1, 1]);
+    let none = Axes::<Expert>::NONE;
+    let twice = Mapping::default().split(none, 2).split(none, 3);
+    assert!(twice.splits.iter().eq([(none.into(), 3)]));
     let whole = Folding::new(Mapping { world_size: 8, cp: 4, ..Mapping::default() }).unwrap();
     assert_eq!([Attention::CP_INNER, Attention::CP_OUTER].map(|digit| whole.size(digit)), [4, 1]);
 }
@@ -313,7 +355,8 @@ proptest! {
             assert!(Folding::new(mapping.clone()).is_ok());
             distance(mapping)
         }).collect();
-        prop_assert!(!proposed.is_empty() && proposed.len() <= 5);
+        let fewest = distances.iter().filter(|(changes, _)| *changes == distances[0].0).count();
+        prop_assert_eq!(proposed.len(), fewest.min(5));
         prop_assert_eq!(&proposed[..], &distances[..proposed.len()]);
     }
 }
