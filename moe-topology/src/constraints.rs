@@ -7,7 +7,7 @@ use crate::{Attention, Error, Folding, Mapping, Nearest};
 
 /// What a folding must satisfy besides the arithmetic of ranks.
 ///
-/// What is `None` asks nothing. Fields of a model are named as in a Hugging Face `config.json`.
+/// What is `None` asks nothing, and no number is 0. Fields of a model are named as in a Hugging Face `config.json`.
 ///
 /// ```
 /// use moe_topology::{Constraints, Mapping};
@@ -184,12 +184,13 @@ fn inside(name: &'static str, size: usize, allowed: &RangeInclusive<usize>) -> R
     Err(Rule::Outside { name, size, allowed: allowed.clone() })
 }
 
-/// `value` is a multiple of the product of `factors`, none of which is 0.
+/// `value` is not 0 and a multiple of the product of `factors`, none of which is 0.
 fn multiple(name: &'static str, value: Option<usize>, factors: &[(&'static str, usize)]) -> Result<(), Rule> {
-    let Some(value) = value else { return Ok(()) };
     let of = Product::new(factors);
-    match of.value() {
-        Some(product) if value.is_multiple_of(product) => Ok(()),
-        _ => Err(Rule::Multiple { name, value, of }),
+    match (value, of.value()) {
+        (None, _) => Ok(()),
+        (Some(0), _) => Err(Rule::Zero { name }),
+        (Some(value), Some(product)) if value.is_multiple_of(product) => Ok(()),
+        (Some(value), _) => Err(Rule::Multiple { name, value, of }),
     }
 }

@@ -70,7 +70,8 @@ impl<V: View> Placement<V> {
         partial: Axes<V>,
         owner: Owner,
     ) -> Result<Self, Error> {
-        if dims.iter().try_fold(1usize, |len, &dim| len.checked_mul(dim)).is_none() {
+        // A dimension of 0 does not hide the others: any product of some dimensions can then be counted.
+        if dims.iter().try_fold(1usize, |len, &dim| len.checked_mul(dim.max(1))).is_none() {
             return Err(Error::TooLarge { dims: dims.into() });
         }
         let mut used = partial;
@@ -165,12 +166,15 @@ impl<V: View> Placement<V> {
         folding.group(rank, self.partial)
     }
 
-    /// The ranks, besides [`partial_group`](Self::partial_group), that hold a tied tensor's other copy at the same
-    /// place: `rank` and its counterpart, to sum the gradient over; `None` if there is one copy only.
+    /// `rank` and the rank of the other owning stage that stores the same elements; the gradient is summed over these
+    /// two as well as over [`partial_group`](Self::partial_group). `None` if there is one copy, or no such stage
+    /// ([`check`](Self::check)).
     #[must_use]
     pub fn tied_ranks(&self, folding: &Folding, rank: usize) -> Option<Ranks> {
         match self.owner {
-            Owner::Tied(one, other) if one != other && self.holds(folding, rank) => {
+            Owner::Tied(one, other)
+                if one != other && self.holds(folding, rank) && self.check(folding).is_ok() =>
+            {
                 let stages = folding.group(rank, Attention::PP);
                 let (first, last) = (stages.get(one.min(other)), stages.get(one.max(other)));
                 let mut ranks = Ranks::one(first as u32);

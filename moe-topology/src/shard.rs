@@ -16,7 +16,7 @@ impl<V: View> Placement<V> {
             let n = self.dims()[dim];
             let block = n.div_ceil(folding.size(axes));
             let start = folding.coordinate(rank, axes) * block;
-            slice[dim] = start.min(n)..(start + block).min(n);
+            slice[dim] = start.min(n)..start.saturating_add(block).min(n);
         }
         slice
     }
@@ -41,7 +41,7 @@ impl<V: View> Placement<V> {
     pub fn zero_cut(&self, len: usize, folding: &Folding, rank: usize) -> Range<usize> {
         let block = len.div_ceil(folding.size(self.cut_axes()));
         let start = folding.coordinate(rank, self.cut_axes()) * block;
-        start..start + block
+        start..start.saturating_add(block)
     }
 
     /// Where the elements `part` of what `rank` stores (flat, row-major) stand in the logical tensor: maximal stretches

@@ -183,6 +183,16 @@ fn each_constraint_says_what_it_needs() {
             "micro_batch_size must be at least 1, but is 0",
         ),
         (&legal, Constraints { vpp: 0, ..mixtral() }, "vpp must be at least 1, but is 0"),
+        (
+            &legal,
+            Constraints { num_experts: Some(0), ..mixtral() },
+            "num_experts must be at least 1, but is 0",
+        ),
+        (
+            &legal,
+            Constraints { global_batch_size: Some(0), ..mixtral() },
+            "global_batch_size must be at least 1, but is 0",
+        ),
     ] {
         assert_eq!(rule(mapping, constraints), expected);
     }

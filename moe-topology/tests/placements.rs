@@ -155,6 +155,20 @@ fn a_vocabulary_has_short_and_empty_last_blocks() {
     assert_eq!(blocks, [0..3, 3..6, 6..9, 9..10]);
 }
 
+#[test]
+fn a_tensor_may_be_as_large_as_can_be_counted() {
+    let folding = Folding::new(Mapping { world_size: 2, tp: 2, ..Mapping::default() }).unwrap();
+    let of = |dims: &[usize]| Placement::new(dims, &[(0, Attention::TP)], Axes::NONE, Owner::Stage(0));
+    let huge = of(&[usize::MAX]).unwrap();
+    let half = 1 << (usize::BITS - 1);
+    assert_eq!([0, 1].map(|rank| huge.slice(&folding, rank)[0].clone()), [0..half, half..usize::MAX]);
+    let partial = Placement::new(&[usize::MAX], &[], Attention::TP, Owner::Stage(0)).unwrap();
+    assert_eq!(partial.zero_cut(usize::MAX, &folding, 1), half..usize::MAX);
+    for empty in [[usize::MAX, 2, 0], [0, usize::MAX, 2]] {
+        assert_eq!(of(&empty), Err(Error::TooLarge { dims: empty.into() }));
+    }
+}
+
 /// Two key-value heads shared by eight TP ranks: four neighbours hold the same head and sum its gradient.
 #[test]
 fn shared_key_value_heads_are_digits_of_tp() {
@@ -209,4 +223,5 @@ fn contradictions_are_refused() {
     let folding = Folding::new(Mapping { world_size: 2, pp: 2, ..Mapping::default() }).unwrap();
     let head = Placement::new(&[4], &[], Attention::DP, Owner::Tied(0, 2)).unwrap();
     assert_eq!(head.check(&folding), Err(Error::NoSuchStage { stage: 2, pp: 2 }));
+    assert!((0..2).all(|rank| head.tied_ranks(&folding, rank).is_none()));
 }
