@@ -5,16 +5,30 @@ use std::hash::Hash;
 use std::marker::PhantomData;
 use std::ops::BitOr;
 
-use crate::{Folding, Layout};
-
 /// Indices among the axes of either view.
 pub(crate) const DP: usize = 2;
 pub(crate) const PP: usize = 3;
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for super::Attention {}
-    impl Sealed for super::Expert {}
+    use crate::layout::Layout;
+    use crate::{Attention, Expert, Folding};
+
+    pub trait Sealed: Sized {
+        /// This view's numbering of the ranks.
+        fn layout(folding: &Folding) -> &Layout<Self>;
+    }
+
+    impl Sealed for Attention {
+        fn layout(folding: &Folding) -> &Layout<Self> {
+            &folding.attention
+        }
+    }
+
+    impl Sealed for Expert {
+        fn layout(folding: &Folding) -> &Layout<Self> {
+            &folding.expert
+        }
+    }
 }
 
 /// One of the two ways to number the same ranks: [`Attention`] or [`Expert`].
@@ -26,12 +40,11 @@ pub trait View: sealed::Sealed + Copy + Debug + Eq + Ord + Hash + Send + Sync + 
     const NAME: &'static str;
     /// The same as a value.
     const KIND: ViewKind;
-    /// The names of the four axes, in the order of [`Folding::coordinates`].
+    /// The names of the four axes, in the order of [`Folding::coordinates`](crate::Folding::coordinates).
     const AXES: [&'static str; 4];
-    /// The groups that people speak of, by Megatron's names: the four axes, then the useful combinations.
+    /// The groups that people speak of, and their names: the four axes, then the useful combinations.
+    /// [`megatron`](crate::megatron) has Megatron's.
     const GROUPS: &'static [(&'static str, Axes<Self>)];
-    /// This view's numbering of the ranks.
-    fn layout(folding: &Folding) -> &Layout<Self>;
 }
 
 /// Which view, as a value.
@@ -68,9 +81,6 @@ impl View for Attention {
         ("dp-cp", Self::DP.union(Self::CP)),
         ("tp-pp", Self::TP.union(Self::PP)),
     ];
-    fn layout(folding: &Folding) -> &Layout<Self> {
-        &folding.attention
-    }
 }
 
 impl View for Expert {
@@ -85,9 +95,6 @@ impl View for Expert {
         ("etp-ep", Self::ETP.union(Self::EP)),
         ("etp-ep-pp", Self::ETP.union(Self::EP).union(Self::PP)),
     ];
-    fn layout(folding: &Folding) -> &Layout<Self> {
-        &folding.expert
-    }
 }
 
 impl Attention {

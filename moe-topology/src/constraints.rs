@@ -8,6 +8,7 @@ use crate::{Attention, Error, Folding, Mapping, Nearest};
 /// What a folding must satisfy besides the arithmetic of ranks.
 ///
 /// What is `None` asks nothing, and no number is 0. Fields of a model are named as in a Hugging Face `config.json`.
+/// Build it with `..Constraints::default()`, as here: fields may be added in a minor release.
 ///
 /// ```
 /// use moe_topology::{Constraints, Mapping};

@@ -99,8 +99,8 @@ pub enum Rule {
     },
     /// Ranks are counted in 32 bits.
     TooMany {
-        /// What is too large.
-        product: Product,
+        /// Number of ranks.
+        world_size: usize,
     },
     /// One number must be a multiple of others: `world_size % (tp·cp·pp) = 0`.
     Multiple {
@@ -186,9 +186,7 @@ impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Zero { name } => write!(f, "{name} must be at least 1, but is 0"),
-            Self::TooMany { product } => {
-                write!(f, "{} must be below 2^32, but is {}", product.names(), product.values())
-            }
+            Self::TooMany { world_size } => write!(f, "world_size must be below 2^32, but is {world_size}"),
             Self::Multiple { name, value, of } => {
                 // A product that overflows leaves all of the value.
                 let rest = of.value().map_or(*value, |product| value % product);
@@ -234,6 +232,8 @@ impl fmt::Display for Rule {
         }
     }
 }
+
+impl std::error::Error for Rule {}
 
 /// `what` is the same in both views if the products are.
 fn same(

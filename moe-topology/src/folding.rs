@@ -2,9 +2,8 @@
 
 use crate::axis::{DP, PP};
 use crate::error::{Product, Rule};
-use crate::{
-    Attention, Axes, Constraints, Error, Expert, Group, GroupKey, Layout, Mapping, Order, Ranks, View,
-};
+use crate::layout::Layout;
+use crate::{Attention, Axes, Constraints, Error, Expert, Group, GroupKey, Mapping, Order, Ranks, View};
 
 /// A legal folding: the [`Attention`] and the [`Expert`] view of the same ranks, with identical pipeline groups and
 /// optimizer instances.
@@ -76,7 +75,7 @@ impl Folding {
             }
         }
         if u32::try_from(world_size).is_err() {
-            return Err(Rule::TooMany { product: Product::new(&[("world_size", world_size)]) });
+            return Err(Rule::TooMany { world_size });
         }
         let dp = replicas(world_size, [("tp", tp), ("cp", cp), ("pp", pp)])?;
         let edp = replicas(world_size, [("etp", etp), ("ep", ep), ("pp", pp)])?;

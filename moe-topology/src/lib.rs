@@ -72,7 +72,6 @@ pub use error::{Error, Product, Rule};
 pub use explain::{Nearest, nearest};
 pub use folding::Folding;
 pub use group::{Group, Ranks, RanksIter};
-pub use layout::Layout;
 pub use locality::{Cluster, Span};
 pub use mapping::{Mapping, Order, Splits};
 pub use placement::{Owner, Placement};

@@ -9,7 +9,8 @@ use crate::{Attention, Axes, Error, Expert, GroupKey, View, ViewKind};
 
 /// The sizes of the parallel axes of a world, as a user writes them; [`Folding::new`](crate::Folding::new) judges them.
 ///
-/// `dp` and `edp` follow: `dp = world_size/(tp·cp·pp)` and `edp = world_size/(etp·ep·pp)`.
+/// `dp` and `edp` follow: `dp = world_size/(tp·cp·pp)` and `edp = world_size/(etp·ep·pp)`. Build it with
+/// `..Mapping::default()`, as here: fields may be added in a minor release.
 ///
 /// ```
 /// use moe_topology::{Folding, Mapping};

@@ -63,7 +63,7 @@ impl<V: View> Placement<V> {
     ///
     /// # Errors
     /// If a dimension does not exist or is sharded twice, an axis is used twice, `pp` is among the axes, or the number
-    /// of elements overflows.
+    /// of elements overflows (counted as if a dimension of 0 were 1).
     pub fn new(
         dims: &[usize],
         shards: &[(usize, Axes<V>)],

@@ -283,6 +283,22 @@ fn optimizer_instances_are_the_same_in_both_views() {
     }
 }
 
+/// A rule is an error of its own, for who checks a folding that already is one.
+#[test]
+fn a_broken_rule_is_an_error() {
+    let check = |world_size| -> Result<(), Box<dyn std::error::Error>> {
+        mixtral().check(&Folding::new(Mapping { world_size, pp: 2, ..Mapping::default() })?)?;
+        Ok(())
+    };
+    assert!(check(8).is_ok());
+    assert_eq!(
+        check(6).unwrap_err().to_string(),
+        "global_batch_size must be a multiple of micro_batch_size·dp, but 256 % (1·3 = 3) = 1"
+    );
+    let large = Folding::new(Mapping { world_size: 1 << 32, ..Mapping::default() }).unwrap_err();
+    assert!(large.to_string().contains("world_size must be below 2^32, but is 4294967296"), "{large}");
+}
+
 #[test]
 fn nothing_a_caller_can_write_panics() {
     let huge = usize::MAX;
