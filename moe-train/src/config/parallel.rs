@@ -58,8 +58,8 @@ impl ParallelConfig {
         let whole = constraints.fold(mapping.clone())?;
         let split = model.split_tp(mapping).split(Attention::CP_INNER, ulysses);
         match self.instances(&whole)? {
-            1 => Ok(Folding::new(split)?),
-            instances => Ok(Folding::new(split.optimizer_instances(instances))?),
+            1 => Ok(constraints.fold(split)?),
+            instances => Ok(constraints.fold(split.optimizer_instances(instances))?),
         }
     }
 

@@ -744,6 +744,12 @@ fn instances_of_the_optimizer_divide_the_replicas() {
             )
         );
     }
+    // CP 2 would do as well, but not for the length of these sequences.
+    let order = ["parallel.order=tp-dp-cp-ep-pp", "parallel.ep=2", "train.sequence_length=6"];
+    let refused = refusal(&[&replicas[..], &order].concat());
+    assert!(refused.contains("the optimizer instances of both views must be the same"), "{refused}");
+    assert!(refused.contains("(order tp-dp-cp-ep-pp -> tp-cp-ep-dp-pp)"), "{refused}");
+    assert!(!refused.contains("cp 1 -> 2"), "{refused}");
 }
 
 #[test]
