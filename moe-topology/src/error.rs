@@ -88,7 +88,7 @@ pub enum Error {
 
 /// A rule of legality and the values that break it.
 ///
-/// The first nine are about ranks alone; the others come from [`Constraints`](crate::Constraints).
+/// The first eight are about ranks; the others come from [`Constraints`](crate::Constraints) alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rule {
