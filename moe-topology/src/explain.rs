@@ -6,7 +6,8 @@ use std::ops::Add;
 
 use crate::enumerate::{divisors, pairs};
 use crate::folding::layout;
-use crate::{Attention, Constraints, Expert, Mapping, Order, Ranks};
+use crate::group::Digit;
+use crate::{Attention, Constraints, Expert, Mapping, Order};
 
 /// How many mappings are proposed.
 const AT_MOST: usize = 5;
@@ -111,7 +112,7 @@ fn templates(asked: &Mapping) -> Vec<(usize, Mapping)> {
 }
 
 /// Pairs `(tp, cp)` or `(etp, ep)` that are legal in their view, by what both views must share.
-type Pairs = BTreeMap<[Ranks; 2], Vec<(Cost, (usize, usize))>>;
+type Pairs = BTreeMap<[Digit; 2], Vec<(Cost, (usize, usize))>>;
 
 /// The pairs of both views that fit a template with this `pp`.
 ///

@@ -82,9 +82,9 @@ impl Folding {
         let (attention, expert) = ([tp, cp, dp, pp], [etp, ep, edp, pp]);
         let folding =
             Self { attention: layout(&mapping, attention)?, expert: layout(&mapping, expert)?, mapping };
-        let [pipeline, instance] = folding.attention.shared();
-        let [expert_pipeline, expert_instance] = folding.expert.shared();
-        if pipeline != expert_pipeline {
+        let [stage, instance] = folding.attention.shared();
+        let [expert_stage, expert_instance] = folding.expert.shared();
+        if stage != expert_stage {
             return Err(Rule::PipelineGroups {
                 order,
                 attention: before::<Attention>(order, PP, attention),

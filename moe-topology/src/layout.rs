@@ -53,10 +53,12 @@ impl<V: View> Layout<V> {
         rank as u32
     }
 
-    /// What the two layouts of a folding must have in common: the pipeline and the optimizer instance of rank 0. Those
-    /// of the other ranks are the same, shifted.
-    pub(crate) fn shared(&self) -> [Ranks; 2] {
-        [Axes::axis(PP), Axes::ALL.minus(Axes::outer(DP))].map(|axes| self.group(0, axes).ranks())
+    /// What the two layouts of a folding must have in common: the digits of a rank that number its pipeline stage and
+    /// its optimizer instance. Where there is but one, it does not matter where its digit stands.
+    pub(crate) fn shared(&self) -> [Digit; 2] {
+        let [inner, outer, instance] = [2 * PP, 2 * PP + 1, 2 * DP + 1].map(|digit| self.digits[digit]);
+        let stage = Digit { stride: inner.stride, size: inner.size * outer.size };
+        [stage, instance].map(|digit| if digit.size == 1 { Digit::default() } else { digit })
     }
 
     /// Ranks between neighbours along `axis`.
