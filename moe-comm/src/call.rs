@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use moe_kernels::{DType, Device};
+use moe_topology::GroupKey;
 
 use crate::{Error, Result};
 
@@ -117,6 +118,8 @@ impl fmt::Display for Collective {
 /// a receive buffer moves in and comes back from [`Flight::wait`](crate::Flight::wait).
 #[derive(Debug)]
 pub struct Call<D: Device> {
+    /// Which group calls: groups of the same ranks share a communicator.
+    pub group: GroupKey,
     /// The operation.
     pub op: Collective,
     /// Type of the elements.
@@ -138,7 +141,13 @@ impl<D: Device> Call<D> {
 
     /// What the other ranks have to agree with.
     pub fn signature(&self) -> Signature {
-        Signature { op: self.op.clone(), dtype: self.dtype, elements: self.elements(), cols: self.cols }
+        Signature {
+            group: self.group,
+            op: self.op.clone(),
+            dtype: self.dtype,
+            elements: self.elements(),
+            cols: self.cols,
+        }
     }
 
     /// Checks what `rank` of a group of `size` can check alone: that peers exist, that counts are complete, that
@@ -244,6 +253,8 @@ impl<D: Device> Call<D> {
 /// The fingerprint of a call: what the ranks of a group compare before anything moves.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Signature {
+    /// The group that calls.
+    pub group: GroupKey,
     /// The operation with its counts, root, tag and reduction.
     pub op: Collective,
     /// Type of the elements.
@@ -258,7 +269,7 @@ impl Signature {
     /// Whether this call of rank `me` and the `other` one of rank `peer` are two sides of one operation.
     pub fn agrees(&self, me: usize, other: &Signature, peer: usize) -> bool {
         use Collective::*;
-        if self.dtype != other.dtype || self.cols != other.cols {
+        if self.group != other.group || self.dtype != other.dtype || self.cols != other.cols {
             return false;
         }
         match (&self.op, &other.op) {
@@ -276,16 +287,17 @@ impl Signature {
     }
 }
 
-/// `all_reduce (sum), 6 f64 in rows of 3`.
+/// `all_reduce (sum), 6 f64 in rows of 3, of attention tp`.
 impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.op.fmt(f)?;
         match self.op {
-            Collective::Barrier => Ok(()),
+            Collective::Barrier => return write!(f, " of {}", self.group),
             Collective::AllReduce(_) | Collective::Send { .. } => {
-                write!(f, ", {} {} in rows of {}", self.elements, self.dtype, self.cols)
+                write!(f, ", {} {} in rows of {}", self.elements, self.dtype, self.cols)?;
             }
-            _ => write!(f, ", {} in rows of {}", self.dtype, self.cols),
+            _ => write!(f, ", {} in rows of {}", self.dtype, self.cols)?,
         }
+        write!(f, ", of {}", self.group)
     }
 }

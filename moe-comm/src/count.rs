@@ -28,20 +28,20 @@ impl Counters {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn add<D: Device>(&self, key: GroupKey, call: &Call<D>) {
+    fn add<D: Device>(&self, call: &Call<D>) {
         let bytes = match (&call.send, &call.recv) {
             (Some((_, sent)), _) => sent.len(),
             (None, Some(recv)) => D::byte_len(recv),
             (None, None) => 0,
         };
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry((key, call.op.name())).or_default();
+        let count = counts.entry((call.group, call.op.name())).or_default();
         count.calls += 1;
         count.bytes += bytes as u64;
     }
 }
 
-/// A world whose communicators count. Groups that share a communicator share its first key.
+/// A world whose communicators count.
 pub struct Counted<W> {
     world: W,
     counters: Counters,
@@ -72,8 +72,8 @@ impl<D: Device, W: World<D>> World<D> for Counted<W> {
 impl<D: Device> Decoration<D> for Counters {
     type Started = ();
 
-    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<()> {
-        self.add(group, call);
+    fn before(&self, call: &Call<D>) -> Result<()> {
+        self.add(call);
         Ok(())
     }
 }

@@ -10,8 +10,8 @@ pub(crate) trait Decoration<D: Device>: Send {
     /// What it knows of a call in flight.
     type Started;
 
-    /// Before a call of `group` starts; on an error it does not.
-    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<Self::Started>;
+    /// Before a call starts; on an error it does not.
+    fn before(&self, call: &Call<D>) -> Result<Self::Started>;
 
     /// What is returned for the call in flight.
     fn in_flight(&self, _started: Self::Started, flight: Box<dyn Flight<D>>) -> Box<dyn Flight<D>> {
@@ -42,13 +42,12 @@ impl<D: Device, T: Decoration<D>> RawComm<D> for Decorated<D, T> {
     }
 
     fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
-        let started = self.decoration.before(self.key(), &call)?;
+        let started = self.decoration.before(&call)?;
         Ok(self.decoration.in_flight(started, self.inner.start(call)?))
     }
 
     fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
-        let started =
-            calls.iter().map(|call| self.decoration.before(self.key(), call)).collect::<Result<Vec<_>>>()?;
+        let started = calls.iter().map(|call| self.decoration.before(call)).collect::<Result<Vec<_>>>()?;
         let flights = self.inner.start_batch(calls)?;
         Ok(started
             .into_iter()

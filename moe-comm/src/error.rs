@@ -26,7 +26,7 @@ pub enum Error {
         group: Option<GroupKey>,
         /// That operation.
         op: Option<&'static str>,
-        /// Its number among the operations of that group (for messages: among those of that pair), from 0.
+        /// Its number among the operations of the ranks of that group (for messages: of that pair), from 0.
         sequence: Option<u64>,
         /// What happened.
         why: Arc<str>,

@@ -74,8 +74,8 @@ impl<D: Device, W: World<D>> World<D> for Faulty<W> {
 impl<D: Device> Decoration<D> for Arc<[Armed]> {
     type Started = ();
 
-    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<()> {
-        let op = call.op.name();
+    fn before(&self, call: &Call<D>) -> Result<()> {
+        let (group, op) = (call.group, call.op.name());
         for Armed { fault, seen } in &**self {
             let counts =
                 fault.op.is_none_or(|only| only == op) && fault.group.is_none_or(|only| only == group);

@@ -16,7 +16,7 @@ pub trait RawComm<D: Device>: Send {
     fn size(&self) -> usize;
     /// The world ranks of the group, in group order.
     fn ranks(&self) -> &[usize];
-    /// What the group is.
+    /// What the group is, or the first of those that share this communicator; calls say which they are of.
     fn key(&self) -> GroupKey;
     /// Starts an operation. It makes progress without further calls of this rank.
     fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>>;

@@ -10,7 +10,8 @@ use crate::{Comm, Error, RawComm, Result, World};
 
 /// A rank's communicators: one for each group that it asked for, where groups of the same ranks share one.
 ///
-/// They are made collectively and in one sorted order: every rank asks for the same axes.
+/// They are made collectively and in one sorted order: every rank asks for the same axes. Calls say which group they are
+/// of, so that counts and failures are its own, and ranks that mix up two groups of the same ranks are told.
 pub struct Comms<D: Device> {
     device: D,
     raws: Vec<Box<dyn RawComm<D>>>,

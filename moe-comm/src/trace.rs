@@ -24,7 +24,7 @@ pub struct Event {
     pub moment: Moment,
     /// The operation ([`Collective::name`](crate::Collective::name)).
     pub op: &'static str,
-    /// The group. Groups that share a communicator share its first key.
+    /// The group.
     pub group: GroupKey,
     /// Which of the operations that this rank started, from 0: the same at start and wait.
     pub number: u64,
@@ -91,8 +91,8 @@ impl<D: Device, W: World<D>> World<D> for Traced<W> {
 impl<D: Device> Decoration<D> for Trace {
     type Started = Event;
 
-    fn before(&self, group: GroupKey, call: &Call<D>) -> Result<Event> {
-        Ok(self.start(call.op.name(), group))
+    fn before(&self, call: &Call<D>) -> Result<Event> {
+        Ok(self.start(call.op.name(), call.group))
     }
 
     fn in_flight(&self, event: Event, inner: Box<dyn Flight<D>>) -> Box<dyn Flight<D>> {

@@ -231,7 +231,8 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
 
     /// Returns when all ranks have entered.
     pub fn barrier(&self) -> Result<()> {
-        let call = Call { op: Collective::Barrier, dtype: u8::DTYPE, cols: 0, send: None, recv: None };
+        let op = Collective::Barrier;
+        let call = Call { group: self.key, op, dtype: u8::DTYPE, cols: 0, send: None, recv: None };
         self.raw.start(call)?.wait().map(drop)
     }
 
@@ -341,7 +342,7 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
             return Err(Error::NotContiguous { op: op.name(), rows, cols, stride });
         }
         let send = Some((x.buf().clone(), x.byte_range()));
-        Ok(Call { op, dtype: T::DTYPE, cols: layout.cols, send, recv: None })
+        Ok(Call { group: self.key, op, dtype: T::DTYPE, cols: layout.cols, send, recv: None })
     }
 
     fn receiving<T: Element>(
@@ -351,7 +352,8 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         cols: usize,
     ) -> Result<(Call<D>, Expected<T, D>)> {
         let recv = Some(self.device.alloc(rows * cols * size_of::<T>())?);
-        Ok((Call { op, dtype: T::DTYPE, cols, send: None, recv }, Expected::Received { rows, cols }))
+        let call = Call { group: self.key, op, dtype: T::DTYPE, cols, send: None, recv };
+        Ok((call, Expected::Received { rows, cols }))
     }
 
     /// Also where `cols` is 0 and counts of elements say nothing.

@@ -10,6 +10,9 @@ use moe_topology::{Attention, Axes, Expert, Folding, GroupKey, Mapping};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// The same ranks as [`Expert::EP`].
+const TP_DP: Axes<Attention> = Attention::TP.union(Attention::DP);
+
 fn folding() -> Folding {
     Folding::new(Mapping { world_size: 8, tp: 2, cp: 1, pp: 2, ep: 4, ..Mapping::default() }).unwrap()
 }
@@ -85,12 +88,15 @@ fn calls_and_bytes_are_counted_by_group_and_operation() {
         let (rank, counters) = (world.rank(), Counters::default());
         let world: Box<dyn World<Cpu>> = Box::new(Counted::new(world, counters.clone()));
         let groups = Comms::builder().attention(Attention::TP).attention(Axes::NONE).expert(Expert::EP);
+        // The ranks of EP: the communicator is shared, the counts are not.
+        let groups = groups.attention(TP_DP);
         let comms = groups.build(&world, &Cpu::new(1), &folding())?;
         let x = Tensor::<f32, Cpu>::zeros(&Cpu::new(1), 4, 5)?;
         let (tp, ep, alone) =
             (comms.group(Attention::TP)?, comms.group(Expert::EP)?, comms.group::<Attention>(Axes::NONE)?);
         tp.all_reduce(&x, Reduction::Sum)?;
         tp.all_reduce(&x.rows(0..1)?, Reduction::Sum)?;
+        comms.group(TP_DP)?.barrier()?;
         ep.all_to_all_rows_v(&x, &[1; 4], &[1; 4])?;
         alone.all_gather_rows(&x)?;
         if rank % 2 == 0 {
@@ -107,6 +113,7 @@ fn calls_and_bytes_are_counted_by_group_and_operation() {
         let expected = [
             ((GroupKey::from(Axes::<Attention>::NONE), "all_gather"), Count { calls: 1, bytes: 80 }),
             ((tp, "all_reduce"), Count { calls: 2, bytes: 100 }),
+            ((TP_DP.into(), "barrier"), Count { calls: 1, bytes: 0 }),
             ((tp, message), Count { calls: 1, bytes: 80 }),
             ((Expert::EP.into(), "all_to_all"), Count { calls: 1, bytes: 80 }),
         ];
@@ -119,7 +126,7 @@ fn starts_and_waits_are_recorded_in_their_order() {
     let traces = ThreadWorld::run(8, DEADLINE, |world| -> Result<_, Error> {
         let (rank, trace) = (world.rank(), Trace::default());
         let world: Box<dyn World<Cpu>> = Box::new(Traced::new(world, trace.clone()));
-        let groups = Comms::builder().attention(Attention::TP).expert(Expert::EP);
+        let groups = Comms::builder().attention(Attention::TP).attention(TP_DP).expert(Expert::EP);
         let comms = groups.build(&world, &Cpu::new(1), &folding())?;
         let x = Tensor::<f32, Cpu>::zeros(&Cpu::new(1), 4, 5)?;
         let (tp, ep) = (comms.group(Attention::TP)?, comms.group(Expert::EP)?);

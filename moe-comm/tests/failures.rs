@@ -145,6 +145,34 @@ fn a_rank_that_is_late_but_in_time() {
     }
 }
 
+/// Groups that share a communicator fail under their own names.
+#[test]
+fn a_rank_that_fails_in_one_of_two_groups_of_the_same_ranks() {
+    let ended = ThreadWorld::run(4, PATIENT, |world| -> moe_comm::Result<()> {
+        let group = Some(Expert::ALL.into());
+        let fault = Fault { fate: Fate::Fail, op: Some("barrier"), group, call: 0 };
+        let world = Faulty::new(world, [fault]);
+        let comms = comms(&world)?;
+        let (attention, expert) = (comms.group(Attention::ALL)?, comms.group(Expert::ALL)?);
+        assert!(std::ptr::eq(attention.ranks(), expert.ranks()));
+        attention.barrier()?;
+        expert.barrier()
+    });
+    let error = ended.unwrap_err().to_string();
+    assert!(error.contains("injected fault at barrier of expert"), "{error}");
+    let late = blamed(4, |world| {
+        let comms = comms(&world)?;
+        comms.group(Attention::ALL)?.barrier()?;
+        if world.rank() == 3 {
+            thread::sleep(20 * SHORT);
+        }
+        Ok(comms.group(Expert::ALL)?.barrier()?)
+    });
+    let named =
+        matches!(late.failure, Error::Poisoned { group: Some(group), .. } if group == Expert::ALL.into());
+    assert!(named, "{late}");
+}
+
 fn blamed<R: Send + 'static>(
     size: usize,
     body: impl Fn(ThreadRank) -> Result<R, Boxed> + Send + Sync + 'static,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use loom::thread;
 use moe_comm::threads::board::{Board, Job, Lane, Members, Seat, Ticket};
 use moe_comm::{Error, Result};
-use moe_topology::Attention;
+use moe_topology::{Attention, GroupKey};
 
 /// A sum. `small` work is done by the last to arrive, other work is shared.
 struct Sum {
@@ -29,6 +29,9 @@ impl Job for Sum {
     type Give = Arc<u64>;
     type Take = u64;
 
+    fn group(_: &Kind) -> GroupKey {
+        Attention::ALL.into()
+    }
     fn name(note: &Kind) -> &'static str {
         note.op
     }
@@ -57,7 +60,7 @@ fn board(size: usize) -> Arc<Board<Sum>> {
 
 fn seat(size: usize, index: usize, sequence: u64) -> Seat {
     let ranks = (0..size).collect();
-    let group = Arc::new(Members { id: 0, key: Attention::ALL.into(), ranks });
+    let group = Arc::new(Members { id: 0, ranks });
     Seat { group, lane: Lane::All, sequence, index }
 }
 

@@ -155,7 +155,7 @@ fn start(
     let receives = !matches!(op, Collective::Barrier | Collective::Send { .. })
         && !matches!(op, Collective::Broadcast { root, .. } if root == raw.rank());
     let recv = if receives { Some(device.alloc(8 * expected)?) } else { None };
-    raw.start(Call { op, dtype: DType::F64, cols: 1, send, recv })
+    raw.start(Call { group: raw.key(), op, dtype: DType::F64, cols: 1, send, recv })
 }
 
 fn run(program: &Program, world: &ThreadRank) -> Result<()> {

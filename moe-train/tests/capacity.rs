@@ -10,7 +10,7 @@ use moe_dispatch::capacity::DropPolicy::{self, Position, Probs};
 use moe_kernels::Cpu;
 use moe_model::config::ScoringFunc;
 use moe_model::{DropUnit, ExpertCapacity, ModelConfig, PipelineLayout};
-use moe_topology::{Attention, Expert, Mapping};
+use moe_topology::{Attention, Expert, GroupKey, Mapping};
 use moe_train::trainer::{BatchSource, MoeLayerReport, RankTrainer, Setup};
 
 /// `(tp, cp, cp_ulysses, dp, pp, etp, ep)`.
@@ -198,8 +198,9 @@ fn exchanged(capacity: Option<ExpertCapacity>) -> Vec<(u64, u64)> {
         let mut trainer = RankTrainer::<f64, Cpu>::new(setup.clone(), &world, Cpu::poisoned(1))?;
         trainer.step(1, &source)?;
         let counts = counters.snapshot();
-        let count = |op| counts.get(&(Expert::EP.into(), op)).copied().unwrap_or_default();
-        Ok::<_, moe_train::Error>((count("all_gather").calls, count("all_to_all").bytes))
+        let count = |group: GroupKey, op| counts.get(&(group, op)).copied().unwrap_or_default();
+        let exchanges = count((Expert::ETP | Expert::EP).into(), "all_gather").calls;
+        Ok::<_, moe_train::Error>((exchanges, count(Expert::EP.into(), "all_to_all").bytes))
     });
     ranks.unwrap()
 }

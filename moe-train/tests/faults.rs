@@ -16,7 +16,6 @@ use moe_comm::count::{Counted, Counters};
 use moe_comm::fault::{Fate, Fault, Faulty};
 use moe_comm::{RawComm, ThreadRank, ThreadWorld, World, WorldError};
 use moe_kernels::Cpu;
-use moe_model::axes::{ATTENTION_GROUPS, EXPERT_GROUPS};
 use moe_model::{ModelConfig, PipelineLayout};
 use moe_pipeline::generate::Named;
 use moe_pipeline::{Action, Kind};
@@ -237,7 +236,7 @@ impl Counts {
         after: Phase,
         skip: u64,
     ) -> Site {
-        let group = communicator(group.into());
+        let group = group.into();
         let call = self.until(after, op, group) + skip;
         assert!(call < self.until(Phase::Save, op, group), "{phase}: no such call: {op} of {group}");
         Site { phase, op, group, call }
@@ -246,8 +245,7 @@ impl Counts {
     /// A call of the first backward pass, which follows the first forward pass on the last stage.
     fn backward(&self, phase: &'static str, op: &'static str, group: impl Into<GroupKey>) -> Site {
         let group = group.into();
-        let key = communicator(group);
-        let forward = self.until(Phase::Forward, op, key) - self.until(Phase::New, op, key);
+        let forward = self.until(Phase::Forward, op, group) - self.until(Phase::New, op, group);
         self.site(phase, op, group, Phase::Forward, forward)
     }
 
@@ -280,15 +278,6 @@ impl Counts {
             self.site("save: the end", "barrier", Attention::ALL, Evaluate, 0),
         ]
     }
-}
-
-/// The name of the communicator that rank [`FAULTY`] uses for a group: the first of the groups with the same ranks.
-fn communicator(group: GroupKey) -> GroupKey {
-    let folding = folded().folding;
-    let ranks = |key| folding.ranks(FAULTY, key).iter().collect::<Vec<_>>();
-    let attention = ATTENTION_GROUPS.into_iter().chain([Attention::ALL]).map(GroupKey::from);
-    let made = attention.chain(EXPERT_GROUPS.map(GroupKey::from));
-    made.filter(|&key| ranks(key) == ranks(group)).min().unwrap_or(group)
 }
 
 #[test]
@@ -369,7 +358,7 @@ const MOVEMENTS: u64 = 3;
 /// The movements of rows of rank [`FAULTY`] within its first overlap, and within its first input gradient that is no overlap's, if the
 /// schedule has such.
 fn woven_sites(setup: &Setup, counts: &Counts) -> Vec<Site> {
-    let (op, group) = ("all_to_all", communicator(Expert::EP.into()));
+    let (op, group) = ("all_to_all", GroupKey::from(Expert::EP));
     let program = setup.training_program(setup.global_batch_size).unwrap();
     let mut call = counts.until(Phase::Forward, op, group);
     let mut sites: Vec<Site> = Vec::new();

@@ -16,7 +16,7 @@ use moe_dispatch::DispatcherKind::{self, AllGather, AllToAll};
 use moe_kernels::Cpu;
 use moe_model::axes::INSTANCE_GROUPS;
 use moe_model::{ModelConfig, PipelineLayout};
-use moe_topology::{Attention, GroupKey, Mapping};
+use moe_topology::{Attention, Expert, GroupKey, Mapping};
 use moe_train::Error;
 use moe_train::checkpoint::container::Checkpoint;
 use moe_train::checkpoint::{restore, save};
@@ -84,13 +84,19 @@ fn only_sums_of_slices_leave_an_instance() {
     let (one, whole) = counts(1);
     let (two, halves) = counts(2);
     assert!(halves.abs_diff(2 * whole) < 64, "each instance has all: {whole} {halves}");
-    let [inner, outer] = [INSTANCE_GROUPS[0], Attention::DP_OUTER].map(GroupKey::from);
-    let bytes = |group, op| two[&(group, op)].bytes as usize / size_of::<f64>();
-    assert_eq!(bytes(inner, "reduce_scatter"), 2 * halves);
+    // Of dense weights, of those that ranks of TP would share, and of experts.
+    let inner = [INSTANCE_GROUPS[0].into(), INSTANCE_GROUPS[1].into(), Expert::EDP_INNER.into()];
+    let outer = [Attention::DP_OUTER.into(), Expert::EDP_OUTER.into()];
+    let elements = |groups: &[GroupKey], op| {
+        let bytes: u64 =
+            groups.iter().filter_map(|&group| two.get(&(group, op))).map(|count| count.bytes).sum();
+        bytes as usize / size_of::<f64>()
+    };
+    assert_eq!(elements(&inner, "reduce_scatter"), 2 * halves);
     // The weights at the start, drawn slice by slice, and after the step.
-    assert_eq!(bytes(inner, "all_gather"), 2 * halves);
-    assert_eq!(bytes(outer, "all_reduce"), halves);
-    assert!(one.keys().all(|(group, _)| ![inner, outer].contains(group)), "{one:?}");
+    assert_eq!(elements(&inner, "all_gather"), 2 * halves);
+    assert_eq!(elements(&outer, "all_reduce"), halves);
+    assert!(one.keys().all(|(group, _)| !inner.contains(group) && !outer.contains(group)), "{one:?}");
 }
 
 /// A run of two steps from `from` (or the start) to step 4 or 2, saved.

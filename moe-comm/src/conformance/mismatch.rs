@@ -1,6 +1,7 @@
 //! Ranks that call different things.
 
 use moe_kernels::Device;
+use moe_topology::{Attention, Expert};
 
 use super::sample::tensor;
 use super::{Case, Group, Outcome, typed, whole};
@@ -10,6 +11,12 @@ use crate::{Error, Reduction, Result, World};
 /// both. Each wants a fresh world of two ranks or more.
 pub fn mismatches<D: Device>() -> Vec<Case<D>> {
     vec![
+        ("groups of the same ranks", |world, device| {
+            differ(world, device, ["barrier of attention", "barrier of expert"], |comm, first| {
+                let key = if first { Attention::ALL.into() } else { Expert::ALL.into() };
+                Group::new(comm.raw(), device, key).barrier()
+            })
+        }),
         ("operations", |world, device| {
             differ(world, device, ["all_reduce", "barrier"], |comm, first| {
                 if first { sum::<D>(comm, device, [2, 3]) } else { comm.barrier() }

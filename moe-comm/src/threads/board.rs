@@ -27,6 +27,8 @@ pub trait Job: Sized + Send + Sync + 'static {
     /// Where a rank receives.
     type Take: Send;
 
+    /// The group that does it.
+    fn group(note: &Self::Note) -> GroupKey;
     /// Name of the operation.
     fn name(note: &Self::Note) -> &'static str;
     /// Compares the notes of two parties (their indices in the slot, and what they noted); an error describes both.
@@ -41,14 +43,12 @@ pub trait Job: Sized + Send + Sync + 'static {
     fn fill(&self, index: usize, take: &mut Self::Take) -> Result<()>;
 }
 
-/// A group as the board knows it.
+/// The ranks of one group, or of several, as the board knows them.
 #[derive(Debug)]
 pub struct Members {
-    /// Number of the group in its world, the same on all of its ranks.
+    /// Their number in the world, the same on all of them.
     pub id: usize,
-    /// What the group is.
-    pub key: GroupKey,
-    /// Its world ranks.
+    /// The world ranks.
     pub ranks: Box<[usize]>,
 }
 
@@ -323,7 +323,7 @@ impl<J: Job> Board<J> {
         take: J::Take,
     ) -> Result<Ticket<J>> {
         let (id, parties, index) = (seat.id(), seat.parties(), seat.index);
-        let place = Place { group: seat.group.key, op: J::name(&note), sequence: seat.sequence };
+        let place = Place { group: J::group(&note), op: J::name(&note), sequence: seat.sequence };
         let mut guard = self.lock();
         let state = &mut *guard;
         if let Some(failure) = &state.failure {

@@ -26,11 +26,11 @@ impl Shared {
         Shared { board: Arc::new(board), groups: Mutex::default() }
     }
 
-    fn group(&self, key: GroupKey, name: GroupName) -> Arc<Members> {
+    fn group(&self, name: GroupName) -> Arc<Members> {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         let id = groups.len();
         let ranks = name.0.clone().into_boxed_slice();
-        groups.entry(name).or_insert_with(|| Arc::new(Members { id, key, ranks })).clone()
+        groups.entry(name).or_insert_with(|| Arc::new(Members { id, ranks })).clone()
     }
 }
 
@@ -85,7 +85,7 @@ impl World<Cpu> for ThreadRank {
         };
         let mut made = self.made.borrow_mut();
         let times = made.entry(ranks.to_vec()).or_default();
-        let group = self.presence.shared.group(key, (ranks.to_vec(), *times));
+        let group = self.presence.shared.group((ranks.to_vec(), *times));
         *times += 1;
         let peers = group.ranks.len();
         Ok(Box::new(ThreadComm {

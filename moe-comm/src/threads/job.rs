@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use moe_kernels::cpu::CpuBuf;
+use moe_topology::GroupKey;
 
 use super::board::Job;
 use super::reduce::reduce;
@@ -37,6 +38,10 @@ impl Job for Operation {
     type Note = Signature;
     type Give = Give;
     type Take = Option<CpuBuf>;
+
+    fn group(note: &Signature) -> GroupKey {
+        note.group
+    }
 
     fn name(note: &Signature) -> &'static str {
         note.op.name()
