@@ -173,6 +173,14 @@ fn a_rank_that_fails_in_one_of_two_groups_of_the_same_ranks() {
     assert!(named, "{late}");
 }
 
+#[test]
+fn a_deadline_that_never_comes() {
+    let ended = ThreadWorld::run(4, Duration::MAX, |world| -> moe_comm::Result<()> {
+        comms(&world)?.group(Attention::ALL)?.barrier()
+    });
+    assert_eq!(ended.unwrap(), [(); 4]);
+}
+
 fn blamed<R: Send + 'static>(
     size: usize,
     body: impl Fn(ThreadRank) -> Result<R, Boxed> + Send + Sync + 'static,

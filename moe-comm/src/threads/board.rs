@@ -435,7 +435,8 @@ impl<J: Job> Board<J> {
     }
 
     fn wait(&self, id: SlotId, index: usize, rank: usize) -> Result<J::Take> {
-        let until = Instant::now() + self.deadline;
+        // A deadline beyond the end of the clock is none.
+        let until = Instant::now().checked_add(self.deadline);
         let mut guard = self.lock();
         loop {
             if let Some(failure) = &guard.failure {
@@ -447,7 +448,11 @@ impl<J: Job> Board<J> {
             {
                 return Ok(take);
             }
-            let left = until.saturating_duration_since(Instant::now());
+            // When all have arrived nobody is late: others do what is left, and ring when it is done.
+            let left = match until {
+                Some(until) if guard.incomplete(&id) => until.saturating_duration_since(Instant::now()),
+                _ => Duration::MAX,
+            };
             if left.is_zero() {
                 guard.ranks[rank].waiting.push(id);
                 let late = self.late(&guard, id, rank);
@@ -518,5 +523,74 @@ impl<J: Job> Drop for Ticket<J> {
             drop(state);
             drop(abandoned);
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread;
+
+    use moe_topology::Attention;
+
+    use super::*;
+
+    /// Work that says when it has begun, and ends when it is told to.
+    struct Slow(Vec<(Sender<()>, Mutex<Receiver<()>>)>);
+
+    impl Job for Slow {
+        type Note = ();
+        type Give = (Sender<()>, Mutex<Receiver<()>>);
+        type Take = ();
+
+        fn group(_: &()) -> GroupKey {
+            Attention::ALL.into()
+        }
+        fn name(_: &()) -> &'static str {
+            "slow"
+        }
+        fn agree(_: (usize, &()), _: (usize, &())) -> bool {
+            true
+        }
+        fn describe(_: &()) -> String {
+            String::new()
+        }
+        fn join(parties: Vec<((), Self::Give)>) -> Self {
+            Slow(parties.into_iter().map(|(_, give)| give).collect())
+        }
+        fn is_small(&self) -> bool {
+            true
+        }
+        fn fill(&self, index: usize, _: &mut ()) -> Result<()> {
+            let (begun, go_on) = &self.0[index];
+            begun.send(()).unwrap();
+            go_on.lock().unwrap().recv().unwrap();
+            Ok(())
+        }
+    }
+
+    /// The deadline has passed when the wait begins, and yet nobody is late.
+    #[test]
+    fn work_under_way_is_waited_for_beyond_the_deadline() {
+        let board = Arc::new(Board::<Slow>::new(2, Duration::ZERO));
+        let group = Arc::new(Members { id: 0, ranks: [0, 1].into() });
+        let seat = |index| Seat { group: group.clone(), lane: Lane::All, sequence: 0, index };
+        let (begun, has_begun) = channel();
+        let (go_on, told) = channel();
+        let first = board.arrive(&seat(0), (), (begun.clone(), Mutex::new(told)), ()).unwrap();
+        let (go_on_too, told) = channel();
+        let worker = thread::spawn({
+            let (board, seat) = (board.clone(), seat(1));
+            move || board.arrive(&seat, (), (begun, Mutex::new(told)), ()).unwrap().wait()
+        });
+        has_begun.recv().unwrap();
+        let waiter = thread::spawn(move || first.wait());
+        while board.lock().ranks[0].waiting.is_empty() && !waiter.is_finished() {
+            thread::yield_now();
+        }
+        go_on.send(()).unwrap();
+        go_on_too.send(()).unwrap();
+        assert_eq!(waiter.join().unwrap(), Ok(()));
+        assert_eq!(worker.join().unwrap(), Ok(()));
     }
 }
