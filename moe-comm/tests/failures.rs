@@ -253,8 +253,35 @@ fn a_rank_that_stops_outside_of_operations() {
         Ok(world.rank())
     });
     assert_eq!((error.rank(), &*error.running), (Some(1), &[1][..]));
-    assert!(error.to_string().contains("did not end"), "{error}");
+    assert!(error.to_string().contains("ranks [1] did not end, and did nothing for 1s"), "{error}");
     assert!(begin.elapsed() < 50 * SHORT);
+}
+
+/// All of them are named.
+#[test]
+fn two_ranks_that_stop_outside_of_operations() {
+    let error = blamed(3, |world| {
+        if world.rank() > 0 {
+            thread::sleep(100 * SHORT);
+        }
+        Ok(())
+    });
+    assert!(error.to_string().contains("ranks [1, 2] did not end"), "{error}");
+}
+
+/// Ranks that go on long after another one has ended are not late.
+#[test]
+fn ranks_that_outlive_another() {
+    let ended = ThreadWorld::run(4, SHORT, |world| -> moe_comm::Result<()> {
+        let comms = comms(&world)?;
+        let tp = comms.group(Attention::TP)?;
+        let rounds = if world.rank() < 2 { 0 } else { 25 };
+        (0..rounds).try_for_each(|_| {
+            thread::sleep(SHORT / 10);
+            tp.barrier()
+        })
+    });
+    assert_eq!(ended.unwrap(), [(); 4]);
 }
 
 #[test]

@@ -113,6 +113,8 @@ struct State<J: Job> {
     failure: Option<Error>,
     slots: HashMap<SlotId, Slot<J>>,
     ranks: Vec<RankState>,
+    /// Operations that ranks have started.
+    arrivals: u64,
 }
 
 #[derive(Default, Clone)]
@@ -278,6 +280,7 @@ impl<J: Job> Board<J> {
                 failure: None,
                 slots: HashMap::new(),
                 ranks: vec![RankState::default(); size],
+                arrivals: 0,
             }),
             bells: (0..size).map(|_| Condvar::new()).collect(),
             deadline,
@@ -292,6 +295,11 @@ impl<J: Job> Board<J> {
     /// The first failure.
     pub fn failure(&self) -> Option<Error> {
         self.lock().failure.clone()
+    }
+
+    /// How many operations the ranks have started: while it grows, some rank is alive.
+    pub fn arrivals(&self) -> u64 {
+        self.lock().arrivals
     }
 
     /// Records a failure of `rank` by itself; false if the world had failed before.
@@ -329,6 +337,7 @@ impl<J: Job> Board<J> {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
+        state.arrivals += 1;
         let slot = state.slots.entry(id).or_insert_with(|| Slot {
             group: seat.group.clone(),
             lane: seat.lane,

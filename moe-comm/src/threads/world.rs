@@ -44,8 +44,9 @@ impl ThreadWorld {
     /// The first failure of the world: a rank that returned an error, panicked, did not arrive in an operation, called
     /// another operation than its peers, or aborted. The others then fail in their current or next operation; this
     /// function returns when they have, and at most a second (or `deadline`, if that is shorter) later. A rank that
-    /// does not end is left behind: threads cannot be killed. A rank that stops outside of any operation is reported
-    /// `deadline` after the last other rank ended; while no rank has ended, it cannot be told from one that computes.
+    /// does not end is left behind: threads cannot be killed. Ranks that stop outside of any operation are reported
+    /// when others have ended and for `deadline` (at most twice that) no rank ended or started an operation; while no
+    /// rank has ended, they cannot be told from ranks that compute.
     pub fn run<R, E, F>(size: usize, deadline: Duration, body: F) -> Result<Vec<R>, WorldError>
     where
         R: Send + 'static,
@@ -114,6 +115,7 @@ fn gather<R>(
     let mut running: Vec<usize> = (0..size).collect();
     let mut source = None;
     let mut give_up = None;
+    let mut arrivals = 0;
     while !running.is_empty() {
         if give_up.is_none() && shared.board.failure().is_some() {
             give_up = Some(Instant::now() + deadline.min(GRACE));
@@ -129,10 +131,13 @@ fn gather<R>(
             }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if give_up.is_some() => break,
-            Err(RecvTimeoutError::Timeout) if running.len() < size => {
-                shared.board.fail(running[0], format!("it did not end within {deadline:?} after the others"));
+            Err(RecvTimeoutError::Timeout) => {
+                let before = std::mem::replace(&mut arrivals, shared.board.arrivals());
+                if running.len() < size && arrivals == before {
+                    let why = format!("ranks {running:?} did not end, and did nothing for {deadline:?}");
+                    shared.board.fail(running[0], why);
+                }
             }
-            Err(RecvTimeoutError::Timeout) => {}
         }
     }
     match shared.board.failure() {
