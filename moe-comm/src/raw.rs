@@ -20,7 +20,8 @@ pub trait RawComm<D: Device>: Send {
     fn key(&self) -> GroupKey;
     /// Starts an operation. It makes progress without further calls of this rank.
     fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>>;
-    /// Starts several at once (one NCCL group); the order inside a batch is free of deadlock.
+    /// Starts several at once (one NCCL group); the order inside a batch is free of deadlock. If one of them does not
+    /// pass [`Call::check`], none is started.
     fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>>;
     /// Ends all operations of the whole world with an error that carries `why`.
     fn abort(&self, why: &str);

@@ -144,6 +144,7 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
     }
 
     fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
+        calls.iter().try_for_each(|call| call.check(0, 1))?;
         calls.into_iter().map(|call| self.start(call)).collect()
     }
 

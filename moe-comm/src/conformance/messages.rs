@@ -4,7 +4,7 @@ use moe_kernels::{Device, Tensor};
 
 use super::sample::{tensor, values};
 use super::{Outcome, expect_tensor, typed, whole};
-use crate::{Message, World};
+use crate::{Error, Message, World};
 
 /// Several messages in order, of different lengths (one of them empty), types and tags.
 pub(super) fn ring<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
@@ -68,6 +68,32 @@ pub(super) fn both_directions<D: Device>(world: &dyn World<D>, device: &D) -> Ou
     }
     for sent in pending {
         sent.wait()?;
+    }
+    Ok(())
+}
+
+/// Of a batch that is refused nothing is sent.
+pub(super) fn refused_batch<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
+    let raw = whole(world)?;
+    let comm = typed(&*raw, device);
+    let (me, size) = (comm.rank(), comm.size());
+    let (to, from) = ((me + 1) % size, (me + size - 1) % size);
+    let message = |to, tag| -> crate::Result<_> {
+        Ok(Message::Send { to, tag, tensor: tensor::<f32, D>(device, tag as usize, me, [2, 3])? })
+    };
+    let refused = comm.start_messages(vec![message(to, 1)?, message(size, 1)?]).err();
+    if !matches!(refused, Some(Error::Argument { .. })) {
+        return Err(format!("a message to rank {size} of {size}: {refused:?}").into());
+    }
+    let messages = vec![message(to, 2)?, Message::Recv { from, tag: 2, rows: 2, cols: 3 }];
+    for (pending, sender) in comm.start_messages(messages)?.into_iter().zip([me, from]) {
+        expect_tensor(
+            "after a refused batch",
+            device,
+            &pending.wait()?,
+            [2, 3],
+            &values::<f32>(2, sender, 6),
+        )?;
     }
     Ok(())
 }

@@ -43,6 +43,7 @@ pub fn cases<D: Device>() -> Vec<Case<D>> {
         ("messages to oneself", messages::to_oneself),
         ("messages in both directions", messages::both_directions),
         ("pairs of messages", messages::pairs),
+        ("refused batch", messages::refused_batch),
         ("awaited out of order", flights::awaited_out_of_order),
         ("several groups in flight", flights::several_groups),
         ("progress without waiting", flights::progress_without_waiting),

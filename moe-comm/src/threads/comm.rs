@@ -123,6 +123,11 @@ impl ThreadComm {
         let sequence = counter.replace(counter.get() + 1);
         Seat { group: self.group.clone(), lane, sequence, index }
     }
+
+    fn start_checked(&self, call: Call<Cpu>) -> Result<Box<dyn Flight<Cpu>>> {
+        let (seat, signature) = (self.seat(&call.op), call.signature());
+        Ok(Box::new(ThreadFlight(self.presence.shared.board.arrive(&seat, signature, call.send, call.recv)?)))
+    }
 }
 
 impl RawComm<Cpu> for ThreadComm {
@@ -144,13 +149,13 @@ impl RawComm<Cpu> for ThreadComm {
 
     fn start(&self, call: Call<Cpu>) -> Result<Box<dyn Flight<Cpu>>> {
         call.check(self.rank, self.size())?;
-        let (seat, signature) = (self.seat(&call.op), call.signature());
-        Ok(Box::new(ThreadFlight(self.presence.shared.board.arrive(&seat, signature, call.send, call.recv)?)))
+        self.start_checked(call)
     }
 
     fn start_batch(&self, calls: Vec<Call<Cpu>>) -> Result<Vec<Box<dyn Flight<Cpu>>>> {
+        calls.iter().try_for_each(|call| call.check(self.rank, self.size()))?;
         // Starting never blocks, so any order is free of deadlock.
-        calls.into_iter().map(|call| self.start(call)).collect()
+        calls.into_iter().map(|call| self.start_checked(call)).collect()
     }
 
     fn abort(&self, why: &str) {
