@@ -22,7 +22,7 @@ pub enum Error {
     Poisoned {
         /// World rank that failed, or that did not answer.
         rank: usize,
-        /// The group of the operation that failed; of a rank that failed by itself, of the last one it started.
+        /// The group of the operation that failed, if the rank was in one.
         group: Option<GroupKey>,
         /// That operation.
         op: Option<&'static str>,

@@ -85,7 +85,7 @@ fn assert_all_name_rank_2(report: &Report, ranks: &[usize], op: &str, why: &str)
     assert_eq!(report.seen.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), ranks, "{op}");
     for (rank, error) in report.seen.iter().filter(|(rank, _)| *rank != 2) {
         match error {
-            Some(Error::Poisoned { rank: 2, group: Some(_), why: told, .. }) if told.contains(why) => {}
+            Some(Error::Poisoned { rank: 2, why: told, .. }) if told.contains(why) => {}
             other => panic!("{op}: rank {rank} was told {other:?}"),
         }
     }
@@ -109,6 +109,11 @@ fn a_rank_that_returns_an_error_in_any_operation() {
     for (name, op) in OPS {
         let report = suffer(name, op, Fate::Fail, PATIENT);
         assert_all_name_rank_2(&report, &[0, 1, 2, 3], name, "injected fault");
+        // Its first call was done; what failed is no operation of the group.
+        let failure = report.ended.as_ref().unwrap_err().to_string();
+        let after =
+            format!("rank 2 failed: injected fault at {name} of attention tp-cp-dp-pp (after {name} #0 of");
+        assert!(failure.starts_with(&after), "{failure}");
         // The rank's own error, not one of its consequences.
         let ended = report.ended.unwrap_err();
         let source = ended.source().unwrap().downcast_ref::<Error>();
@@ -296,6 +301,22 @@ fn an_abort_ends_the_world() {
     let error = ended.unwrap_err();
     assert_eq!(error.rank(), Some(3));
     assert!(error.to_string().contains("aborted: interrupted"), "{error}");
+}
+
+/// A rank that fails while others are awaited in what it has started fails there.
+#[test]
+fn a_failure_within_an_operation() {
+    let ended = ThreadWorld::run(4, PATIENT, |world| -> Result<(), Boxed> {
+        let comms = comms(&world)?;
+        let tp = comms.group(Attention::TP)?;
+        if world.rank() == 2 {
+            let _started = tp.start_all_reduce(&x(4), Reduction::Sum)?;
+            return Err("a disk is full".into());
+        }
+        Ok(comms.group(Attention::ALL)?.barrier()?)
+    });
+    let error = ended.unwrap_err();
+    assert_eq!(error.to_string(), "rank 2 failed at all_reduce #0 of attention tp: a disk is full");
 }
 
 #[test]

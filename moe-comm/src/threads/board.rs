@@ -122,7 +122,7 @@ struct RankState {
     /// The slots in which the rank waits now: one, unless it waits on several threads.
     waiting: Vec<SlotId>,
     /// The last operation it started.
-    last: Option<Place>,
+    last: Option<(SlotId, Place)>,
     /// It can start nothing any more.
     gone: bool,
 }
@@ -302,10 +302,18 @@ impl<J: Job> Board<J> {
         self.lock().arrivals
     }
 
-    /// Records a failure of `rank` by itself; false if the world had failed before.
-    pub fn fail(&self, rank: usize, why: String) -> bool {
+    /// Records a failure of `rank` by itself; false if the world had failed before. It is one of the last operation
+    /// that the rank started if others are still awaited there, else it came after that.
+    pub fn fail(&self, rank: usize, mut why: String) -> bool {
         let mut state = self.lock();
-        let place = state.ranks[rank].last;
+        let mut place = None;
+        match state.ranks[rank].last {
+            Some((id, last)) if state.incomplete(&id) => place = Some(last),
+            Some((_, Place { group, op, sequence })) => {
+                why.push_str(&format!(" (after {op} #{sequence} of {group})"));
+            }
+            None => {}
+        }
         let first = state.failure.is_none();
         self.poison(&mut state, failure(rank, place, why));
         first
@@ -346,7 +354,7 @@ impl<J: Job> Board<J> {
             staying: parties,
         });
         let rank = slot.world_rank(index);
-        state.ranks[rank].last = Some(place);
+        state.ranks[rank].last = Some((id, place));
         let missing = {
             let Stage::Gathering(seats) = &mut slot.stage else {
                 let twice = failure(rank, Some(place), "it arrived twice".into());
