@@ -23,13 +23,14 @@ pub trait RawComm<D: Device>: Send {
     /// Starts several at once (one NCCL group); the order inside a batch is free of deadlock. If one of them does not
     /// pass [`Call::check`], none is started.
     fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>>;
-    /// Ends all operations of the whole world with an error that carries `why`.
+    /// Ends all operations of the whole world with an error that carries `why`: those in flight, also if they are done
+    /// and not yet awaited, and all later ones.
     fn abort(&self, why: &str);
 }
 
 /// An operation in flight.
 pub trait Flight<D: Device>: Send {
-    /// Whether it is done.
+    /// Whether it is done. It makes progress, without waiting.
     fn ready(&self) -> Result<bool>;
     /// Orders the device's further work behind it (on a stream), or waits for it (on a CPU), and returns the receive
     /// buffer. An error names the rank, the group and the operation that failed.

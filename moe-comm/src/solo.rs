@@ -1,7 +1,8 @@
 //! A world of one rank, on any device.
 
-use std::cell::Cell;
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::mem::discriminant;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,7 +11,8 @@ use moe_topology::GroupKey;
 
 use crate::{Call, Collective, Error, Flight, RawComm, Result, Signature, World};
 
-/// The world of a rank that is alone: its collectives are copies on its device, and nothing waits.
+/// The world of a rank that is alone: its collectives are copies on its device, and nothing waits. A message to itself
+/// is copied when both sides have started; to wait for one before that is an error, as it would be forever.
 ///
 /// ```
 /// use moe_comm::{Comms, Reduction, SoloWorld};
@@ -29,19 +31,29 @@ use crate::{Call, Collective, Error, Flight, RawComm, Result, Signature, World};
 /// ```
 pub struct SoloWorld<D> {
     device: D,
-    failed: Arc<Mutex<Option<Error>>>,
+    failed: Failed,
 }
 
 impl<D: Device> SoloWorld<D> {
     /// The world of whoever computes on `device`.
     pub fn new(device: D) -> Self {
-        SoloWorld { device, failed: Arc::default() }
+        SoloWorld { device, failed: Failed::default() }
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What is behind the locks is whole after every statement.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why the world has ended, if it has.
+#[derive(Clone, Default)]
+struct Failed(Arc<Mutex<Option<Error>>>);
+
+impl Failed {
+    fn check(&self) -> Result<()> {
+        lock(&self.0).clone().map_or(Ok(()), Err)
+    }
 }
 
 impl<D: Device> World<D> for SoloWorld<D> {
@@ -60,9 +72,7 @@ impl<D: Device> World<D> for SoloWorld<D> {
                     device: self.device.clone(),
                     failed: self.failed.clone(),
                     key,
-                    messages: Arc::default(),
-                    sends: Cell::new(0),
-                    recvs: Cell::new(0),
+                    open: RefCell::default(),
                 }));
             }
             _ if ranks.iter().any(|&rank| rank != 0) => "a rank is outside of the world",
@@ -73,27 +83,53 @@ impl<D: Device> World<D> for SoloWorld<D> {
     }
 }
 
-/// A message that the rank sent to itself and has not received.
-struct Sent<D: Device> {
-    signature: Signature,
-    buf: Arc<D::Buf>,
-    bytes: Range<usize>,
+/// A message of the rank to itself.
+struct Message<D: Device> {
+    sent: Option<(Arc<D::Buf>, Range<usize>)>,
+    recv: Option<D::Buf>,
+    /// Whether both sides have started.
+    arrived: bool,
 }
 
-/// By the number of the message.
-type Messages<D> = Arc<Mutex<HashMap<u64, Sent<D>>>>;
+/// By both of its flights.
+type Shared<D> = Arc<Mutex<Message<D>>>;
 
 struct SoloComm<D: Device> {
     device: D,
-    failed: Arc<Mutex<Option<Error>>>,
+    failed: Failed,
     key: GroupKey,
-    messages: Messages<D>,
-    sends: Cell<u64>,
-    recvs: Cell<u64>,
+    /// Messages of which one side has started, in their order: all were sent, or all are to be received.
+    open: RefCell<VecDeque<(Signature, Shared<D>)>>,
 }
 
-fn next(count: &Cell<u64>) -> u64 {
-    count.replace(count.get() + 1)
+impl<D: Device> SoloComm<D> {
+    /// Starts one side of a message; what was sent is let go with the second.
+    fn message(&self, call: Call<D>) -> Result<Shared<D>> {
+        let signature = call.signature();
+        let Call { op, send, recv, .. } = call;
+        let mut open = self.open.borrow_mut();
+        let Some((other, message)) =
+            open.front().filter(|(other, _)| discriminant(&other.op) != discriminant(&op))
+        else {
+            let message = Arc::new(Mutex::new(Message { sent: send, recv, arrived: false }));
+            open.push_back((signature, message.clone()));
+            return Ok(message);
+        };
+        if !signature.agrees(0, other, 0) {
+            let what = format!("calls {signature}, but the other side of the message is {other}");
+            return Err(Error::Argument { op: op.name(), what });
+        }
+        let message = message.clone();
+        open.pop_front();
+        let mut both = lock(&message);
+        both.recv = both.recv.take().or(recv);
+        if let (Some((buf, bytes)), Some(recv)) = (both.sent.take().or(send), &mut both.recv) {
+            self.device.copy(recv, 0, &buf, bytes)?;
+        }
+        both.arrived = true;
+        drop(both);
+        Ok(message)
+    }
 }
 
 impl<D: Device> RawComm<D> for SoloComm<D> {
@@ -113,34 +149,18 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
         self.key
     }
 
-    fn start(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
+    fn start(&self, mut call: Call<D>) -> Result<Box<dyn Flight<D>>> {
         call.check(0, 1)?;
-        if let Some(error) = &*lock(&self.failed) {
-            return Err(error.clone());
+        self.failed.check()?;
+        let failed = self.failed.clone();
+        if let Collective::Send { .. } | Collective::Recv { .. } = call.op {
+            let op = call.op.name();
+            return Ok(Box::new(ToItself { failed, op, message: self.message(call)? }));
         }
-        let signature = call.signature();
-        let Call { op, send, mut recv, .. } = call;
-        match (&op, send) {
-            (Collective::Send { .. }, Some((buf, bytes))) => {
-                lock(&self.messages).insert(next(&self.sends), Sent { signature, buf, bytes });
-            }
-            (Collective::Recv { .. }, _) => {
-                return Ok(Box::new(Receiving {
-                    device: self.device.clone(),
-                    messages: self.messages.clone(),
-                    number: next(&self.recvs),
-                    signature,
-                    recv,
-                }));
-            }
-            (_, Some((buf, bytes))) => {
-                if let Some(recv) = &mut recv {
-                    self.device.copy(recv, 0, &buf, bytes)?;
-                }
-            }
-            (_, None) => {}
+        if let (Some((buf, bytes)), Some(recv)) = (call.send, &mut call.recv) {
+            self.device.copy(recv, 0, &buf, bytes)?;
         }
-        Ok(Box::new(Done(recv)))
+        Ok(Box::new(Done::<D> { failed, recv: call.recv }))
     }
 
     fn start_batch(&self, calls: Vec<Call<D>>) -> Result<Vec<Box<dyn Flight<D>>>> {
@@ -151,49 +171,47 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
     fn abort(&self, why: &str) {
         let why = format!("aborted: {why}").into();
         let error = Error::Poisoned { rank: 0, group: None, op: None, sequence: None, why };
-        lock(&self.failed).get_or_insert(error);
+        lock(&self.failed.0).get_or_insert(error);
     }
 }
 
 /// What is complete, in the order of the device, when it has started.
-struct Done<B>(Option<B>);
-
-impl<D: Device> Flight<D> for Done<D::Buf> {
-    fn ready(&self) -> Result<bool> {
-        Ok(true)
-    }
-
-    fn wait(self: Box<Self>) -> Result<Option<D::Buf>> {
-        Ok(self.0)
-    }
-}
-
-/// A message from the rank itself, which it may send after it has asked for it.
-struct Receiving<D: Device> {
-    device: D,
-    messages: Messages<D>,
-    number: u64,
-    signature: Signature,
+struct Done<D: Device> {
+    failed: Failed,
     recv: Option<D::Buf>,
 }
 
-impl<D: Device> Flight<D> for Receiving<D> {
+impl<D: Device> Flight<D> for Done<D> {
     fn ready(&self) -> Result<bool> {
-        Ok(lock(&self.messages).contains_key(&self.number))
+        self.failed.check().map(|()| true)
     }
 
     fn wait(self: Box<Self>) -> Result<Option<D::Buf>> {
-        let Receiving { device, messages, number, signature, mut recv } = *self;
-        let refuse = |what| Err(Error::Argument { op: "recv", what });
-        let Some(sent) = lock(&messages).remove(&number) else {
-            return refuse(format!("message {number} to itself was never sent: the rank would wait forever"));
-        };
-        if !signature.agrees(0, &sent.signature, 0) {
-            return refuse(format!("calls {signature}, but what it sent itself is {}", sent.signature));
+        self.failed.check().map(|()| self.recv)
+    }
+}
+
+/// One side of a message.
+struct ToItself<D: Device> {
+    failed: Failed,
+    op: &'static str,
+    message: Shared<D>,
+}
+
+impl<D: Device> Flight<D> for ToItself<D> {
+    fn ready(&self) -> Result<bool> {
+        self.failed.check().map(|()| lock(&self.message).arrived)
+    }
+
+    fn wait(self: Box<Self>) -> Result<Option<D::Buf>> {
+        self.failed.check()?;
+        let mut message = lock(&self.message);
+        if !message.arrived {
+            let other = if self.op == "send" { "received" } else { "sent" };
+            let what = format!("a message to itself that was never {other}: the rank would wait forever");
+            return Err(Error::Argument { op: self.op, what });
         }
-        if let Some(recv) = &mut recv {
-            device.copy(recv, 0, &sent.buf, sent.bytes)?;
-        }
-        Ok(recv)
+        // The buffer is the receiver's.
+        Ok(if self.op == "recv" { message.recv.take() } else { None })
     }
 }

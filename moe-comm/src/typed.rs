@@ -237,7 +237,7 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
     }
 
     /// Starts sending `x` to rank `to`. Messages of a pair of ranks arrive in order, and tags must agree. The send is
-    /// done when the receiver has started to receive, not before: nothing may rely on buffering.
+    /// done when the receiver has started to receive; nothing may rely on an earlier end, as a buffer would bring.
     pub fn send<T: Element>(&self, to: usize, tag: u64, x: &Tensor<T, D>) -> Result<Pending<T, D>> {
         let call = self.sending(Collective::Send { to, tag }, x)?;
         Ok(Pending { flight: self.raw.start(call)?, result: Expected::Sent(x.clone()) })

@@ -1,11 +1,14 @@
 //! Operations in flight, and the memory they hold.
 
-use moe_kernels::{Device, Tensor};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use moe_kernels::{Device, Element, Tensor};
 use moe_topology::{Attention, Expert};
 
 use super::sample::{tensor, values};
 use super::{Outcome, expect, expect_tensor, typed, whole};
-use crate::{Reduction, World};
+use crate::{Pending, Reduction, World};
 
 pub(super) fn awaited_out_of_order<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
     let raw = whole(world)?;
@@ -78,6 +81,63 @@ pub(super) fn progress_without_waiting<D: Device>(world: &dyn World<D>, device: 
             comm.send(0, 5, &tensor::<f64, D>(device, 0, me, [1, 1])?)?.wait()?;
         }
         expect("shape", sum.shape(), [rows, 8])?;
+    }
+    Ok(())
+}
+
+/// An operation is ready when all have started it, whether anybody waits or not.
+pub(super) fn ready<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
+    let raw = whole(world)?;
+    let comm = typed(&*raw, device);
+    let (me, last) = (comm.rank(), comm.size() - 1);
+    for rows in [1, 2000] {
+        // The last rank starts when rank 0 has seen that it did not.
+        if last > 0 && me == last {
+            comm.recv::<f64>(0, 5, 1, 1)?.wait()?;
+        }
+        let started = comm.start_all_gather_rows(&tensor::<f64, D>(device, 0, me, [rows, 8])?)?;
+        if last > 0 && me == 0 {
+            expect("ready without the last rank", started.ready()?, false)?;
+            comm.send(last, 5, &tensor::<f64, D>(device, 0, me, [1, 1])?)?.wait()?;
+        }
+        until_ready(&started)?;
+        let all: Vec<f64> = (0..=last).flat_map(|rank| values::<f64>(0, rank, rows * 8)).collect();
+        expect_tensor("what was ready", device, &started.wait()?, [(last + 1) * rows, 8], &all)?;
+    }
+    Ok(())
+}
+
+/// The same of both sides of a message; then what was sent may be written again.
+pub(super) fn messages_ready<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
+    let raw = whole(world)?;
+    let comm = typed(&*raw, device);
+    let (me, last) = (comm.rank(), comm.size() - 1);
+    let mut x = tensor::<f32, D>(device, 0, me, [3, 2])?;
+    let received = if me == 0 { Some(comm.recv::<f32>(last, 6, 3, 2)?) } else { None };
+    if let Some(received) = &received {
+        expect("received before it is sent", received.ready()?, false)?;
+    }
+    comm.barrier()?;
+    if me == last {
+        let sent = comm.send(0, 6, &x)?;
+        until_ready(&sent)?;
+        sent.wait()?;
+        x.view_mut()?;
+    }
+    if let Some(received) = received {
+        until_ready(&received)?;
+        expect_tensor("message", device, &received.wait()?, [3, 2], &values::<f32>(0, last, 6))?;
+    }
+    Ok(())
+}
+
+fn until_ready<T: Element, D: Device>(pending: &Pending<T, D>) -> Outcome {
+    let begin = Instant::now();
+    while !pending.ready()? {
+        if begin.elapsed() > Duration::from_secs(60) {
+            return Err("not ready after a minute, though all have started it".into());
+        }
+        thread::yield_now();
     }
     Ok(())
 }

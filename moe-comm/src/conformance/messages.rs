@@ -35,14 +35,16 @@ pub(super) fn ring<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
 pub(super) fn to_oneself<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
     let raw = whole(world)?;
     let comm = typed(&*raw, device);
-    let x = tensor::<f64, D>(device, 1, comm.rank(), [2, 3])?;
+    let mut x = tensor::<f64, D>(device, 1, comm.rank(), [2, 3])?;
     let me = comm.rank();
     let messages = vec![
-        Message::Send { to: me, tag: 7, tensor: x },
+        Message::Send { to: me, tag: 7, tensor: x.clone() },
         Message::Recv { from: me, tag: 7, rows: 2, cols: 3 },
     ];
     for pending in comm.start_messages(messages)? {
         expect_tensor("message to oneself", device, &pending.wait()?, [2, 3], &values::<f64>(1, me, 6))?;
+        // What was sent may be written again, also while the receiver has not waited.
+        x.view_mut()?;
     }
     Ok(())
 }

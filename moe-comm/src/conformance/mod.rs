@@ -1,10 +1,12 @@
 //! The suite that every backend has to pass.
 //!
 //! Each case is a function that all ranks of a world call together. [`cases`] pass in a world that goes on;
-//! [`mismatches`] need two ranks or more and end the world that they run in, so that each wants a fresh one. Values
+//! [`mismatches`], which need two ranks or more, and [`aborts`] end the world that they run in, so that each wants a
+//! fresh one. Values
 //! are small integers, which are summed exactly in any order and type, or are compared with a tolerance: a backend is
 //! free to choose the order of its sums, and is held to choosing the same one every time.
 
+mod abort;
 mod collectives;
 mod flights;
 mod messages;
@@ -19,6 +21,7 @@ use moe_topology::{Attention, GroupKey};
 
 use crate::{Comm, RawComm, World};
 
+pub use abort::aborts;
 pub use mismatch::mismatches;
 
 /// What a case returns: an error says what was expected and what came.
@@ -47,6 +50,8 @@ pub fn cases<D: Device>() -> Vec<Case<D>> {
         ("awaited out of order", flights::awaited_out_of_order),
         ("several groups in flight", flights::several_groups),
         ("progress without waiting", flights::progress_without_waiting),
+        ("ready", flights::ready),
+        ("messages that are ready", flights::messages_ready),
         ("dropped", flights::dropped),
         ("memory is given back", flights::memory_is_given_back),
         ("a group of one", flights::group_of_one),
