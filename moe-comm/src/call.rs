@@ -151,7 +151,11 @@ impl<D: Device> Call<D> {
     }
 
     /// Checks what `rank` of a group of `size` can check alone: that peers exist, that counts are complete, that
-    /// buffers are there and as long as the counts say. [`Error::Argument`] says what is wrong.
+    /// buffers are there and as long as the counts say.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] says what is wrong; [`Error::Unsupported`] of a reduction of 16-bit integers, which no
+    /// backend has.
     pub fn check(&self, rank: usize, size: usize) -> Result<()> {
         let complete = |what: &str, counts: &[usize]| {
             self.require(counts.len() == size, || {
@@ -164,6 +168,7 @@ impl<D: Device> Call<D> {
         let alone = size == 1;
         match &self.op {
             Collective::AllReduce(_) => {
+                self.check_reduced()?;
                 self.check_send(None)?;
                 self.check_recv(self.elements(), alone)
             }
@@ -173,6 +178,7 @@ impl<D: Device> Call<D> {
                 self.check_recv(counts.iter().sum(), alone)
             }
             Collective::ReduceScatter { counts, .. } => {
+                self.check_reduced()?;
                 complete("`counts`", counts)?;
                 self.check_send(Some(counts.iter().sum()))?;
                 self.check_recv(counts[rank], alone)
@@ -208,6 +214,13 @@ impl<D: Device> Call<D> {
                 self.require(self.send.is_none(), || "it sends nothing".into())?;
                 self.check_recv(*count, false)
             }
+        }
+    }
+
+    fn check_reduced(&self) -> Result<()> {
+        match self.dtype {
+            DType::U16 => Err(Error::Unsupported { op: self.op.name(), dtype: self.dtype }),
+            _ => Ok(()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Every collective against what the host computes.
 
 use half::bf16;
-use moe_kernels::{Device, Tensor};
+use moe_kernels::{DType, Device, Tensor};
 
 use super::sample::{Sample, tensor, value, values};
 use super::{Group, Outcome, expect, expect_tensor, typed, whole};
@@ -189,6 +189,12 @@ pub(super) fn refused_arguments<D: Device>(world: &dyn World<D>, device: &D) -> 
             (0, Some(Error::NotContiguous { rows, cols: 2, stride: 4, .. })) if *rows == size + 1
         ) || (i > 0 && matches!(error, Some(Error::Argument { .. })));
         expect(&format!("refused argument {i}: {error:?}"), as_expected, true)?;
+    }
+    let integers = Tensor::<u16, D>::zeros(device, size, 1)?;
+    for error in [comm.all_reduce(&integers, Reduction::Max).err(), comm.reduce_scatter_rows(&integers).err()]
+    {
+        let unsupported = matches!(error, Some(Error::Unsupported { dtype: DType::U16, .. }));
+        expect(&format!("refused reduction: {error:?}"), unsupported, true)?;
     }
     expect("the world goes on", comm.all_reduce_host(&[1i32], Reduction::Sum)?, vec![size as i32])
 }
