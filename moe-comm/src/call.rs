@@ -175,12 +175,12 @@ impl<D: Device> Call<D> {
             Collective::AllGather { counts } => {
                 complete("`counts`", counts)?;
                 self.check_send(Some(counts[rank]))?;
-                self.check_recv(counts.iter().sum(), alone)
+                self.check_recv(sum(self.op.name(), counts)?, alone)
             }
             Collective::ReduceScatter { counts, .. } => {
                 self.check_reduced()?;
                 complete("`counts`", counts)?;
-                self.check_send(Some(counts.iter().sum()))?;
+                self.check_send(Some(sum(self.op.name(), counts)?))?;
                 self.check_recv(counts[rank], alone)
             }
             Collective::AllToAll { send, recv } => {
@@ -189,8 +189,8 @@ impl<D: Device> Call<D> {
                 self.require(send[rank] == recv[rank], || {
                     format!("sends {} to itself and receives {} from itself", send[rank], recv[rank])
                 })?;
-                self.check_send(Some(send.iter().sum()))?;
-                self.check_recv(recv.iter().sum(), alone)
+                self.check_send(Some(sum(self.op.name(), send)?))?;
+                self.check_recv(sum(self.op.name(), recv)?, alone)
             }
             Collective::Broadcast { root, count } => {
                 member("root", *root)?;
@@ -247,10 +247,12 @@ impl<D: Device> Call<D> {
         match &self.recv {
             None if optional => Ok(()),
             None => self.refuse("the receive buffer is missing".into()),
-            Some(buf) => self.require(D::byte_len(buf) == elements * self.dtype.size(), || {
-                let (have, size) = (D::byte_len(buf), self.dtype.size());
-                format!("a receive buffer of {have} bytes for {elements} elements of {size} bytes")
-            }),
+            Some(buf) => {
+                self.require(elements.checked_mul(self.dtype.size()) == Some(D::byte_len(buf)), || {
+                    let (have, size) = (D::byte_len(buf), self.dtype.size());
+                    format!("a receive buffer of {have} bytes for {elements} elements of {size} bytes")
+                })
+            }
         }
     }
 
@@ -261,6 +263,17 @@ impl<D: Device> Call<D> {
     fn refuse(&self, what: String) -> Result<()> {
         Err(Error::Argument { op: self.op.name(), what })
     }
+}
+
+/// The sum of counts that a caller gave.
+pub(crate) fn sum(op: &'static str, counts: &[usize]) -> Result<usize> {
+    let sum = counts.iter().try_fold(0usize, |sum, &count| sum.checked_add(count));
+    sum.ok_or_else(|| Error::Argument { op, what: format!("the sum of {counts:?} is too large") })
+}
+
+/// The product of counts that a caller gave.
+pub(crate) fn product(op: &'static str, a: usize, b: usize) -> Result<usize> {
+    a.checked_mul(b).ok_or_else(|| Error::Argument { op, what: format!("{a} · {b} is too large") })
 }
 
 /// The fingerprint of a call: what the ranks of a group compare before anything moves.
@@ -312,5 +325,32 @@ impl fmt::Display for Signature {
             _ => write!(f, ", {} in rows of {}", self.dtype, self.cols)?,
         }
         write!(f, ", of {}", self.group)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moe_kernels::Cpu;
+    use moe_topology::Attention;
+
+    use super::*;
+
+    #[test]
+    fn counts_without_a_sum_are_refused() {
+        let counts: Arc<[usize]> = [0, usize::MAX, 1].into();
+        let ops = [
+            Collective::AllGather { counts: counts.clone() },
+            Collective::ReduceScatter { reduction: Reduction::Sum, counts: counts.clone() },
+            Collective::AllToAll { send: [0; 3].into(), recv: counts.clone() },
+            Collective::AllToAll { send: counts, recv: [0; 3].into() },
+        ];
+        for op in ops {
+            let send = Some((Arc::new(Cpu::new(1).alloc(0).unwrap()), 0..0));
+            let recv = Some(Cpu::new(1).alloc(0).unwrap());
+            let group = Attention::TP.into();
+            let call = Call::<Cpu> { group, op, dtype: DType::F32, cols: 1, send, recv };
+            let refused = call.check(0, 3).unwrap_err().to_string();
+            assert!(refused.contains("too large"), "{refused}");
+        }
     }
 }

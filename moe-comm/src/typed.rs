@@ -6,6 +6,7 @@ use std::sync::Arc;
 use moe_kernels::{Device, Element, Tensor};
 use moe_topology::GroupKey;
 
+use crate::call::{product, sum};
 use crate::pending::Expected;
 use crate::{Call, Collective, Error, Pending, RawComm, Reduction, Result};
 
@@ -123,12 +124,15 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         rows: &[usize],
     ) -> Result<Pending<T, D>> {
         let [n, cols] = x.shape();
-        let op = Collective::AllGather { counts: elements(rows, cols) };
+        let op = Collective::AllGather { counts: elements("all_gather", rows, cols)? };
         match rows.get(self.rank()) {
             Some(&mine) if mine != n => {
                 Err(argument(&op, format!("{n} rows where `rows` says {mine} for this rank")))
             }
-            _ => self.start(op, x, rows.iter().sum()),
+            _ => {
+                let rows = sum(op.name(), rows)?;
+                self.start(op, x, rows)
+            }
         }
     }
 
@@ -166,7 +170,8 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         rows: &[usize],
     ) -> Result<Pending<T, D>> {
         let [n, cols] = x.shape();
-        let op = Collective::ReduceScatter { reduction: Reduction::Sum, counts: elements(rows, cols) };
+        let counts = elements("reduce_scatter", rows, cols)?;
+        let op = Collective::ReduceScatter { reduction: Reduction::Sum, counts };
         self.require_rows(&op, n, rows)?;
         self.start(op, x, rows[self.rank()])
     }
@@ -190,9 +195,11 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         recv: &[usize],
     ) -> Result<Pending<T, D>> {
         let [n, cols] = x.shape();
-        let op = Collective::AllToAll { send: elements(send, cols), recv: elements(recv, cols) };
+        let name = "all_to_all";
+        let op =
+            Collective::AllToAll { send: elements(name, send, cols)?, recv: elements(name, recv, cols)? };
         self.require_rows(&op, n, send)?;
-        self.start(op, x, recv.iter().sum())
+        self.start(op, x, sum(name, recv)?)
     }
 
     /// What `root` has, of shape `[rows, cols]`, which all ranks know; `x` is read at the root alone.
@@ -212,7 +219,7 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         x: Option<&Tensor<T, D>>,
         [rows, cols]: [usize; 2],
     ) -> Result<Pending<T, D>> {
-        let op = Collective::Broadcast { root, count: rows * cols };
+        let op = Collective::Broadcast { root, count: product("broadcast", rows, cols)? };
         if self.rank() != root {
             let (call, result) = self.receiving(op, rows, cols)?;
             return Ok(Pending { flight: self.raw.start(call)?, result });
@@ -245,8 +252,8 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
 
     /// Starts receiving a `[rows, cols]` tensor from rank `from`.
     pub fn recv<T: Element>(&self, from: usize, tag: u64, rows: usize, cols: usize) -> Result<Pending<T, D>> {
-        let (call, result) =
-            self.receiving(Collective::Recv { from, tag, count: rows * cols }, rows, cols)?;
+        let op = Collective::Recv { from, tag, count: product("recv", rows, cols)? };
+        let (call, result) = self.receiving(op, rows, cols)?;
         Ok(Pending { flight: self.raw.start(call)?, result })
     }
 
@@ -318,7 +325,7 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
             Expected::Sent(x.clone())
         } else {
             let cols = x.shape()[1];
-            call.recv = Some(self.device.alloc(rows * cols * size_of::<T>())?);
+            call.recv = Some(self.alloc::<T>(&call.op, rows, cols)?);
             Expected::Received { rows, cols }
         };
         Ok(Pending { flight: self.raw.start(call)?, result })
@@ -330,7 +337,8 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
                 (self.sending(Collective::Send { to, tag }, &tensor)?, Expected::Sent(tensor))
             }
             Message::Recv { from, tag, rows, cols } => {
-                self.receiving(Collective::Recv { from, tag, count: rows * cols }, rows, cols)?
+                let op = Collective::Recv { from, tag, count: product("recv", rows, cols)? };
+                self.receiving(op, rows, cols)?
             }
         })
     }
@@ -351,17 +359,23 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         rows: usize,
         cols: usize,
     ) -> Result<(Call<D>, Expected<T, D>)> {
-        let recv = Some(self.device.alloc(rows * cols * size_of::<T>())?);
+        let recv = Some(self.alloc::<T>(&op, rows, cols)?);
         let call = Call { group: self.key, op, dtype: T::DTYPE, cols, send: None, recv };
         Ok((call, Expected::Received { rows, cols }))
     }
 
+    fn alloc<T>(&self, op: &Collective, rows: usize, cols: usize) -> Result<D::Buf> {
+        let bytes = product(op.name(), product(op.name(), rows, cols)?, size_of::<T>())?;
+        Ok(self.device.alloc(bytes)?)
+    }
+
     /// Also where `cols` is 0 and counts of elements say nothing.
     fn require_rows(&self, op: &Collective, n: usize, rows: &[usize]) -> Result<()> {
-        let (ranks, sum) = (rows.len(), rows.iter().sum::<usize>());
+        let ranks = rows.len();
         if ranks != self.size() {
             return Err(argument(op, format!("{ranks} numbers of rows for a group of {}", self.size())));
         }
+        let sum = sum(op.name(), rows)?;
         if sum != n {
             return Err(argument(op, format!("{n} rows where the numbers of rows sum to {sum}")));
         }
@@ -369,8 +383,10 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
     }
 }
 
-fn elements(rows: &[usize], cols: usize) -> Arc<[usize]> {
-    rows.iter().map(|n| n * cols).collect()
+fn elements(op: &'static str, rows: &[usize], cols: usize) -> Result<Arc<[usize]>> {
+    // If the largest product is not too large, none is.
+    product(op, rows.iter().copied().max().unwrap_or(0), cols)?;
+    Ok(rows.iter().map(|n| n * cols).collect())
 }
 
 fn argument(op: &Collective, what: String) -> Error {

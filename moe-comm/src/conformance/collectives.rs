@@ -171,6 +171,10 @@ pub(super) fn refused_arguments<D: Device>(world: &dyn World<D>, device: &D) -> 
     let size = comm.size();
     let x = tensor::<f32, D>(device, 0, 0, [size + 1, 4])?;
     let columns = x.columns(1..3)?;
+    // Of no columns the elements are none, however many rows there are.
+    let nothing = Tensor::<f32, D>::zeros(device, 0, 0)?;
+    let mut rows = vec![usize::MAX; size + 2];
+    rows[comm.rank()] = 0;
     let refused = [
         comm.all_reduce(&columns, Reduction::Sum).err(),
         comm.all_gather_rows_v(&x, &[]).err(),
@@ -182,6 +186,14 @@ pub(super) fn refused_arguments<D: Device>(world: &dyn World<D>, device: &D) -> 
         comm.broadcast::<f32>(comm.rank(), None, [1, 1]).err(),
         comm.send(size, 0, &x).err(),
         comm.recv::<f32>(size, 0, 1, 1).err(),
+        comm.recv::<f32>(0, 0, usize::MAX, 2).err(),
+        comm.recv::<f32>(0, 0, usize::MAX / 2, 2).err(),
+        comm.broadcast::<f32>(0, None, [usize::MAX, 2]).err(),
+        comm.reduce_scatter_rows_v(&x, &vec![usize::MAX; size]).err(),
+        comm.all_to_all_rows_v(&x, &vec![0; size], &vec![usize::MAX; size]).err(),
+        comm.all_gather_rows_v(&nothing, &rows).err(),
+        comm.reduce_scatter_rows_v(&nothing, &vec![usize::MAX; size]).err(),
+        comm.all_to_all_rows_v(&nothing, &vec![0; size], &rows).err(),
     ];
     for (i, error) in refused.into_iter().enumerate() {
         let as_expected = matches!(
