@@ -155,6 +155,50 @@ fn awaited_crosswise() {
     });
 }
 
+/// Whoever asks learns that all is done when it is, and not before; who asks does not keep others from the work.
+#[test]
+fn asked_and_awaited() {
+    for kind in [SMALL, LARGE] {
+        loom::model(move || {
+            let board = board(2);
+            share!(
+                board,
+                ranks(2, move |rank| {
+                    let (ticket, give) = arrive(board, kind, 2, rank, 0).unwrap();
+                    if ticket.ready().unwrap() {
+                        assert_eq!(Arc::strong_count(&give), 1, "the gift is still held when all is done");
+                    }
+                    assert_eq!(ticket.wait(), Ok(expected(2, rank)));
+                })
+            );
+        });
+    }
+}
+
+/// Messages in both directions beside an operation of the group.
+#[test]
+fn messages_in_lanes_of_their_own() {
+    loom::model(|| {
+        let board = board(2);
+        share!(
+            board,
+            ranks(2, move |rank| {
+                let message = |from: usize| {
+                    let lane = Lane::Pair(from, 1 - from);
+                    let index = usize::from(rank != from);
+                    let seat = Seat { lane, index, ..seat(2, rank, 0) };
+                    (board.arrive(&seat, SMALL, Arc::new(1 + from as u64), 0).unwrap(), index as u64)
+                };
+                let (out, back) = (message(0), message(1));
+                assert_eq!(join(board, SMALL, 2, rank, 0), Ok(expected(2, rank)));
+                for (from, (ticket, index)) in [out, back].into_iter().enumerate() {
+                    assert_eq!(ticket.wait(), Ok(2 * (1 + from as u64) * 10 + index));
+                }
+            })
+        );
+    });
+}
+
 /// A rank that has started and does not wait stalls nobody.
 #[test]
 fn dropped_tickets() {
