@@ -11,6 +11,7 @@ use crate::{Call, RawComm, Result, World};
 
 /// Calls and bytes of one operation of one group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Count {
     /// Calls that were started.
     pub calls: u64,
@@ -42,6 +43,7 @@ impl Counters {
 }
 
 /// A world whose communicators count.
+#[derive(Debug)]
 pub struct Counted<W> {
     world: W,
     counters: Counters,

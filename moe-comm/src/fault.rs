@@ -38,11 +38,13 @@ pub struct Fault {
 }
 
 /// A world in which some calls of this rank go wrong.
+#[derive(Debug)]
 pub struct Faulty<W> {
     world: W,
     faults: Arc<[Armed]>,
 }
 
+#[derive(Debug)]
 struct Armed {
     fault: Fault,
     seen: AtomicU64,

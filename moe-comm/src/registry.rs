@@ -1,6 +1,7 @@
 //! A rank's communicators.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::marker::PhantomData;
 
 use moe_kernels::Device;
@@ -80,6 +81,12 @@ fn ranks(folding: &Folding, rank: usize, key: GroupKey) -> Vec<usize> {
         (Some(axes), _) => of(folding, rank, axes),
         (_, Some(axes)) => of(folding, rank, axes),
         (None, None) => unreachable!("a key is of one of the two views"),
+    }
+}
+
+impl<D: Device> fmt::Debug for Comms<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Comms").field("groups", &self.by_key.keys()).finish_non_exhaustive()
     }
 }
 

@@ -29,6 +29,7 @@ use crate::{Call, Collective, Error, Flight, RawComm, Result, Signature, World};
 /// # Ok(())
 /// # }
 /// ```
+#[derive(Debug)]
 pub struct SoloWorld<D> {
     device: D,
     failed: Failed,
@@ -47,7 +48,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Why the world has ended, if it has.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 struct Failed(Arc<Mutex<Option<Error>>>);
 
 impl Failed {

@@ -19,6 +19,7 @@ pub enum Moment {
 
 /// One line of a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Event {
     /// What happened.
     pub moment: Moment,
@@ -61,6 +62,7 @@ impl Trace {
 }
 
 /// A world whose communicators record.
+#[derive(Debug)]
 pub struct Traced<W> {
     world: W,
     trace: Trace,

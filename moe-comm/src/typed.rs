@@ -1,5 +1,6 @@
 //! Operations on tensors.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -31,7 +32,15 @@ impl<V, D: Device> Clone for Comm<'_, V, D> {
 }
 impl<V, D: Device> Copy for Comm<'_, V, D> {}
 
+impl<V, D: Device> fmt::Debug for Comm<'_, V, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (group, rank, ranks) = (self.key, self.rank(), self.ranks());
+        write!(f, "Comm({group}, rank {rank} of {ranks:?})")
+    }
+}
+
 /// A point-to-point operation, for [`Comm::start_messages`].
+#[derive(Debug)]
 pub enum Message<T, D: Device> {
     /// A message to rank `to`.
     Send {

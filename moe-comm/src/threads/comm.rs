@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -58,6 +59,12 @@ pub struct ThreadRank {
 impl ThreadRank {
     pub(super) fn new(presence: Arc<Presence>, size: usize) -> Self {
         ThreadRank { presence, size, made: RefCell::default() }
+    }
+}
+
+impl fmt::Debug for ThreadRank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ThreadRank({} of {})", self.presence.rank, self.size)
     }
 }
 

@@ -148,6 +148,7 @@ fn gather<R>(
 
 /// The first failure of a world.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct WorldError {
     /// What happened, where and to whom: [`Error::Poisoned`].
     pub failure: Error,
