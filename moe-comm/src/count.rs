@@ -13,7 +13,7 @@ use crate::{Call, RawComm, Result, World};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Count {
-    /// Calls that were started.
+    /// Calls that the rank made, those that were refused too.
     pub calls: u64,
     /// Bytes that this rank sent, and where it sent nothing, bytes that it received.
     pub bytes: u64,

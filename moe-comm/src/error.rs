@@ -85,6 +85,12 @@ pub enum Error {
         /// The element type.
         dtype: DType,
     },
+    /// A backend that did not do its part.
+    #[error("the backend: {what}")]
+    Backend {
+        /// What it did wrong.
+        what: &'static str,
+    },
     /// A fault that [`Faulty`](crate::fault::Faulty) was told to inject.
     #[error("injected fault at {op} of {group}")]
     Injected {

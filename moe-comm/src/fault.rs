@@ -11,12 +11,12 @@ use moe_topology::GroupKey;
 use crate::decorate::{Decorated, Decoration};
 use crate::{Call, Error, RawComm, Result, World};
 
-/// What a rank does instead of starting a call.
+/// What a rank does when it is to start a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// It returns [`Error::Injected`].
+    /// It returns [`Error::Injected`] instead.
     Fail,
-    /// It panics.
+    /// It panics instead.
     Panic,
     /// It never goes on.
     Hang,

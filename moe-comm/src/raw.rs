@@ -9,6 +9,10 @@ use crate::{Call, Result};
 ///
 /// `Send` but not `Sync`: the order of calls is the protocol. Every rank of the group makes the same calls in the
 /// same order. Decorators (counting, tracing, faults) implement the same trait.
+///
+/// # Errors
+/// To start returns what [`Call::check`] does, before the call counts as one, and
+/// [`Error::Poisoned`](crate::Error::Poisoned) when the world has failed, or fails now since calls do not agree.
 pub trait RawComm<D: Device>: Send {
     /// This rank's position in the group.
     fn rank(&self) -> usize;
@@ -33,7 +37,10 @@ pub trait Flight<D: Device>: Send {
     /// Whether it is done. It makes progress, without waiting.
     fn ready(&self) -> Result<bool>;
     /// Orders the device's further work behind it (on a stream), or waits for it (on a CPU), and returns the receive
-    /// buffer. An error names the rank, the group and the operation that failed.
+    /// buffer: there is one if the call had one.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`](crate::Error::Poisoned) names the rank, the group and the operation that failed.
     fn wait(self: Box<Self>) -> Result<Option<D::Buf>>;
 }
 
@@ -45,6 +52,10 @@ pub trait World<D: Device>: Send {
     fn size(&self) -> usize;
     /// Makes the communicator of a group that this rank belongs to. Collective: every rank of the group makes the
     /// same calls in the same order. `ranks` are world ranks in group order.
+    ///
+    /// # Errors
+    /// [`Error::BadGroup`](crate::Error::BadGroup) if a rank is not in the world, twice in `ranks`, or if this rank is
+    /// not among them.
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>>;
 }
 

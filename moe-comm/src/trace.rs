@@ -11,7 +11,7 @@ use crate::{Call, Flight, RawComm, Result, World};
 /// What a rank did with an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Moment {
-    /// It started it.
+    /// It called it: it started, or was refused.
     Start,
     /// It began to wait for it.
     Wait,

@@ -16,8 +16,14 @@ use crate::{Call, Collective, Error, Pending, RawComm, Reduction, Result};
 /// Every rank of the group makes the same calls in the same order. Tensors are matrices `[rows, cols]` and must be
 /// contiguous. Operations come blocking, and started (`start_…`) then awaited; ranks are positions in the group.
 ///
-/// What is sent is shared, not copied: until `wait` returns, [`Tensor::view_mut`] of it is refused. In a group of one
-/// the result *is* what was sent, and stays shared with it.
+/// What is sent is shared, not copied: until `wait` returns, [`Tensor::view_mut`] of it is refused. In a group of one, at
+/// the root of a broadcast, and of a message that was sent, the result *is* what was sent: while it lives, neither of
+/// the two can be written.
+///
+/// # Errors
+/// All operations: [`Error::Argument`], [`Error::NotContiguous`] and [`Error::Unsupported`] on the rank whose arguments
+/// are wrong, before anything starts; [`Error::Device`] if there is no memory; [`Error::Poisoned`], when started or
+/// awaited, once the world has failed: of a mismatch, a deadline, or another rank.
 pub struct Comm<'c, V, D: Device> {
     raw: &'c dyn RawComm<D>,
     device: &'c D,
@@ -314,7 +320,7 @@ impl<'c, V, D: Device> Comm<'c, V, D> {
         Ok(self.all_gather_rows(&x)?.to_vec(self.device)?)
     }
 
-    /// `x` is one block for each rank, all equally long; the result are the blocks for this rank, in rank order. For
+    /// `x` is one block for each rank, all equally long; the result is the blocks for this rank, in rank order. For
     /// small control data.
     pub fn all_to_all_host<E: Element>(&self, x: &[E]) -> Result<Vec<E>> {
         let (n, size) = (x.len(), self.size());

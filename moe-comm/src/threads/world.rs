@@ -16,9 +16,9 @@ use crate::Error;
 
 /// Ranks as threads of this process: for tests, for small machines, and to develop what will run on more.
 ///
-/// Ranks share memory, so a message costs one copy. An operation completes as soon as all of its ranks have started
-/// it, whoever waits for it or not; a message completes when both sides have started, so that code which runs here
-/// does not rely on buffering. Ranks wait without using a core: there may be more of them than cores.
+/// Ranks share memory, so a message costs one copy. A small operation completes as soon as all of its ranks have
+/// started it; a large one is then done by whoever waits for it, also the parts of ranks that do not. A message
+/// completes when both sides have started, so that code which runs here does not rely on buffering. Ranks wait without using a core: there may be more of them than cores.
 #[derive(Debug)]
 pub struct ThreadWorld;
 
@@ -29,7 +29,7 @@ type BoxError = Box<dyn StdError + Send + Sync>;
 
 enum Ended<R> {
     Value(R),
-    /// The rank's own error, if it is the world's first failure, or what the rank aborted for, and no consequence of another.
+    /// The rank's own error, unless it is only a consequence of another rank's failure.
     Failure(Option<BoxError>),
 }
 
@@ -152,7 +152,8 @@ fn gather<R>(
 pub struct WorldError {
     /// What happened, where and to whom: [`Error::Poisoned`].
     pub failure: Error,
-    /// The error that the failed rank returned, if that, or an abort by this rank, was the first failure. Also the [`source`](StdError::source).
+    /// The error that the failed rank returned, if the world failed with it or with the rank's abort. Also the
+    /// [`source`](StdError::source).
     pub source: Option<BoxError>,
     /// Ranks that had not ended when the others had.
     pub running: Vec<usize>,
