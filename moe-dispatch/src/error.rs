@@ -22,6 +22,12 @@ pub enum Error {
         /// Expert-parallel size.
         ep: usize,
     },
+    /// A factor of a capacity that is not above 0.
+    #[error("a capacity factor must be above 0, but this one is {factor}")]
+    Factor {
+        /// The factor.
+        factor: f64,
+    },
     /// Exchanged counts that are no counts: the wrong number of them, negative or descending ones, or more rows than
     /// an `i32` index can name.
     #[error("exchanged counts: {what}")]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
-use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity};
+use moe_dispatch::capacity::{DropPolicy, Spread, drop_excess, expert_capacity, expert_rank_budget};
 use moe_dispatch::{Error, Routing, RoutingOn, Shapes};
 use moe_kernels::family::DropLimit;
 use moe_kernels::{Cpu, Tensor};
@@ -31,7 +31,7 @@ struct Case {
 impl Case {
     fn limit(&self) -> DropLimit {
         let unit_slots = (self.experts.len() / self.units).max(1);
-        let capacity = expert_capacity(self.factor, unit_slots, TOP_K, NUM_EXPERTS);
+        let capacity = expert_capacity(self.factor, unit_slots, TOP_K, NUM_EXPERTS).unwrap();
         DropLimit { num_experts: NUM_EXPERTS, unit_slots, capacity }
     }
 
@@ -165,14 +165,24 @@ fn counts_of_other_tokens_than_a_rank_has_are_refused() {
 
 #[test]
 fn capacities_at_the_edges() {
+    let capacity = |factor, slots| expert_capacity(factor, slots, 2, 8);
     // K/E of the tokens, exactly and by a hair; more than all; none.
-    assert_eq!(expert_capacity(1.0, 8, 2, 8), 2);
-    assert_eq!(expert_capacity(1.0 + 1e-12, 8, 2, 8), 2);
-    assert_eq!(expert_capacity(1.0 + 1e-6, 8, 2, 8), 3);
-    assert_eq!(expert_capacity(0.1 + 0.2, 10, 1, 1), 3); // 3.0000000000000004
-    for factor in [4.0, 4.5, 1e300] {
-        assert_eq!(expert_capacity(factor, 8, 2, 8), 8);
+    assert_eq!(capacity(1.0, 8), Ok(2));
+    assert_eq!(capacity(1.0 + 1e-12, 8), Ok(2));
+    assert_eq!(capacity(1.0 + 1e-6, 8), Ok(3));
+    assert_eq!(expert_capacity(0.1 + 0.2, 10, 1, 1), Ok(3)); // 3.0000000000000004
+    for factor in [4.0, 4.5, 1e300, f64::MAX, f64::INFINITY] {
+        assert_eq!(capacity(factor, 8), Ok(8));
+        assert_eq!(capacity(factor, 0), Ok(0));
     }
-    assert_eq!(expert_capacity(f64::MIN_POSITIVE, 8, 2, 8), 1);
-    assert_eq!(expert_capacity(1.0, 0, 2, 8), 0);
+    assert_eq!(capacity(f64::MIN_POSITIVE, 8), Ok(1));
+    assert_eq!(capacity(1.0, 0), Ok(0));
+    assert_eq!(expert_rank_budget(f64::INFINITY, 10, 2, 1), Ok(usize::MAX));
+    assert_eq!(expert_rank_budget(f64::INFINITY, 0, 2, 1), Ok(0));
+
+    for factor in [0.0, -1.0, f64::NEG_INFINITY, f64::NAN] {
+        assert!(matches!(capacity(factor, 8), Err(Error::Factor { .. })), "{factor}");
+        assert!(matches!(expert_rank_budget(factor, 10, 2, 1), Err(Error::Factor { .. })), "{factor}");
+    }
+    assert_eq!(expert_capacity(1.0, 8, 2, 0), Err(Error::Experts { num_experts: 0, ep: 1 }));
 }

@@ -137,7 +137,7 @@ impl Place {
         let Slots { slots, unit_slots, units, spread } =
             self.slots(unit, routing.tokens, cx.batch(m)?.batch)?;
         let slots = Tensor::from_slice(&cx.device, 1, slots.len(), &slots)?;
-        let capacity = expert_capacity(factor, unit_slots, routing.top_k, num_experts);
+        let capacity = expert_capacity(factor, unit_slots, routing.top_k, num_experts)?;
         let limit = DropLimit { num_experts, unit_slots, capacity };
         // Not `Cx::group`, which would hold the statistics too.
         let group = cx.comms.group(TP_CP)?;
@@ -179,14 +179,14 @@ pub(crate) fn within_budget<T: Float, D: Backend<T>>(
     routing: RoutingOn<T, D>,
     etp: usize,
     cx: &Cx<T, D>,
-) -> RoutingOn<T, D> {
-    match (cx.expert_rank_capacity, cx.mode, routing.shapes) {
+) -> Result<RoutingOn<T, D>> {
+    Ok(match (cx.expert_rank_capacity, cx.mode, routing.shapes) {
         (Some(factor), Mode::Train { .. }, Shapes::Exact) => {
-            let budget = expert_rank_budget(factor, routing.tokens, routing.top_k, etp);
+            let budget = expert_rank_budget(factor, routing.tokens, routing.top_k, etp)?;
             Routing { shapes: Shapes::PerRank(budget), ..routing }
         }
         _ => routing,
-    }
+    })
 }
 
 #[cfg(test)]

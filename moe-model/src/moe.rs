@@ -297,7 +297,7 @@ impl MoeMlp {
         }
         let routing = self.place.drop_excess(m, self.layer, routing, self.num_experts(), cx)?;
         self.count_choices(&router, cx)?;
-        let routing = within_budget(routing, self.grid.etp_size(), cx);
+        let routing = within_budget(routing, self.grid.etp_size(), cx)?;
         let state = self.dispatcher.plan(&self.fabric(cx)?, &routing)?;
         cx.stats.overflowed |= state.overflowed();
         Ok(Routed { router, noise, weights: routing.weights, state })

@@ -151,7 +151,7 @@ where
             let slot = |token| in_order.iter().position(|&t| t == token).expect("a token of the unit") as i32;
             let slots: Vec<i32> = tokens.clone().map(slot).collect();
             let slots = Tensor::from_slice(device, 1, n, &slots)?;
-            let capacity = expert_capacity(factor, in_order.len(), p.top_k, p.num_experts);
+            let capacity = expert_capacity(factor, in_order.len(), p.top_k, p.num_experts)?;
             let limit = DropLimit { num_experts: p.num_experts, unit_slots: in_order.len().max(1), capacity };
             let counts: Vec<usize> = unit.ranks().iter().map(|&rank| shares[rank].len()).collect();
             let spread = (unit.size() > 1).then_some(Spread { group: unit, tokens: &counts });
