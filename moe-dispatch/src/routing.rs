@@ -21,13 +21,16 @@ pub enum Shapes {
     /// As many as there are choices. Their numbers are exchanged.
     #[default]
     Exact,
-    /// So many from each rank to each expert, of which those without a choice are zeros with weight 0. No expert may be
-    /// chosen more often by the tokens of one rank, and all ranks have equally many tokens; no numbers are exchanged.
+    /// Exactly this many rows from each rank to each expert; rows without a choice are zeros with probability 0. No expert
+    /// may be chosen more often by the tokens of one rank, and all ranks have equally many tokens; no numbers are
+    /// exchanged. So only the rank whose expert is chosen too often returns that error, and the others that of their
+    /// collective: drop first ([`capacity`](crate::capacity)).
     PerExpert(usize),
-    /// At most so many at each expert-parallel rank, a budget: experts get this number of rows, of which the last belong to
+    /// At most this many rows per expert-parallel rank, a budget: experts get this number of rows, of which the last belong to
     /// none (fewer, if that is more than all choices). If any rank of a group would receive more, none of the group's
     /// choices is routed anywhere, and [`overflowed`](crate::DispatchState::overflowed) says so on all of them: the result
-    /// is to be thrown away.
+    /// is to be thrown away. A rank alone, which does not read its counts, compares all its choices, also those that are
+    /// routed nowhere.
     PerRank(usize),
 }
 
@@ -47,9 +50,9 @@ pub struct Batch<X, W, I> {
 /// How many rows sorted choices take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SortedRows {
-    /// So many in all, at least as many as there are choices, which stand side by side; the last ones are without.
+    /// Rows in total; choices are packed at the front, unused rows follow. At least as many as there are choices.
     Packed(usize),
-    /// So many for each expert, its choices first. More choices of an expert are an error.
+    /// Rows of each expert, its choices first. More choices of an expert are an error.
     PerExpert(usize),
 }
 

@@ -146,6 +146,8 @@ fn what_is_no_count_is_refused() {
     ] {
         assert!(matches!(refused(2, exchanged), Error::Counts { .. }), "{exchanged:?}");
     }
+    // Too many rows for the other rank.
+    assert!(matches!(refused(2, &[0, 0, i32::MAX, 1, 0, 0, 1, 1]), Error::Counts { .. }));
     assert!(Counts::from_exchange(grid, 2, &[0, 1, 1, 1, 0, 1, 1, 1]).is_ok());
 }
 
