@@ -155,6 +155,10 @@ impl Fabric for VecFabric {
         Ok(entries.to_vec())
     }
 
+    fn index_len(&self, index: &Vec<i32>) -> usize {
+        index.len()
+    }
+
     fn sort_by_expert(
         &self,
         experts: &Vec<i32>,

@@ -104,6 +104,7 @@ fn local_operations<F: Inspect>(f: &F, tolerance: f64) -> Checked<F::Error> {
     let entries = [2, -1, 0, 2];
     let index = f.index(&entries)?;
     equal("index", f.read_index(&index)?, entries.to_vec())?;
+    equal("index_len", f.index_len(&index), entries.len())?;
 
     let x = f.tensor(3, &rows(0..3))?;
     let mut gathered = rows([2, 0, 0, 2]);

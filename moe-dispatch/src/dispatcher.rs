@@ -58,7 +58,8 @@ pub trait Dispatcher<F: Fabric> {
     /// [`Shapes::PerExpert`](crate::Shapes::PerExpert).
     ///
     /// # Errors
-    /// [`Error::Experts`] if EP does not divide the experts; the fabric's errors, among them that an expert has more
+    /// [`Error::Experts`] if EP does not divide the experts; [`Error::Routing`] if the routing has not `top_k` choices for
+    /// each of its tokens; the fabric's errors, among them that an expert has more
     /// choices than it may have.
     fn plan(&self, fabric: &F, routing: &Routing<F::Index, F::Weights>) -> Result<Self::State, F::Error>;
 

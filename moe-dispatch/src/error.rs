@@ -28,6 +28,16 @@ pub enum Error {
         /// The factor.
         factor: f64,
     },
+    /// A routing of other choices than its tokens have.
+    #[error("a routing of {tokens} tokens with {top_k} choices each has {choices} choices")]
+    Routing {
+        /// Choices that it has.
+        choices: usize,
+        /// Tokens that it says.
+        tokens: usize,
+        /// Choices of each token.
+        top_k: usize,
+    },
     /// Exchanged counts that are no counts: the wrong number of them, negative or descending ones, or more rows than
     /// an `i32` index can name.
     #[error("exchanged counts: {what}")]

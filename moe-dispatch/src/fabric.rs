@@ -71,6 +71,9 @@ pub trait Fabric {
     /// An index with these entries.
     fn index(&self, entries: &[i32]) -> Result<Self::Index, Self::Error>;
 
+    /// How many entries an index has.
+    fn index_len(&self, index: &Self::Index) -> usize;
+
     /// Sorts the choices whose expert lies in `local` by expert; stable. `experts` has `top_k` entries per token in
     /// `0..num_experts`, or negative; those outside `local` get position −1.
     fn sort_by_expert(

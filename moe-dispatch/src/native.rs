@@ -128,6 +128,10 @@ impl<T: Float, D: Backend<T>> Fabric for NativeFabric<'_, T, D> {
         Ok(Tensor::from_slice(self.device, 1, entries.len(), entries)?)
     }
 
+    fn index_len(&self, index: &Self::Index) -> usize {
+        index.layout().len()
+    }
+
     fn sort_by_expert(
         &self,
         experts: &Self::Index,

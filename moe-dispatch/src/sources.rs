@@ -1,7 +1,7 @@
 //! What a rank has to send, before a dispatcher decides how.
 
 use crate::plan::Counts;
-use crate::{Fabric, Routing, Shapes, Sorted, SortedRows};
+use crate::{Error, Fabric, Routing, Shapes, Sorted, SortedRows};
 
 /// A rank's own choices, and the numbers of rows of its group.
 pub(crate) struct Sources<I> {
@@ -28,7 +28,10 @@ impl<I> Sources<I> {
         I: Clone,
     {
         let &Routing { ref experts, tokens, top_k, shapes, .. } = routing;
-        let (grid, choices) = (fabric.grid(), tokens * top_k);
+        let (grid, choices) = (fabric.grid(), fabric.index_len(experts));
+        if tokens.checked_mul(top_k) != Some(choices) {
+            return Err(Error::Routing { choices, tokens, top_k }.into());
+        }
         let own = match shapes {
             Shapes::Exact | Shapes::PerRank(_) => SortedRows::Packed(choices),
             Shapes::PerExpert(rows) => SortedRows::PerExpert(rows),

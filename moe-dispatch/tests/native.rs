@@ -115,6 +115,19 @@ fn calls_that_do_not_belong_together_are_refused() {
 
     let nobody = fabric.start(&x, None, 0, Transfer::AllGather { over: Over::Etp, rows: &[3] });
     assert!(matches!(nobody, Err(Error::Alone)));
-    let more_tokens = Routing { tokens: 4, ..routing };
-    assert!(dispatcher.plan(&fabric, &more_tokens).is_err());
+}
+
+#[test]
+fn a_routing_of_other_choices_than_its_tokens_have_is_refused() {
+    let device = Cpu::poisoned(1);
+    let fabric = NativeFabric::<f64, Cpu>::single(&device);
+    let (_, routing) = three_tokens(&device);
+    for (tokens, top_k) in [(2, 1), (4, 1), (3, 0), (3, 2), (usize::MAX, 3)] {
+        for shapes in [Shapes::Exact, Shapes::PerExpert(4), Shapes::PerRank(4)] {
+            let routing = Routing { tokens, top_k, shapes, ..routing.clone() };
+            let refused = AllToAll { num_experts: 2 }.plan(&fabric, &routing).unwrap_err();
+            assert_eq!(refused, Error::Routing { choices: 3, tokens, top_k });
+            assert_eq!(AllGather { num_experts: 2 }.plan(&fabric, &routing).unwrap_err(), refused);
+        }
+    }
 }
