@@ -1,6 +1,7 @@
 //! What becomes of choices of experts: dropped or kept, and sorted.
 
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 use super::Cpu;
 use super::float::CpuFloat;
@@ -47,19 +48,19 @@ fn excess<T: CpuFloat>(
     slots: &[i32],
     limit: DropLimit,
 ) -> impl Iterator<Item = (usize, usize)> {
-    let unit = move |slot: i32| slot as usize / limit.unit_slots;
-    let units = slots.iter().max().map_or(0, |&slot| unit(slot) + 1);
-    let mut rivals = vec![Vec::new(); units * limit.num_experts];
+    // Units by their numbers: the memory that this takes does not grow with the slots.
+    let mut rivals = BTreeMap::<_, Vec<_>>::new();
     for (i, experts) in experts.iter().enumerate() {
+        let unit = slots[i] as usize / limit.unit_slots;
         for (j, &e) in experts.iter().enumerate().filter(|&(_, &e)| e >= 0) {
-            rivals[unit(slots[i]) * limit.num_experts + e as usize].push((i, j));
+            rivals.entry((unit, e)).or_default().push((i, j));
         }
     }
     let goes_before = move |&(a, j): &(usize, usize), &(b, l): &(usize, usize)| {
         let by_weight = weights.and_then(|weights| weights.row(b)[l].partial_cmp(&weights.row(a)[j]));
         by_weight.unwrap_or(Ordering::Equal).then(slots[a].cmp(&slots[b]))
     };
-    rivals.into_iter().filter(move |rivals| rivals.len() > limit.capacity).flat_map(move |mut rivals| {
+    rivals.into_values().filter(move |rivals| rivals.len() > limit.capacity).flat_map(move |mut rivals| {
         rivals.select_nth_unstable_by(limit.capacity, goes_before);
         rivals.split_off(limit.capacity)
     })
