@@ -147,11 +147,10 @@ impl<T: Float, D: Backend<T>> Fabric for NativeFabric<'_, T, D> {
             Range { start: 0, end } if end == num_experts => experts.clone(),
             local => self.localize(experts, num_experts, local)?,
         };
-        let per_expert = match rows {
-            SortedRows::Packed(_) => None,
-            SortedRows::PerExpert(rows) => Some(rows),
+        let (per_expert, sorted_rows) = match rows {
+            SortedRows::Packed(_) => (None, choices),
+            SortedRows::PerExpert(room) => (Some(room), rows.total(sorted_experts)),
         };
-        let sorted_rows = per_expert.map_or(choices, |rows| rows * sorted_experts);
         let mut choice = Tensor::uninit(self.device, 1, sorted_rows)?;
         let mut token = Tensor::uninit(self.device, 1, sorted_rows)?;
         let mut position = Tensor::uninit(self.device, tokens, top_k)?;

@@ -57,11 +57,11 @@ pub enum SortedRows {
 }
 
 impl SortedRows {
-    /// All of them.
+    /// All of them; `usize::MAX`, for which no device has memory, if they are even more.
     pub const fn total(self, experts: usize) -> usize {
         match self {
             SortedRows::Packed(rows) => rows,
-            SortedRows::PerExpert(rows) => rows * experts,
+            SortedRows::PerExpert(rows) => rows.saturating_mul(experts),
         }
     }
 }

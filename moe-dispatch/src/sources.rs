@@ -57,7 +57,7 @@ impl<I> Sources<I> {
                 let rows = counts.as_ref().map_or(choices, |counts| counts.expert_rows().iter().sum());
                 (SortedRows::Packed(rows), false)
             }
-            Shapes::PerExpert(rows) => (SortedRows::PerExpert(rows * grid.size()), false),
+            Shapes::PerExpert(rows) => (SortedRows::PerExpert(rows.saturating_mul(grid.size())), false),
             Shapes::PerRank(budget) => (SortedRows::Packed(budget.min(all_choices)), received() > budget),
         };
         if !overflowed {

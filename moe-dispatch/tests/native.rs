@@ -118,6 +118,18 @@ fn calls_that_do_not_belong_together_are_refused() {
 }
 
 #[test]
+fn more_rows_than_can_be_counted_are_refused() {
+    let device = Cpu::poisoned(1);
+    let fabric = NativeFabric::<f64, Cpu>::single(&device);
+    let (_, routing) = three_tokens(&device);
+    for rows in [usize::MAX, 1 << 63] {
+        let routing = Routing { shapes: Shapes::PerExpert(rows), ..routing.clone() };
+        let refused = AllToAll { num_experts: 2 }.plan(&fabric, &routing);
+        assert!(matches!(refused, Err(Error::Device(moe_kernels::Error::OutOfMemory { .. }))), "{rows}");
+    }
+}
+
+#[test]
 fn a_routing_of_other_choices_than_its_tokens_have_is_refused() {
     let device = Cpu::poisoned(1);
     let fabric = NativeFabric::<f64, Cpu>::single(&device);

@@ -146,6 +146,7 @@ fn what_is_no_count_is_refused() {
     ] {
         assert!(matches!(refused(2, exchanged), Error::Counts { .. }), "{exchanged:?}");
     }
+    assert!(matches!(Counts::uniform(grid, 2, usize::MAX, 1), Err(Error::Counts { .. })));
     // Too many rows for the other rank.
     assert!(matches!(refused(2, &[0, 0, i32::MAX, 1, 0, 0, 1, 1]), Error::Counts { .. }));
     assert!(Counts::from_exchange(grid, 2, &[0, 1, 1, 1, 0, 1, 1, 1]).is_ok());

@@ -37,7 +37,7 @@ impl Layout {
 
     /// True if there is no element.
     pub const fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.rows == 0 || self.cols == 0
     }
 
     /// True if the rows follow each other without gaps.
@@ -65,7 +65,7 @@ impl Layout {
     }
 
     fn reshape(self, rows: usize, cols: usize) -> Result<Self> {
-        if rows * cols != self.len() || !self.is_contiguous() {
+        if rows.checked_mul(cols) != Some(self.len()) || !self.is_contiguous() {
             return Err(Error::Shape {
                 kernel: "reshape",
                 what: "elements of a contiguous matrix",
@@ -77,12 +77,22 @@ impl Layout {
     }
 
     fn check<T: Element>(self, bytes: usize) -> Result<Self> {
-        let end = (self.offset + self.span()) * size_of::<T>();
+        // Counted to the start of one row more, so that no slice of what is accepted overflows either.
+        let rows = self.rows.checked_mul(self.stride).and_then(|rows| rows.checked_add(self.cols));
+        let far = rows.and_then(|rows| self.offset.checked_add(rows)?.checked_mul(size_of::<T>()));
+        let end = far.map_or(usize::MAX, |_| (self.offset + self.span()) * size_of::<T>());
         if end > bytes || (self.rows > 1 && self.stride < self.cols) {
-            return Err(Error::OutOfBounds { start: self.offset * size_of::<T>(), end, len: bytes });
+            let start = self.offset.saturating_mul(size_of::<T>());
+            return Err(Error::OutOfBounds { start, end, len: bytes });
         }
         Ok(self)
     }
+}
+
+/// Bytes of a contiguous matrix.
+fn bytes<T>(device: &impl Device, rows: usize, cols: usize) -> Result<usize> {
+    let bytes = rows.checked_mul(cols).and_then(|len| len.checked_mul(size_of::<T>()));
+    bytes.ok_or_else(|| Error::OutOfMemory { requested: usize::MAX, live: device.memory().live })
 }
 
 /// A borrowed matrix to read.
@@ -236,19 +246,19 @@ impl<T, D: Device> Clone for Tensor<T, D> {
 impl<T: Element, D: Device> Tensor<T, D> {
     /// A new matrix of unspecified content.
     pub fn uninit(device: &D, rows: usize, cols: usize) -> Result<Self> {
-        let buf = Arc::new(device.alloc(rows * cols * size_of::<T>())?);
+        let buf = Arc::new(device.alloc(bytes::<T>(device, rows, cols)?)?);
         Ok(Tensor { buf, layout: Layout::contiguous(rows, cols), element: PhantomData })
     }
 
     /// A new matrix of zeros.
     pub fn zeros(device: &D, rows: usize, cols: usize) -> Result<Self> {
-        let buf = Arc::new(device.alloc_zeroed(rows * cols * size_of::<T>())?);
+        let buf = Arc::new(device.alloc_zeroed(bytes::<T>(device, rows, cols)?)?);
         Ok(Tensor { buf, layout: Layout::contiguous(rows, cols), element: PhantomData })
     }
 
     /// A new matrix with these elements, row by row.
     pub fn from_slice(device: &D, rows: usize, cols: usize, elements: &[T]) -> Result<Self> {
-        if elements.len() != rows * cols {
+        if rows.checked_mul(cols) != Some(elements.len()) {
             return Err(Error::Shape {
                 kernel: "from_slice",
                 what: "number of elements",

@@ -47,6 +47,25 @@ fn nothing_reaches_outside() -> Result<()> {
     let mut buf = cpu.alloc(64)?;
     let beyond = Layout { offset: 1, rows: 2, cols: 4, stride: 4 };
     assert_eq!(View::<i64, Cpu>::new(&buf, beyond).err(), outside(8, 72, 64));
+    // What no `usize` counts: 2^64 elements, a row of them, where they start, and how many bytes they are.
+    let far = 1 << 32;
+    for layout in [
+        Layout { offset: 0, rows: far, cols: far, stride: far },
+        Layout { offset: 0, rows: 2, cols: 1, stride: usize::MAX },
+        Layout { offset: usize::MAX, rows: 1, cols: 1, stride: 1 },
+        Layout { offset: 0, rows: 1, cols: 1 << 61, stride: 1 << 61 },
+    ] {
+        let refused = |result: Option<Error>| matches!(result, Some(Error::OutOfBounds { .. }));
+        assert!(refused(View::<i64, Cpu>::new(&buf, layout).err()), "{layout:?}");
+        assert!(refused(ViewMut::<i64, Cpu>::new(&mut buf, layout).err()), "{layout:?}");
+    }
+    for (rows, cols) in [(far, far), (1, 1 << 61)] {
+        for tensor in [Tensor::<i64, Cpu>::uninit(&cpu, rows, cols), Tensor::zeros(&cpu, rows, cols)] {
+            assert!(matches!(tensor, Err(Error::OutOfMemory { .. })), "{rows} x {cols}");
+        }
+    }
+    assert!(matches!(Tensor::<i64, Cpu>::from_slice(&cpu, far, far, &[]), Err(Error::Shape { .. })));
+    assert!(matches!(t.rows(0..0)?.reshape(far, far), Err(Error::Shape { .. })));
     let overlapping = Layout { offset: 0, rows: 2, cols: 4, stride: 3 };
     assert!(ViewMut::<i64, Cpu>::new(&mut buf, overlapping).is_err());
     assert!(Tensor::<i64, Cpu>::from_slice(&cpu, 2, 3, &[0; 5]).is_err());

@@ -73,7 +73,9 @@ impl Counts {
     pub fn most_received(&self) -> usize {
         let per_rank = self.local.len();
         let received = |first: usize| -> usize {
-            self.rows.chunks_exact(self.num_experts).flat_map(|rows| &rows[first..first + per_rank]).sum()
+            let rows =
+                self.rows.chunks_exact(self.num_experts).flat_map(|rows| &rows[first..first + per_rank]);
+            rows.fold(0, |sum, &rows| sum.saturating_add(rows))
         };
         (0..self.num_experts).step_by(per_rank).map(received).max().unwrap_or(0)
     }

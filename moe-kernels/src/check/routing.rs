@@ -132,7 +132,8 @@ pub(crate) fn sort_by_expert<D: Device>(
     let [n, k] = experts.shape();
     let entries = out.offsets.shape()[1].max(1);
     shape(kernel, "offsets", [1, entries], out.offsets.shape())?;
-    let rows = rows_per_expert.map_or(n * k, |rows| rows * (entries - 1));
+    // Saturated, they are more than any operand has.
+    let rows = rows_per_expert.map_or(n * k, |rows| rows.saturating_mul(entries - 1));
     shape(kernel, "order", [1, rows], out.order.shape())?;
     shape(kernel, "tokens", [1, rows], out.tokens.shape())?;
     shape(kernel, "position", [n, k], out.position.shape())?;
