@@ -41,8 +41,8 @@ impl Router {
     /// only where margins or a [`Sinkhorn`] choice are asked for.
     ///
     /// # Errors
-    /// [`moe_kernels::Error::NotANumber`] names the first token with a NaN logit (from a device whose calls do not wait, the next
-    /// read returns it); [`Error::Router`] if `sequences` does not divide the tokens; errors of the device and of
+    /// [`moe_kernels::Error::NotANumber`] names the first token whose logits have no finite log-sum-exp (from a device whose
+    /// calls do not wait, the next read returns it); [`Error::Router`] if `sequences` does not divide the tokens; errors of the device and of
     /// `sum_over_unit`.
     pub fn forward<T: Float, D: Backend<T>>(
         &self,

@@ -105,8 +105,8 @@ pub struct RouterInput<'a, T: Float, D: Device> {
     pub x: &'a Tensor<T, D>,
     /// `[E, H]`.
     pub weight: View<'a, T, D>,
-    /// `[1, E]`, added to scores (not a softmax's) where they are compared, not where they become weights; none unless
-    /// given.
+    /// `[1, E]`, added to scores, or to the logits of a softmax, where they are compared, not where they become weights; none
+    /// unless given. A softmax takes none where there are groups.
     pub bias: Option<View<'a, T::Acc, D>>,
     /// Sequences of the micro-batch; 1 unless given.
     pub sequences: usize,

@@ -12,7 +12,7 @@ use crate::Error;
 pub type SumOverUnit<'a> = &'a dyn Fn(&[f64]) -> Result<Vec<f64>, Error>;
 
 /// Choose by optimal transport instead of by score (S-BASE, arXiv 2202.01169): with `x = exp(logits)` over all `T` valid tokens of
-/// the micro-batch and `d_e = 1` at first, so many times
+/// the micro-batch and starting from `d_e = 1`, repeat `iterations` times:
 ///
 /// `r_i = 1 / (T·Σ_e d_e·x_ie)`, then `d_e = 1 / (E·Σ_i r_i·x_ie)`;
 ///

@@ -54,7 +54,7 @@ pub struct RouterSum<'a, D: Device> {
 const NUMBERS: usize = 5;
 
 impl<D: Device> RouterSums<D> {
-    /// Of nothing yet.
+    /// Statistics initialised to zero.
     ///
     /// # Errors
     /// There is no memory for it.
@@ -62,7 +62,7 @@ impl<D: Device> RouterSums<D> {
         Ok(RouterSums { sums: Tensor::zeros(device, routers, 3 * num_experts + NUMBERS)?, num_experts })
     }
 
-    /// Those of one of the routers.
+    /// The accumulator of router `router`.
     ///
     /// # Errors
     /// There are no more than `router` of them.

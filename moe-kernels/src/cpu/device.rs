@@ -11,7 +11,7 @@ use crate::{Device, Error, MemoryStats, Result, check};
 
 /// The host: kernels on one thread, or on a pool of threads that this handle and its clones own.
 ///
-/// Results do not depend on timing: the same calls on the same number of threads give the same bits.
+/// Results depend neither on timing nor on the number of threads: the same calls give the same bits.
 #[derive(Clone)]
 pub struct Cpu {
     allocator: Arc<Allocator>,

@@ -36,7 +36,7 @@ pub trait Norm<T: Float>: Device {
         self.rms_norm(y, rstd, sum.as_view(), w, eps)
     }
 
-    /// Overwrites `dx: [n, H]`, adds to `dw: [1, H]` in ascending rows. `past: [n, H]` is the gradient that reaches `x` past the
+    /// Overwrites `dx: [n, H]`, adds to `dw: [1, H]` in a fixed order. `past: [n, H]` is the gradient that reaches `x` past the
     /// norm, over a residual connection, and is added to `dx`.
     #[allow(clippy::too_many_arguments)] // the operands of the formula
     fn rms_norm_backward(

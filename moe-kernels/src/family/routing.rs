@@ -132,7 +132,8 @@ pub trait Routing<A: Float>: Device {
     ///
     /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s` (the other functions), plus the
     /// bias; weights are made of scores without bias.
-    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) with a NaN.
+    /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) whose log-sum-exp is not
+    /// finite: a NaN or +∞ among its logits, or nothing but −∞.
     fn route(
         &self,
         out: RouteOutput<'_, A, Self>,
