@@ -12,8 +12,8 @@
 //! - [`Fabric`]: what a tensor library lends; the module `conformance` (feature of that name) holds it to its word.
 //! - [`capacity`]: how many choices an expert takes, and which are dropped.
 //! - [`plan`]: the arithmetic on counts in between, pure.
-//! - `Router`, `NativeFabric`: on this workspace's tensors (feature `native`, on by default). Without it the crate
-//!   depends on `moe-topology` only.
+//! - `Router`, `capacity::drop_excess`, `NativeFabric`: on this workspace's tensors (feature `native`, on by default).
+//!   Without it the crate depends on `moe-topology` only.
 //!
 //! # Example
 //!
@@ -75,6 +75,7 @@ pub use dispatcher::{BatchOf, DispatchState, Dispatcher, Flight, FlightOf};
 pub use error::Error;
 pub use fabric::{Arrived, Fabric, Over, Transfer};
 pub use grid::{Grid, InnerAxis};
+pub use moe_topology;
 pub use routing::{Batch, Routing, Shapes, Sorted, SortedRows};
 pub use token_dispatcher::{DispatcherKind, TokenDispatcher, TokenDispatcherState};
 
@@ -86,12 +87,16 @@ pub mod native;
 #[cfg(feature = "native")]
 pub mod router;
 #[cfg(feature = "native")]
+pub use moe_kernels::family::{DropLimit, ExpertGroups, ScoreFunction, Scoring};
+#[cfg(feature = "native")]
 pub use native::{NativeFabric, NativePending};
 #[cfg(feature = "native")]
 pub use router::{
     Jitter, Margins, ModelUnit, Routed, Router, RouterConfig, RouterInput, RouterSaved, RouterScales,
     RouterStats, RouterSum, RouterSums, RoutingOn, Sinkhorn, SumOverUnit,
 };
+#[cfg(feature = "native")]
+pub use {moe_comm, moe_kernels};
 
 #[cfg(all(doctest, feature = "native"))]
 #[doc = include_str!("../README.md")]
