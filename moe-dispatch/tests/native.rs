@@ -1,5 +1,8 @@
 //! The native fabric, and the dispatchers on it, pass the conformance suite.
 
+#[path = "../examples/layer.rs"]
+mod layer;
+
 use std::time::Duration;
 
 use moe_comm::{Comms, ThreadRank, ThreadWorld, World};
@@ -46,6 +49,11 @@ fn it_conforms() {
         }
         conforms::<f32>(ep, etp, "tp-cp-ep-dp-pp", 1e-5);
     }
+}
+
+#[test]
+fn the_example_of_a_layer_runs() {
+    layer::main().unwrap();
 }
 
 #[test]
