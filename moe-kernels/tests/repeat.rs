@@ -39,7 +39,7 @@ fn ints(cpu: &Cpu, rows: usize, cols: usize, f: impl Fn(usize) -> usize) -> Resu
     Tensor::from_slice(cpu, rows, cols, &elements)
 }
 
-/// Shapes of several pieces of work for every kernel that sums.
+/// Kernels that sum, in shapes of several pieces of work.
 fn run(cpu: &Cpu) -> Result<Bits> {
     let mut bits = Bits::default();
     let (n, h) = (900, 130);

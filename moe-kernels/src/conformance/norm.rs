@@ -93,7 +93,7 @@ pub fn norm<T: Float, D: Norm<T> + Elementwise<T>>(device: &D, tolerance: f64) {
     }
     parts::<T, D>(device, tolerance);
     // Sums over more rows than one piece of work: dw is exact where dy, x and rstd are powers of two.
-    let (n, h) = (700, 33);
+    let (n, h) = (1100, 33);
     let x = Matrix::from_fn(n, h, |i, _| if i % 2 == 0 { 1.0 } else { -1.0 });
     let dy = Matrix::from_fn(n, h, |i, c| if (i + c) % 3 == 0 { 1.0 } else { 0.0 });
     let ones = Matrix::from_fn(1, h, |_, _| 1.0);
