@@ -244,19 +244,19 @@ impl<T, D: Device> Clone for Tensor<T, D> {
 }
 
 impl<T: Element, D: Device> Tensor<T, D> {
-    /// A new matrix of unspecified content.
+    /// A new matrix of unspecified content; [`Error::OutOfMemory`] if the device has none for it.
     pub fn uninit(device: &D, rows: usize, cols: usize) -> Result<Self> {
         let buf = Arc::new(device.alloc(bytes::<T>(device, rows, cols)?)?);
         Ok(Tensor { buf, layout: Layout::contiguous(rows, cols), element: PhantomData })
     }
 
-    /// A new matrix of zeros.
+    /// A new matrix of zeros; [`Error::OutOfMemory`] if the device has none for it.
     pub fn zeros(device: &D, rows: usize, cols: usize) -> Result<Self> {
         let buf = Arc::new(device.alloc_zeroed(bytes::<T>(device, rows, cols)?)?);
         Ok(Tensor { buf, layout: Layout::contiguous(rows, cols), element: PhantomData })
     }
 
-    /// A new matrix with these elements, row by row.
+    /// A new matrix with these elements, row by row; [`Error::Shape`] if they are not `rows · cols`.
     pub fn from_slice(device: &D, rows: usize, cols: usize, elements: &[T]) -> Result<Self> {
         if rows.checked_mul(cols) != Some(elements.len()) {
             return Err(Error::Shape {
