@@ -632,6 +632,12 @@ pub const RULES: &[Rule] = &[
         },
     },
     Rule {
+        why: "with ep beyond dp, optimizer instances of both views are the same ranks only if ep is 1",
+        refusals: &["optimizer instances of both views"],
+        factors: &["ep", "order", "optimizer instances"],
+        holds: |c| !c.is("order", "cp first") || c.number("optimizer instances") == 1 || c.number("ep") == 1,
+    },
+    Rule {
         why: "what overlaps is a shared expert",
         refusals: &["moe_shared_expert_overlap"],
         factors: &["shared expert", "shared overlap"],
