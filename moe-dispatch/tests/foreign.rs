@@ -1,6 +1,5 @@
 //! The fabric of the example, and the dispatchers on it, pass the conformance suite: no crate of ours but the topology.
 
-#[allow(dead_code)] // its main function
 #[path = "../examples/plain_vec.rs"]
 mod plain_vec;
 

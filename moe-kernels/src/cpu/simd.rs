@@ -18,7 +18,7 @@ macro_rules! simd {
                 type Output = simd!(@output $($ret)?);
                 #[inline(always)]
                 fn with_simd<S: pulp::Simd>(self, _simd: S) -> Self::Output {
-                    #[allow(unused_mut)] // not every argument is written
+                    #[allow(unused_mut, reason = "not every argument is written")]
                     let Body(($(mut $arg,)*)) = self;
                     $body
                 }

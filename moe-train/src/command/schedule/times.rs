@@ -21,7 +21,7 @@ pub struct Times {
     #[arg(long, default_value_t = 0.0)]
     overlap: f64,
     /// Layers of experts that each rank has, half of each being attention: overlaps are then woven layer by layer, in the order that
-    /// is shortest at these costs. (A run knows no costs, and weaves as if all were equal.)
+    /// is shortest at these costs. (A run knows no costs: to it an all-to-all is half as long again as attention or experts are.)
     #[arg(long, requires = "all_to_all", conflicts_with = "overlap")]
     layers: Option<u32>,
     /// What each of the four all-to-alls of a layer takes.
