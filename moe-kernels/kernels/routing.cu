@@ -114,8 +114,13 @@ __device__ __forceinline__ Scored separate(i32 score, T x) {
 // Added to sums of separate scores before they divide.
 __device__ __forceinline__ T epsilon_of(i32 score) { return score == SOFTMAX ? T(0) : T(1e-20); }
 
-// The softmax of a token; returns the log-sum-exp.
-__device__ __forceinline__ T softmax(T *probs, const T *logits, i32 count, i32 lane) {
+struct Softmax {
+    // The log-sum-exp, and what exponentials are multiplied by.
+    T lse, inverse;
+};
+
+// The softmax of a token.
+__device__ __forceinline__ Softmax softmax(T *probs, const T *logits, i32 count, i32 lane) {
     T most = -INFINITE;
     for (i32 e = lane; e < count; e += 32) {
         T x = logits[e];
@@ -131,7 +136,19 @@ __device__ __forceinline__ T softmax(T *probs, const T *logits, i32 count, i32 l
     sum = warp_sum(sum);
     T inverse = 1 / sum;
     for (i32 e = lane; e < count; e += 32) probs[e] *= inverse;
-    return most + log_of(sum);
+    return {most + log_of(sum), inverse};
+}
+
+// The largest logit of the chosen. Those given may lie so far below the token's that no probability is left of them: a softmax
+// over the chosen takes this off. It multiplies by the token's `inverse`, a factor that goes when its sum divides: where the
+// token's largest is chosen, these are its probabilities.
+__device__ __forceinline__ T most_of_chosen(const T *logits, const i32 *chosen, i32 k, i32 lane) {
+    T most = -INFINITE;
+    for (i32 j = lane; j < k; j += 32) {
+        T x = logits[chosen[j]];
+        most = x > most ? x : most;
+    }
+    return warp_max(most);
 }
 
 __device__ __forceinline__ bool is_finite(T x) { return x - x == 0; }
@@ -142,6 +159,9 @@ struct Scoring {
     // Groups, 0 for none; those kept; experts that make a group's score.
     i32 groups, kept, score_top_k;
     i32 score, normalize, by_logits;
+
+    // Whether weights are a softmax over the chosen.
+    __device__ __forceinline__ bool is_over_chosen() const { return score == SOFTMAX && normalize; }
 };
 
 // Of a token in shared memory: own scores, keys, keys of groups, choice. `unbiased`, `margins`, `bias`, `given` and `valid`
@@ -302,6 +322,16 @@ extern "C" __global__ void __launch_bounds__(256)
         }
         if (margins && lane == 0) margins[i] = margin;
         __syncwarp();
+        if (r.is_over_chosen()) {
+            T largest = most_of_chosen(logits, chosen, r.k, lane);
+            if (!is_finite(largest)) {
+                if (lane == 0) not_a_number.raise(i);
+                continue;
+            }
+            // The experts of a token differ.
+            for (i32 j = lane; j < r.k; j += 32) own[chosen[j]] = exp_of(logits[chosen[j]] - largest) * inverse;
+            __syncwarp();
+        }
         T total = epsilon_of(r.score);
         if (r.normalize)
             for (i32 j = 0; j < r.k; j++) total += own[chosen[j]];
@@ -327,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(256) softmax_sums(double *parts, co
     for (i64 i = blockIdx.x * each + threadIdx.y; i < end; i += blockDim.y) {
         if (valid && valid[i] == 0) continue;
         for (i32 e = lane; e < count; e += 32) probs[e] = logits[i * ls + e] + bias[e];
-        T lse = softmax(probs, probs, count, lane);
+        T lse = softmax(probs, probs, count, lane).lse;
         if (!is_finite(lse)) {
             if (lane == 0) not_a_number.raise(i);
             continue;
@@ -342,8 +372,9 @@ extern "C" __global__ void __launch_bounds__(256) softmax_sums(double *parts, co
     }
 }
 
-// A softmax p under the gradient d has p ⊙ (d − Σ p ⊙ d), and d lse / d logits = p. A separate score s under d has d · s';
-// its share s / Σ s under d has (d − Σ share ⊙ d) / Σ s. Of a token: softmax, scores, slopes, gradients by the chosen, choice.
+// A softmax p, over all or the chosen, under the gradient d has p ⊙ (d − Σ p ⊙ d), and d lse / d logits = p. A separate score s
+// under d has d · s'; its share s / Σ s under d has (d − Σ share ⊙ d) / Σ s. Of a token: softmax, scores, slopes, scores of the
+// chosen and then gradients by them, choice.
 extern "C" __global__ void __launch_bounds__(256)
     route_backward(T *all_dlogits, i64 ds, const T *all_dweights, i64 ws, const i32 *experts, i64 es, const T *all_logits,
                    i64 ls, const T *all_aux, i64 as, i64 sequences, i64 n, Scoring r, T scale, T two_z, Fault no_expert) {
@@ -375,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(256)
             if (lane == 0) no_expert.raise(i);
             continue;
         }
-        T lse = softmax(probs, logits, count, lane);
+        auto [lse, inverse] = softmax(probs, logits, count, lane);
         T sum = 0, mean = 0;
         for (i32 e = lane; e < count; e += 32) {
             if (is_separate) {
@@ -390,10 +421,16 @@ extern "C" __global__ void __launch_bounds__(256)
         mean = warp_sum(mean);
         __syncwarp();
 
+        if (r.is_over_chosen()) {
+            T most = most_of_chosen(logits, chosen, r.k, lane);
+            for (i32 j = lane; j < r.k; j += 32) by_chosen[j] = exp_of(logits[chosen[j]] - most) * inverse;
+        } else {
+            for (i32 j = lane; j < r.k; j += 32) by_chosen[j] = own[chosen[j]];
+        }
         // The chosen: their sum, and the mean of the gradient over them.
         T total = 0, mean_chosen = 0;
         for (i32 j = lane; j < r.k; j += 32) {
-            T s = own[chosen[j]];
+            T s = by_chosen[j];
             total += s;
             mean_chosen += s * dweights[j];
         }
@@ -402,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(256)
         if (r.normalize) mean_chosen = mean_chosen / total;
         mean_chosen *= scale;
         for (i32 j = lane; j < r.k; j += 32) {
-            T d = dweights[j] * scale, slope = is_separate ? slopes[chosen[j]] : probs[chosen[j]];
+            T d = dweights[j] * scale, slope = is_separate ? slopes[chosen[j]] : by_chosen[j];
             by_chosen[j] = r.normalize ? slope * (d - mean_chosen) / total : slope * d;
         }
         __syncwarp();

@@ -141,6 +141,7 @@ pub fn routing<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     choice::<A, D>(device, tolerance);
     extreme_scores::<A, D>(device, tolerance);
     given_choices::<A, D>(device, tolerance);
+    unlikely_choices::<A, D>(device, tolerance);
     margins_alone::<A, D>(device);
     softmax_sums::<A, D>(device, tolerance);
     jitter::<A, D>(device, tolerance);
@@ -398,6 +399,48 @@ fn given_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
     refused("no such expert", &vec![count as i32; n * k]);
     refused("a negative expert", &vec![-1; n * k]);
     refused("too few choices", &given[k..]);
+}
+
+/// Given experts of no probability in any type have the softmax of their own logits for weights, and its gradient; those that
+/// have no softmax are refused.
+fn unlikely_choices<A: Float<Acc = A>, D: Routing<A>>(device: &D, tolerance: f64) {
+    let (count, k, z) = (4, 2, 0.3);
+    let rows = [[1.0, -200.0, -201.0, 0.0], [1.0, -2001.0, -2000.0, -2002.0], [1.0, 0.5, -3000.0, 0.0]];
+    let logits = Matrix { rows: 3, cols: count, data: rows.concat() };
+    let given = [1, 2, 2, 1, 2, 1];
+    let mut random = Random::new(20);
+    let (dw, aux) = (random.matrix::<A>(3, k), random.matrix::<A>(1, count));
+    for function in [ScoreFunction::SoftmaxPost, ScoreFunction::SoftmaxPre { normalize: true }] {
+        let scoring = Scoring { scale: 2.5, ..function.into() };
+        let (routed, out) = route_given::<A, D>(device, &logits, k, None, Some(&given), &scoring);
+        routed.expect("route");
+        let more = sigmoid(1.0);
+        let shares = Matrix { rows: 3, cols: k, data: vec![more, 1.0 - more, more, 1.0 - more, 0.0, 1.0] };
+        let want = Matrix::from_fn(3, k, |i, j| 2.5 * shares.at(i, j));
+        assert_close("weights of unlikely choices", &out.weights.read(), &want, tolerance);
+
+        let probs = probs(&logits, &scoring);
+        let want = Matrix::from_fn(3, count, |i, e| {
+            let mean: f64 = (0..count).map(|e| probs.at(i, e) * aux.at(0, e)).sum();
+            let of_losses = probs.at(i, e) * (aux.at(0, e) - mean + 2.0 * z * lse(&logits, i));
+            let mean: f64 = (0..k).map(|j| shares.at(i, j) * dw.at(i, j)).sum();
+            let by_weight = |j: usize| 2.5 * shares.at(i, j) * (dw.at(i, j) - mean);
+            of_losses + (0..k).filter(|j| given[i * k + j] == e as i32).map(by_weight).sum::<f64>()
+        });
+        let (pl, pd, pa) =
+            (place::<A, D>(device, &logits), place::<A, D>(device, &dw), place::<A, D>(device, &aux));
+        let (mut dl, experts) = (output::<A, D>(device, 3, count), place_ints(device, 3, k, &given));
+        device
+            .route_backward(dl.view_mut(), pd.view(), experts.view(), pl.view(), &scoring, pa.view(), z)
+            .expect("route_backward");
+        assert_close("dlogits of unlikely choices", &dl.read(), &want, tolerance * 4.0);
+
+        let mut none = logits.clone();
+        none.data[count + 1..count + 3].fill(f64::NEG_INFINITY);
+        let (result, _) = route_given::<A, D>(device, &none, k, None, Some(&given), &scoring);
+        let result = settled(device, result);
+        assert!(matches!(result, Err(Error::NotANumber { row: 1, .. })), "weights of nothing: {result:?}");
+    }
 }
 
 /// The margin of a choice by itself, of tokens that are close in one comparison each: of experts, of groups, of none.

@@ -53,6 +53,11 @@ impl Function {
     fn is_separate(self) -> bool {
         self.score != Score::Softmax
     }
+
+    /// Whether weights are a softmax over the chosen.
+    fn is_over_chosen(self) -> bool {
+        self.score == Score::Softmax && self.normalize
+    }
 }
 
 /// Of `candidates` (ascending), those of the largest scores in descending order, ties to the smaller one.
@@ -163,9 +168,9 @@ fn separate<T: CpuFloat>(score: Score, x: T) -> (T, T) {
     }
 }
 
-/// The softmax of `logits`; returns their log-sum-exp.
+/// The softmax of `logits`; returns their log-sum-exp, and the sum that divides.
 #[inline(always)]
-fn softmax<T: CpuFloat>(probs: &mut [T], logits: &[T]) -> T {
+fn softmax<T: CpuFloat>(probs: &mut [T], logits: &[T]) -> [T; 2] {
     let max = logits.iter().fold(T::NEG_INFINITY, |max, &x| if max < x { x } else { max });
     let mut sum = T::ZERO;
     for (p, &x) in probs.iter_mut().zip(logits) {
@@ -175,7 +180,23 @@ fn softmax<T: CpuFloat>(probs: &mut [T], logits: &[T]) -> T {
     for p in probs {
         *p = *p / sum;
     }
-    max + sum.ln()
+    [max + sum.ln(), sum]
+}
+
+/// The chosen's shares of a softmax over them, but for a factor; false where all their logits are −∞.
+///
+/// The largest of their own logits is taken off, since those given may lie so far below the row's that no probability is
+/// left of them. With the row's `sum` as the factor, they are its probabilities where its largest logit is chosen.
+#[inline(always)]
+fn shares<T: CpuFloat>(out: &mut [T], logits: &[T], chosen: &[i32], sum: T) -> bool {
+    let max = chosen
+        .iter()
+        .map(|&e| logits[e as usize])
+        .fold(T::NEG_INFINITY, |max, x| if max < x { x } else { max });
+    for (s, &e) in out.iter_mut().zip(chosen) {
+        *s = (logits[e as usize] - max).exp() / sum;
+    }
+    max.is_finite()
 }
 
 /// What [`Routing::route`] writes, for some of the tokens.
@@ -189,7 +210,7 @@ struct Routes<'a, T> {
 }
 
 simd! {
-    /// Returns the first token whose logits have no softmax.
+    /// Returns the first token whose logits, or those that weights are made of, have no softmax.
     fn route<T>(
         out: Routes<'_, T>,
         tokens: Tokens<'_, T>,
@@ -217,8 +238,9 @@ simd! {
                 }
                 continue;
             }
-            out.lse[i] = softmax(probs, logits);
-            if !out.lse[i].is_finite() {
+            let [lse, exponentials] = softmax(probs, logits);
+            out.lse[i] = lse;
+            if !lse.is_finite() {
                 return Some(i);
             }
             if is_separate {
@@ -261,9 +283,15 @@ simd! {
                 margins[i] = unbiased.map_or(own, |unbiased| least(own, unbiased));
             }
             let scores: &[T] = if is_separate { &scores } else { probs };
+            if function.is_over_chosen() {
+                if !shares(weights, logits, chosen, exponentials) {
+                    return Some(i);
+                }
+            } else {
+                weights.iter_mut().zip(&*chosen).for_each(|(w, &e)| *w = scores[e as usize]);
+            }
             let mut total = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
-            for (w, &e) in weights.iter_mut().zip(&*chosen) {
-                *w = scores[e as usize];
+            for w in &*weights {
                 total += *w;
             }
             for w in weights {
@@ -297,7 +325,7 @@ simd! {
             for ((b, &x), &by) in biased.iter_mut().zip(logits).zip(bias) {
                 *b = x + by;
             }
-            if !softmax(&mut probs, &biased).is_finite() {
+            if !softmax(&mut probs, &biased)[0].is_finite() {
                 return Some(i);
             }
             for (sum, &p) in sums.iter_mut().zip(&probs) {
@@ -318,8 +346,8 @@ struct Routed<'a, T> {
 }
 
 simd! {
-    /// A softmax `p` under the gradient `d` has `p ⊙ (d − Σ p ⊙ d)`, and `d lse / d logits = p`. A separate score `s`
-    /// under `d` has `d·s'`; its share `s / Σ s` under `d` has `(d − Σ share ⊙ d) / Σ s`.
+    /// A softmax `p`, over all or the chosen, under the gradient `d` has `p ⊙ (d − Σ p ⊙ d)`, and `d lse / d logits = p`. A
+    /// separate score `s` under `d` has `d·s'`; its share `s / Σ s` under `d` has `(d − Σ share ⊙ d) / Σ s`.
     fn backward<T>(
         dlogits: MatMut<'_, T>,
         routed: Routed<'_, T>,
@@ -331,6 +359,7 @@ simd! {
         let (count, is_separate) = (routed.logits.cols(), function.is_separate());
         let (mut probs, mut scores, mut slopes) =
             (vec![T::ZERO; count], vec![T::ZERO; count], vec![T::ZERO; count]);
+        let mut chosen = vec![T::ZERO; routed.experts.cols()];
         for (i, logits) in routed.logits.iter().enumerate() {
             let (dlogits, aux) = (dlogits.row(i), aux.row((routed.first + i) % aux.rows()));
             let (dweights, experts) = (routed.dweights.row(i), routed.experts.row(i));
@@ -338,7 +367,7 @@ simd! {
                 dlogits.fill(T::ZERO);
                 continue;
             }
-            let lse = softmax(&mut probs, logits);
+            let [lse, exponentials] = softmax(&mut probs, logits);
             let epsilon = if is_separate { T::from_f64(EPSILON) } else { T::ZERO };
             let mut sum = epsilon;
             if is_separate {
@@ -350,11 +379,16 @@ simd! {
 
             // The chosen: their sum, and the mean of the gradient over them.
             let own: &[T] = if is_separate { &scores } else { &probs };
+            if function.is_over_chosen() {
+                shares(&mut chosen, logits, experts, exponentials);
+            } else {
+                chosen.iter_mut().zip(experts).for_each(|(s, &e)| *s = own[e as usize]);
+            }
             let mut total = epsilon;
             let mut mean_chosen = T::ZERO;
-            for (&e, &d) in experts.iter().zip(dweights) {
-                total += own[e as usize];
-                mean_chosen += own[e as usize] * d;
+            for (&s, &d) in chosen.iter().zip(dweights) {
+                total += s;
+                mean_chosen += s * d;
             }
             if function.normalize {
                 mean_chosen = mean_chosen / total;
@@ -386,10 +420,9 @@ simd! {
                 for ((d, &p), &a) in dlogits.iter_mut().zip(&probs).zip(aux) {
                     *d = p * (a - mean + two_z * lse);
                 }
-                for (&e, &d) in experts.iter().zip(dweights) {
-                    let p = probs[e as usize];
+                for ((&e, &d), &s) in experts.iter().zip(dweights).zip(&chosen) {
                     let d = d * scale;
-                    dlogits[e as usize] += if function.normalize { p / total * (d - mean_chosen) } else { p * d };
+                    dlogits[e as usize] += if function.normalize { s / total * (d - mean_chosen) } else { s * d };
                 }
             }
         }

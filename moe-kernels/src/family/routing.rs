@@ -8,7 +8,8 @@ pub enum ScoreFunction {
     SoftmaxPost,
     /// Softmax over all experts, then top-k.
     SoftmaxPre {
-        /// Divide the chosen by their sum (`norm_topk_prob`).
+        /// Divide the chosen by their sum (`norm_topk_prob`): the softmax over the chosen, also where their probabilities
+        /// are too small for the router's type.
         normalize: bool,
     },
     /// Sigmoid of each logit `s`, then top-k (DeepSeek-V3, arXiv 2412.19437).
@@ -133,7 +134,7 @@ pub trait Routing<A: Float>: Device {
     /// The selection score is the logit (softmax-post), the probability (softmax-pre), or `s` (the other functions), plus the
     /// bias; weights are made of scores without bias.
     /// [`Error::NotANumber`](crate::Error::NotANumber) names the first token (but padding) whose log-sum-exp is not
-    /// finite: a NaN or +∞ among its logits, or nothing but −∞.
+    /// finite: a NaN or +∞ among its logits, or nothing but −∞; or, for a softmax over the chosen, nothing but −∞ among theirs.
     fn route(
         &self,
         out: RouteOutput<'_, A, Self>,
