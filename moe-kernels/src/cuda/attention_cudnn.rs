@@ -17,7 +17,7 @@ use super::launch::blocks;
 use super::source::ATTENTION;
 use super::tensor_map::Tiled;
 use crate::family::{AttentionMask, AttentionShape};
-use crate::{DType, Device, Element, Float, Result, View, ViewMut};
+use crate::{DType, Device, Element, Error, Float, Result, View, ViewMut};
 
 /// Fewest queries and keys: a plan is made for every number of them, and for few the time of that is not worth it.
 const LEAST: usize = 128;
@@ -76,7 +76,7 @@ impl Cuda {
             self.operand(O, o.as_view())?,
             lse,
         ];
-        let Some(call) = self.call::<T>(shape, matrices, false) else { return Ok(false) };
+        let Some(call) = self.call::<T>(shape, matrices, false)? else { return Ok(false) };
         // SAFETY: the matrices are as the plan's problem says.
         unsafe { call.execute(self, &[])? };
         Ok(true)
@@ -110,7 +110,7 @@ impl Cuda {
             self.operand(DK, dk.as_view())?,
             self.operand(DV, dv.as_view())?,
         ];
-        let Some(call) = self.call::<T>(shape, matrices, true) else { return Ok(false) };
+        let Some(call) = self.call::<T>(shape, matrices, true)? else { return Ok(false) };
         // The library reads log-sum-exps head by head only.
         let rows = shape.q_len * shape.batch * shape.heads;
         let by_head = self.alloc(rows * size_of::<f32>())?;
@@ -126,8 +126,13 @@ impl Cuda {
         Ok(true)
     }
 
-    /// `None` where the library is missing or does not take a call like this.
-    fn call<T: Float>(&self, s: &AttentionShape, matrices: Vec<Operand>, backward: bool) -> Option<Call> {
+    /// `None` where the library is missing or does not support a call like this.
+    fn call<T: Float>(
+        &self,
+        s: &AttentionShape,
+        matrices: Vec<Operand>,
+        backward: bool,
+    ) -> Result<Option<Call>> {
         let takes = |dim: usize| dim.is_multiple_of(8) && dim <= HEAD_DIM;
         let scale = s.scale as f32;
         let fits = T::DTYPE == DType::Bf16
@@ -137,7 +142,7 @@ impl Cuda {
             && s.batch.min(s.heads) > 0
             && scale.is_finite()
             && matrices.iter().all(|matrix| matrix.fits);
-        let mask = mask(s).filter(|_| fits)?;
+        let Some(mask) = mask(s).filter(|_| fits) else { return Ok(None) };
         let mut strides = [0; MATRICES];
         for matrix in &matrices {
             strides[matrix.id as usize] = matrix.stride as i64;
@@ -154,10 +159,16 @@ impl Cuda {
             mask,
             strides,
         };
-        let plan = self.cudnn().ok()?.plan(&problem)?;
+        self.bind()?;
+        let dnn = match self.cudnn() {
+            Ok(dnn) => dnn,
+            Err(Error::Library { .. } | Error::Unsupported { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let Some(plan) = dnn.plan(&problem)? else { return Ok(None) };
         let first_query = i32::try_from(s.first_query).unwrap_or(i32::MAX);
         let numbers = Numbers { scale, hidden: f32::NEG_INFINITY, one: 1.0, first_query };
-        Some(Call { problem, plan, numbers, matrices })
+        Ok(Some(Call { problem, plan, numbers, matrices }))
     }
 
     fn operand<E: Element>(&self, id: Id, view: View<'_, E, Self>) -> Result<Operand> {

@@ -65,6 +65,11 @@ impl Problem {
         !self.backward || version >= 91_600 || self.kv_len % 128 == 0
     }
 
+    /// Whether the same bits each time are promised.
+    pub(super) fn must_repeat(&self) -> bool {
+        !self.backward
+    }
+
     pub(super) fn graph(&self) -> Result<Graph> {
         let mut graph = Graph::default();
         if self.backward {

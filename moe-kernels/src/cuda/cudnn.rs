@@ -1,8 +1,9 @@
 //! cuDNN: graphs of operations, a plan for each, asked for once.
 //!
 //! The library is told what is to be computed by descriptions: of tensors, of operations between them, of a graph of operations. Its
-//! heuristics name engines for the graph, the best first, and the first of them that makes a plan is taken: which it is depends on the
-//! graph, the GPU and the library alone. [`cudnn_graph`](super::cudnn_graph) puts graphs together.
+//! heuristics name engines for the graph, the best first, and the first of them that makes a plan is taken (and gives the same bits each
+//! time, where that is promised): which it is depends on the graph, the GPU and the library alone.
+//! [`cudnn_graph`](super::cudnn_graph) puts graphs together.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cudnn::sys::{
     self, cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t,
-    cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t as Heuristics, cudnnDataType_t,
-    cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t, cudnnStatus_t,
+    cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t as Heuristics, cudnnBackendNumericalNote_t,
+    cudnnDataType_t, cudnnHandle_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t, cudnnStatus_t,
 };
 
 use super::Cuda;
@@ -68,23 +69,24 @@ impl Dnn {
         text(self.version)
     }
 
-    /// The plan for a problem; `None` where the library has none.
-    pub(super) fn plan(&self, problem: &Problem) -> Option<Arc<Plan>> {
+    /// The plan for a problem; `None` where the library supports none. Whatever else is in its way is an error, and may be gone the next
+    /// time. The context is current.
+    pub(super) fn plan(&self, problem: &Problem) -> Result<Option<Arc<Plan>>> {
         if !problem.is_right(self.version) {
-            return None;
+            return Ok(None);
         }
         // The map is whole after every statement: a panic elsewhere harms nothing.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = state.plans.get(problem) {
-            return plan.clone();
+            return Ok(plan.clone());
         }
-        // Whatever is in the way of a plan, the library says so in its own log, and there are other kernels.
-        let plan = problem.graph().and_then(|graph| graph.plan(state.handle)).ok().flatten().map(Arc::new);
+        let plan = problem.graph().and_then(|graph| graph.plan(state.handle, problem.must_repeat()));
+        let plan = if_supported(plan)?.flatten().map(Arc::new);
         if state.plans.len() >= PLANS {
             state.plans.clear();
         }
         state.plans.insert(*problem, plan.clone());
-        plan
+        Ok(plan)
     }
 
     /// Puts a plan on the stream.
@@ -138,11 +140,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// By the first engine that the heuristics name and that takes the graph; `None` if there is none.
+    /// By the first engine that the heuristics name and that takes the graph, with the same bits each time if it `must_repeat`; `None`
+    /// if there is none.
     pub(super) fn new(
         handle: cudnnHandle_t,
         graph: Description,
         mut parts: Vec<Description>,
+        must_repeat: bool,
     ) -> Result<Option<Self>> {
         let heuristics = Description::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
             .set(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[graph.part()])?
@@ -151,12 +155,15 @@ impl Plan {
         let configurations = heuristics.engines()?;
         parts.extend([graph, heuristics]);
         for configuration in configurations {
+            if must_repeat && !configuration.repeats()? {
+                continue;
+            }
             let plan = Description::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
                 .set(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
                 .set(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, &[configuration.part()])?
                 .finalize();
             parts.push(configuration);
-            if let Ok(plan) = plan {
+            if let Some(plan) = if_supported(plan)? {
                 let workspace = plan.size(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE)?;
                 return Ok(Some(Plan { plan, workspace, _parts: parts }));
             }
@@ -177,6 +184,18 @@ pub(super) struct Part(cudnnBackendDescriptor_t);
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(super) struct Address(pub(super) *mut c_void);
+
+/// What the library remarks on the numbers of an engine; later versions may know more remarks than the bindings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(transparent)]
+struct NumericalNote(u32);
+
+impl NumericalNote {
+    const NONDETERMINISTIC: Self =
+        NumericalNote(cudnnBackendNumericalNote_t::CUDNN_NUMERICAL_NOTE_NONDETERMINISTIC as u32);
+    /// More than any version has.
+    const MOST: usize = 64;
+}
 
 /// What attributes are made of.
 ///
@@ -200,6 +219,7 @@ attributes! {
     bool = CUDNN_TYPE_BOOLEAN;
     Part = CUDNN_TYPE_BACKEND_DESCRIPTOR;
     Address = CUDNN_TYPE_VOID_PTR;
+    NumericalNote = CUDNN_TYPE_NUMERICAL_NOTE;
     Heuristics = CUDNN_TYPE_HEUR_MODE;
     cudnnHandle_t = CUDNN_TYPE_HANDLE;
     cudnnDataType_t = CUDNN_TYPE_DATA_TYPE;
@@ -259,6 +279,15 @@ impl Description {
         Ok(engines)
     }
 
+    /// Whether the engine of a configuration gives the same bits each time.
+    fn repeats(&self) -> Result<bool> {
+        let engine = Description::new(Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?;
+        self.get(Name::CUDNN_ATTR_ENGINECFG_ENGINE, &mut [engine.part()])?;
+        let mut notes = [NumericalNote(u32::MAX); NumericalNote::MOST];
+        engine.get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, &mut notes)?;
+        Ok(!notes.contains(&NumericalNote::NONDETERMINISTIC))
+    }
+
     /// Writes as many as there is room for, and returns how many there are.
     fn get<A: Attribute>(&self, name: Name, values: &mut [A]) -> Result<usize> {
         let mut count = 0;
@@ -282,9 +311,53 @@ fn text(version: usize) -> String {
     format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
 }
 
+/// `None` where the library does not support what it was asked for, by any of its codes for that.
+fn if_supported<T>(result: Result<T>) -> Result<Option<T>> {
+    match result {
+        // The last three digits say what exactly.
+        Err(Error::Driver { code, .. })
+            if code / 1000 * 1000 == cudnnStatus_t::CUDNN_STATUS_NOT_SUPPORTED as i32 =>
+        {
+            Ok(None)
+        }
+        result => result.map(Some),
+    }
+}
+
 fn check(call: &'static str, status: cudnnStatus_t) -> Result<()> {
     if status == cudnnStatus_t::CUDNN_STATUS_SUCCESS {
         return Ok(());
     }
     Err(Error::Driver { call, code: status as i32, reason: format!("{status:?}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_supported_is_no_error() {
+        use cudnnStatus_t::*;
+        let result = |status| if_supported(check("cudnnBackendFinalize", status));
+        assert_eq!(result(CUDNN_STATUS_SUCCESS), Ok(Some(())));
+        for status in [
+            CUDNN_STATUS_NOT_SUPPORTED,
+            CUDNN_STATUS_NOT_SUPPORTED_GRAPH_PATTERN,
+            CUDNN_STATUS_NOT_SUPPORTED_CUDA_GRAPH_NATIVE_API,
+        ] {
+            assert_eq!(result(status), Ok(None), "{status:?}");
+        }
+        for status in [
+            CUDNN_STATUS_NOT_INITIALIZED,
+            CUDNN_STATUS_BAD_PARAM_SHAPE_MISMATCH,
+            CUDNN_STATUS_INTERNAL_ERROR,
+            CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED,
+            CUDNN_STATUS_EXECUTION_FAILED_CUDA_DRIVER,
+        ] {
+            let error = result(status).expect_err("an error");
+            assert!(matches!(error, Error::Driver { code, .. } if code == status as i32), "{error}");
+        }
+        let other = Error::OutOfMemory { requested: 3000, live: 0 };
+        assert_eq!(if_supported::<()>(Err(other.clone())), Err(other));
+    }
 }

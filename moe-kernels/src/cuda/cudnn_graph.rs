@@ -213,12 +213,12 @@ impl Graph {
         Ok(y)
     }
 
-    /// How it is computed; `None` if the library does not.
-    pub(super) fn plan(self, handle: cudnnHandle_t) -> Result<Option<Plan>> {
+    /// How it is computed, with the same bits each time if it `must_repeat`; `None` if no engine of the library does.
+    pub(super) fn plan(self, handle: cudnnHandle_t, must_repeat: bool) -> Result<Option<Plan>> {
         let graph = Description::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
             .set(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
             .set(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &self.operations)?
             .finalize()?;
-        Plan::new(handle, graph, self.parts)
+        Plan::new(handle, graph, self.parts, must_repeat)
     }
 }

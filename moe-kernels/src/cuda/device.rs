@@ -167,7 +167,8 @@ impl Cuda {
     /// The version of cuDNN, as in `9.19.0`, that computes attention.
     ///
     /// An error where attention is left to kernels of this crate alone: [`Error::Library`] where cuDNN is missing, [`Error::Unsupported`]
-    /// where the GPU is none of Hopper's, or the library too old.
+    /// where the GPU is none of Hopper's, or the library too old. Where it fails to begin ([`Error::Driver`]), so does attention that it would
+    /// compute.
     pub fn cudnn_version(&self) -> Result<String> {
         self.bind()?;
         self.cudnn().map(Dnn::version)
@@ -216,9 +217,13 @@ impl Cuda {
         Ok(self.gpu.cublaslt.get_or_init(|| lt))
     }
 
-    /// cuDNN, from its first use on; the context is current. What is in its way does not change, and is remembered.
+    /// cuDNN, from its first use on; the context is current. That it is missing, or none for this GPU, is remembered; that it could not
+    /// begin ([`Error::Driver`]) is not, and may be different the next time.
     pub(super) fn cudnn(&self) -> Result<&Dnn> {
-        let open = || match self.compute_capability() {
+        if let Some(known) = self.gpu.cudnn.get() {
+            return known.as_ref().map_err(Clone::clone);
+        }
+        let opened = match self.compute_capability() {
             (9, 0) => Dnn::new(self.gpu.stream.cast()),
             (major, minor) => Err(Error::Unsupported {
                 what: format!(
@@ -226,7 +231,10 @@ impl Cuda {
                 ),
             }),
         };
-        self.gpu.cudnn.get_or_init(open).as_ref().map_err(Clone::clone)
+        if let Err(error @ Error::Driver { .. }) = opened {
+            return Err(error);
+        }
+        self.gpu.cudnn.get_or_init(|| opened).as_ref().map_err(Clone::clone)
     }
 
     /// The faults of launches, to give the next one its code.
