@@ -185,7 +185,8 @@ impl Cuda {
         self.gpu.deterministic.load(Ordering::Relaxed)
     }
 
-    /// How often the host has waited for the stream: downloads and synchronisations of all clones so far.
+    /// How often the host has waited for the stream, all clones together: at every download and synchronisation, and at uploads that found
+    /// no room to be staged, since 16 MiB, or 32 uploads of whatever size, were still on their way.
     pub fn waits(&self) -> u64 {
         self.gpu.waits.load(Ordering::Relaxed)
     }
@@ -384,7 +385,7 @@ impl Device for Cuda {
         self.bind()?;
         let (to, stream) = (dst.address + range.start as u64, self.gpu.stream);
         // SAFETY: the range lies in the buffer.
-        unsafe { lock(&self.gpu.staging).upload(to, src, stream) }
+        unsafe { lock(&self.gpu.staging).upload(to, src, stream, &self.gpu.waits) }
     }
 
     fn download(&self, src: &CudaBuf, at: usize, dst: &mut [u8]) -> Result<()> {

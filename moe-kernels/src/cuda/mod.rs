@@ -1,7 +1,8 @@
 //! NVIDIA GPUs (feature `cuda`).
 //!
 //! [`Cuda`] is one GPU with one stream: memory, copies and kernels are ordered by it, and nothing waits but
-//! [`Device::download`](crate::Device::download) and [`Device::synchronize`](crate::Device::synchronize). Kernels are CUDA C++ inside this crate,
+//! [`Device::download`](crate::Device::download), [`Device::synchronize`](crate::Device::synchronize) and a
+//! [`Device::upload`](crate::Device::upload) behind many that are still on their way ([`Cuda::waits`]). Kernels are CUDA C++ inside this crate,
 //! compiled for the GPU at hand when they are first used and kept on disk ([`cache_dir`]); matrix products come from
 //! cuBLASLt. No CUDA is needed to build. At run time the driver (`libcuda`), NVRTC and cuBLASLt are loaded by name; where
 //! one is missing, [`Error::Library`](crate::Error::Library) says which, where it was looked for and how to get it. The forward of attention in

@@ -1,13 +1,16 @@
 //! Page-locked memory of the host through which copies go, so that an upload need not wait for its source.
 
-use cudarc::driver::sys::{CUdeviceptr, CUevent, CUevent_flags, CUstream};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cudarc::driver::sys::{self, CUdeviceptr, CUevent, CUevent_flags, CUresult, CUstream};
 
 use super::driver::cu;
 use crate::Result;
 
 /// Bytes that are staged at once; a larger upload goes chunk by chunk, a larger download to its destination.
 pub(super) const CHUNK: usize = 512 << 10;
-const CHUNKS: usize = 8;
+/// Uploads that may be on their way: more than a pass of some layers has, so that it waits for none.
+const CHUNKS: usize = 32;
 
 /// A ring of chunks for uploads, one for downloads, and a word for faults.
 #[derive(Debug)]
@@ -41,18 +44,27 @@ impl Staging {
         unsafe { self.base.add((CHUNKS + 1) * CHUNK).cast() }
     }
 
-    /// Begins the copy to the device; `from` may change afterwards. Waits only while all chunks are on their way.
+    /// Begins the copy to the device; `from` may change afterwards. Waits only while all chunks are on their way, which `waits` counts.
     ///
     /// # Safety
     ///
     /// `to` is the start of as many bytes on the device of `stream`, whose context is current.
-    pub(super) unsafe fn upload(&mut self, to: CUdeviceptr, from: &[u8], stream: CUstream) -> Result<()> {
+    pub(super) unsafe fn upload(
+        &mut self,
+        to: CUdeviceptr,
+        from: &[u8],
+        stream: CUstream,
+        waits: &AtomicU64,
+    ) -> Result<()> {
         for (i, part) in from.chunks(CHUNK).enumerate() {
             let (event, at) = (self.events[self.next], self.next * CHUNK);
             self.next = (self.next + 1) % CHUNKS;
             // SAFETY: the event says that nothing reads the chunk any more (one that was never recorded is complete); the rest is the
             // caller's promise.
             unsafe {
+                if sys::cuEventQuery(event) == CUresult::CUDA_ERROR_NOT_READY {
+                    waits.fetch_add(1, Ordering::Relaxed);
+                }
                 cu!(cuEventSynchronize(event))?;
                 let chunk = self.base.add(at);
                 chunk.copy_from_nonoverlapping(part.as_ptr(), part.len());
