@@ -35,17 +35,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (own[c] > 0) atomicAdd(&counts[c / width * cs + c % width], u64(own[c]));
 }
 
-// *dropped += how many choices are negative in `kept` alone. One block.
+// *dropped += how many choices are negative in `kept` alone. `counters` are 0 at first: how many were found so far, and how many
+// blocks have ended, of which the last adds. Counts are integers: the same in whatever order they are added.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    count_dropped(double *dropped, const i32 *experts, i64 es, const i32 *kept, i64 ks, i64 n, i64 k) {
+    count_dropped(double *dropped, u64 *counters, const i32 *experts, i64 es, const i32 *kept, i64 ks, i64 n, i64 k) {
     __shared__ double warps[THREADS / 32];
     i64 own = 0;
-    for (i64 c = threadIdx.x; c < n * k; c += THREADS) {
+    for (i64 c = i64(blockIdx.x) * THREADS + threadIdx.x; c < n * k; c += i64(gridDim.x) * THREADS) {
         i64 i = c / k, j = c - i * k;
         own += experts[i * es + j] >= 0 && kept[i * ks + j] < 0;
     }
     double sum = block_sum<THREADS>(double(own), warps);
-    if (threadIdx.x == 0) *dropped += sum;
+    if (threadIdx.x > 0) return;
+    atomicAdd(&counters[0], u64(sum));
+    __threadfence();
+    if (atomicAdd(&counters[1], 1ull) + 1 < gridDim.x) return;
+    __threadfence();
+    *dropped += double(atomicAdd(&counters[0], 0ull));
 }
 
 __device__ __forceinline__ i64 column(const i64 *counts, i64 cs, i64 sequences, i32 at) {

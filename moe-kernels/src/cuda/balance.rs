@@ -5,7 +5,7 @@ use super::fault::Fault;
 use super::launch::Launch;
 use super::source::BALANCE;
 use crate::family::{Balance, BalanceInput, BalanceTerm, BalanceTerms};
-use crate::{Float, Result, View, ViewMut, check};
+use crate::{Device, Float, Result, View, ViewMut, check};
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -44,10 +44,12 @@ impl<A: Float<Acc = A>> Balance<A> for Cuda {
     ) -> Result<()> {
         const KERNEL: &str = "count_dropped";
         let [n, k] = check::count_dropped(KERNEL, &dropped, experts, kept)?;
-        let launch = self.kernel(&BALANCE.of(A::DTYPE), KERNEL)?.vector_mut(&mut dropped);
+        let counters = self.alloc_zeroed(2 * size_of::<u64>())?;
+        let launch = self.kernel(&BALANCE.of(A::DTYPE), KERNEL)?.vector_mut(&mut dropped).scratch(&counters);
         let launch = launch.mat(experts).mat(kept).size(n).size(k);
-        // SAFETY: both matrices are of `n · k` elements; one number is written.
-        unsafe { launch.block([THREADS, 1, 1]).launch() }
+        let grid = [(n * k).div_ceil(THREADS).min(BLOCKS), 1, 1];
+        // SAFETY: both matrices are of `n · k` elements; one number is written, and two are counters.
+        unsafe { launch.grid(grid).block([THREADS, 1, 1]).launch() }
     }
 
     fn sum_counts(&self, mut sums: ViewMut<'_, i64, Self>, counts: View<'_, i64, Self>) -> Result<()> {
