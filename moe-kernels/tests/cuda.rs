@@ -4,6 +4,8 @@
 
 #[path = "cuda/aligned.rs"]
 mod aligned;
+#[path = "cuda/attention_order.rs"]
+mod attention_order;
 mod gpu;
 #[path = "cuda/grouped.rs"]
 mod grouped;

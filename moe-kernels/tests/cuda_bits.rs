@@ -184,37 +184,127 @@ fn sums_in_order<A: Float<Acc = A>, D: Elementwise<A> + Rows<A>>(device: &D) -> 
 same_as_cpu!(sums_in_f32_are_those_of_the_host, sums_in_order::<f32>);
 same_as_cpu!(sums_in_f64_are_those_of_the_host, sums_in_order::<f64>);
 
+/// The moments of a slice, kept in bf16 or not.
+struct Moments<A: Float, D: Device> {
+    in_bf16: [bool; 2],
+    wide: [Tensor<A, D>; 2],
+    narrow: [Tensor<bf16, D>; 2],
+}
+
+impl<A: Float, D: Device> Moments<A, D> {
+    fn zeros(device: &D, n: usize, in_bf16: [bool; 2]) -> Self {
+        let wide = [(); 2].map(|()| Tensor::zeros(device, 1, n).expect("zeros"));
+        Moments { in_bf16, wide, narrow: [(); 2].map(|()| Tensor::zeros(device, 1, n).expect("zeros")) }
+    }
+
+    fn bytes(&self, device: &D) -> Vec<u8> {
+        let ([m, v], [narrow_m, narrow_v]) = (&self.wide, &self.narrow);
+        [bytes(device, &[m, v]), bytes(device, &[narrow_m, narrow_v])].concat()
+    }
+}
+
+fn moment<'a, A: Float, D: Device>(
+    in_bf16: bool,
+    wide: &'a mut Tensor<A, D>,
+    narrow: &'a mut Tensor<bf16, D>,
+) -> MomentMut<'a, A, D> {
+    match in_bf16 {
+        true => MomentMut::Bf16(narrow.view_mut().expect("own")),
+        false => MomentMut::Acc(wide.view_mut().expect("own")),
+    }
+}
+
+/// The update number `step` of all elements but the last.
+fn update<T: Float, D: Optim<T>>(
+    device: &D,
+    weight: &mut Tensor<T, D>,
+    remainder: Option<&mut Tensor<u16, D>>,
+    moments: &mut Moments<T::Acc, D>,
+    step: u64,
+) {
+    let n = weight.layout().cols;
+    let grad = tensor(device, [1, n], &random::<T::Acc>(step + 7, n));
+    let update = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, grad_scale: 0.37 };
+    let run = |elements, lr_scale, weight_decay| AdamWRun { elements, lr_scale, weight_decay };
+    let runs = [run(0..n / 2, 1.0, 0.1), run(n / 2..n - 1, 0.3, 0.0)];
+    let ([m, v], [narrow_m, narrow_v]) = (&mut moments.wide, &mut moments.narrow);
+    let [m_in_bf16, v_in_bf16] = moments.in_bf16;
+    let slice = AdamWSlice {
+        weight: weight.view_mut().expect("own"),
+        remainder: remainder.map(|remainder| remainder.view_mut().expect("own")),
+        m: moment(m_in_bf16, m, narrow_m),
+        v: moment(v_in_bf16, v, narrow_v),
+        grad,
+        runs: &runs,
+    };
+    device.adamw(vec![slice], &update).expect("adamw");
+}
+
+const IN_BF16: [[bool; 2]; 4] = [[false, false], [true, false], [false, true], [true, true]];
+
 fn updates<A: Float<Acc = A>, D: Optim<A>>(device: &D) -> Results {
     let n = 10_007;
     let mut results = Vec::new();
-    for in_bf16 in [[false, false], [true, false], [false, true], [true, true]] {
+    for in_bf16 in IN_BF16 {
         let mut weight = tensor(device, [1, n], &random::<A>(1, n));
-        let [mut m, mut v] = [(); 2].map(|()| Tensor::<A, D>::zeros(device, 1, n).expect("zeros"));
-        let [mut small_m, mut small_v] =
-            [(); 2].map(|()| Tensor::<bf16, D>::zeros(device, 1, n).expect("zeros"));
-        for step in 1..4 {
-            let grad = tensor(device, [1, n], &random::<A>(step + 7, n));
-            let update = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, step, grad_scale: 0.37 };
-            let run = |elements, lr_scale, weight_decay| AdamWRun { elements, lr_scale, weight_decay };
-            let runs = [run(0..n / 2, 1.0, 0.1), run(n / 2..n - 1, 0.3, 0.0)];
-            let moment = |small, wide, in_bf16| match in_bf16 {
-                true => MomentMut::Bf16(small),
-                false => MomentMut::Acc(wide),
-            };
-            let m = moment(small_m.view_mut().expect("own"), m.view_mut().expect("own"), in_bf16[0]);
-            let v = moment(small_v.view_mut().expect("own"), v.view_mut().expect("own"), in_bf16[1]);
-            let weight = weight.view_mut().expect("own");
-            let slice = AdamWSlice { weight, remainder: None, m, v, grad, runs: &runs };
-            device.adamw(vec![slice], &update).expect("adamw");
-        }
+        let mut moments = Moments::zeros(device, n, in_bf16);
+        (1..4).for_each(|step| update(device, &mut weight, None, &mut moments, step));
         let what = format!("with moments in bf16 {in_bf16:?}");
-        results.push((format!("weights {what}"), bytes(device, &[&weight, &m, &v])));
-        results.push((format!("moments {what}"), bytes(device, &[&small_m, &small_v])));
+        results.push((format!("weights {what}"), bytes(device, &[&weight])));
+        results.push((format!("moments {what}"), moments.bytes(device)));
     }
     results
 }
 same_as_cpu!(updates_in_f32_are_those_of_the_host, updates::<f32>);
 same_as_cpu!(updates_in_f64_are_those_of_the_host, updates::<f64>);
+
+/// Weights in bf16 and the low bits of their masters are, after every update, the host's masters in f32.
+#[test]
+fn updates_in_bf16_are_those_of_masters_on_the_host() {
+    let Some(gpu) = gpu("updates_in_bf16_are_those_of_masters_on_the_host") else { return };
+    let (cpu, n) = (Cpu::new(2), 10_007);
+    let mut masters = random::<f32>(1, n);
+    // Ties and what is next to them, of even and odd weights; what rounds to the next exponent, to infinity, to nothing.
+    let special = [
+        0x3f80_8000,
+        0x3f81_8000,
+        0xbf81_8000,
+        0x3f80_7fff,
+        0x3f80_8001,
+        0x3fff_ffff,
+        0xff7f_ffff,
+        0x0000_8000,
+        0x8000_0001,
+        0,
+    ];
+    masters.iter_mut().zip(special).for_each(|(master, bits)| *master = f32::from_bits(bits));
+    // One that is in no run stays as it is.
+    masters[n - 1] = f32::from_bits(0xbf81_8000);
+    for in_bf16 in IN_BF16 {
+        let (weights, remainders): (Vec<bf16>, Vec<u16>) = masters.iter().map(|&x| bf16::split(x)).unzip();
+        let (mut weight, mut remainder) = (tensor(&gpu, [1, n], &weights), tensor(&gpu, [1, n], &remainders));
+        let mut master = tensor(&cpu, [1, n], &masters);
+        let (mut moments, mut on_host) = (Moments::zeros(&gpu, n, in_bf16), Moments::zeros(&cpu, n, in_bf16));
+        for step in 1..6 {
+            update(&gpu, &mut weight, Some(&mut remainder), &mut moments, step);
+            update(&cpu, &mut master, None, &mut on_host, step);
+            let (weights, remainders) =
+                (weight.to_vec(&gpu).expect("weights"), remainder.to_vec(&gpu).expect("rest"));
+            let wants = master.to_vec(&cpu).expect("masters");
+            for (i, (&want, (&weight, &remainder))) in
+                wants.iter().zip(weights.iter().zip(&remainders)).enumerate()
+            {
+                let what = format!("element {i} after step {step}, moments in bf16 {in_bf16:?}");
+                assert_eq!(weight.join(remainder).to_bits(), want.to_bits(), "{what}");
+                assert_eq!((weight, remainder), bf16::split(want), "{what}: no nearest weight");
+            }
+            assert!(
+                moments.bytes(&gpu) == on_host.bytes(&cpu),
+                "moments in bf16 {in_bf16:?} after step {step}"
+            );
+        }
+    }
+}
 
 #[test]
 fn sums_have_the_same_bits_twice() {
