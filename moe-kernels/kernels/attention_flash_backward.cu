@@ -8,8 +8,6 @@
 // step, and those that end first are the last in the order.
 
 constexpr int ADDERS = 3;  // threads that add parts of dq to the sums, in turn
-// Heads whose gradients leave room for one tile of scores in registers, not for that and its gradient.
-constexpr bool WIDE = DIM + V_DIM > 256;
 constexpr int BUFFERS = WIDE ? 1 : 2;  // of dS and of parts of dq
 
 // d = aᵀ b for 16 rows of a [columns 64] and b, both in shared memory with their columns along the panel.

@@ -23,6 +23,9 @@ const BARRIER: usize = 8;
 /// Sizes of heads, of queries and keys and of values, that there are kernels for.
 const HEADS: [(usize, usize); 3] = [(64, 64), (128, 128), (192, 128)];
 
+/// Whether wide heads take the kernel that the others do.
+const ONE_KERNEL: bool = true;
+
 /// What the kernels are compiled for.
 pub(super) const WAYS: &[&[(&str, i64)]] = &[
     &[("HEAD_DIM", 64), ("V_HEAD_DIM", 64)],
@@ -30,8 +33,7 @@ pub(super) const WAYS: &[&[(&str, i64)]] = &[
     &[("HEAD_DIM", 192), ("V_HEAD_DIM", 128)],
 ];
 
-/// Those whose gradients of keys and values the registers hold together, and the others.
-pub(super) const NARROW: &[&[(&str, i64)]] = WAYS.split_at(2).0;
+/// Those whose gradients of keys and values leave no room in registers for a tile of scores and its gradient.
 pub(super) const WIDE: &[&[(&str, i64)]] = WAYS.split_at(2).1;
 
 /// The gradients of a backward.
@@ -110,8 +112,10 @@ impl<'a> Flash<'a> {
             (v, heads(v, s, s.kv_heads)?),
         ];
 
-        let narrow = dim + v_dim <= 256;
-        let source = if narrow { &ATTENTION_FLASH_BACKWARD } else { &ATTENTION_FLASH_WIDE };
+        // With wide heads a block has one buffer of dS and of parts of dq; with others, two.
+        let buffers = if dim + v_dim <= 256 { 2 } else { 1 };
+        let one_kernel = ONE_KERNEL || buffers == 2;
+        let source = if one_kernel { &ATTENTION_FLASH_BACKWARD } else { &ATTENTION_FLASH_WIDE };
         let with_maps = |launch: Launch<'a>, count: usize| {
             maps[..count].iter().fold(launch, |launch, &(matrix, map)| launch.map(matrix, map))
         };
@@ -122,14 +126,15 @@ impl<'a> Flash<'a> {
         // SAFETY: there is room for every block of queries of every head, and for the bounds of every block.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
-        if narrow {
+        if one_kernel {
             // dq is summed in `f32`, keys after keys; counters, one for each block of queries after one for the tiles, keep the order.
             let sums = self.device.alloc(parts * STEP * dim * size_of::<f32>())?;
             let turns = self.device.alloc_zeroed((1 + parts) * size_of::<i32>())?;
             let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim)
-                + 2 * (2 * ROWS * STEP + 4 * STEP * dim + STATISTICS)
-                + 10 * BARRIER
-                + 3 * size_of::<i32>();
+                + buffers * (2 * ROWS * STEP + 4 * STEP * dim)
+                + 2 * STATISTICS
+                + (10 + buffers) * BARRIER
+                + 4 * size_of::<i32>();
             let launch = self.launch(source, "flash_backward", s.kv_len, s.kv_heads, s, shared)?;
             let launch = launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv);
             let launch = with_maps(launch.scratch(&sums).scratch(&turns), 4);
