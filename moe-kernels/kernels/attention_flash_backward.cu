@@ -1,4 +1,4 @@
-// Backward of attention on Hopper's tensor cores, with heads whose gradients of keys and values the registers hold together.
+// Backward of attention on Hopper's tensor cores.
 //
 // A block has a tile of keys and walks the blocks of queries that see it: scores and their gradients are formed once, transposed, in the
 // registers of the warpgroup whose keys they are, and go from there into dv and dk. Their product with the keys is the tile's part of dq,
@@ -50,8 +50,7 @@ struct GradientShared {
 };
 
 // dSᵀ of a warpgroup for the product with the keys of both, as the copy engine would have placed it.
-__device__ __forceinline__ void place_ds(char* tile, const u32 (&ds)[STEP / 16][4]) {
-    int lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32;
+__device__ __forceinline__ void place_ds(char* tile, const u32 (&ds)[STEP / 16][4], int warp, int lane) {
     char* place = tile + (warp * 16 + lane / 4) * 128 + lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < STEP / 16; i++)
@@ -129,7 +128,7 @@ __device__ __forceinline__ void add_parts(GradientShared& sh, float* dq, int* tu
 // of the next step are made. `dk_out` and `dv_out` are whole when it returns.
 __device__ __forceinline__ void gradients_of_wide(float (&dk_out)[DIM / 2], float (&dv_out)[V_DIM / 2], GradientShared& sh, int from, int row,
                                                   int steps, float scale) {
-    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, column = lane % 4 * 2;
+    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32, column = lane % 4 * 2;
     float scores[STEP / 2];
     u32 p[STEP / 16][4];  // dS takes the place of P
     auto probabilities = [&](const Statistics& at) {
@@ -219,7 +218,7 @@ __device__ __forceinline__ void gradients_of_wide(float (&dk_out)[DIM / 2], floa
         multiply<STEP, DIM>(dk_out, p, sh.q[n % 2]);
         products_commit();
         barrier_wait(&sh.ds_free, n & 1);
-        place_ds(sh.ds[0], p);
+        place_ds(sh.ds[0], p, warp, lane);
         __syncwarp();
         if (lane == 0) barrier_arrive(&sh.ds_full);
         products_wait<1>();
@@ -242,7 +241,7 @@ __device__ __forceinline__ void gradients_of_wide(float (&dk_out)[DIM / 2], floa
 }
 
 // dk = scale · Σ dSᵀ q and dv = Σ Pᵀ d_o over the query heads that read a head of keys and values; the sums dq / scale
-// [batch, heads, blocks of 64 queries], each as the accumulators of both warpgroups lie: [warpgroup][columns / 8][thread][4].
+// [batch, heads, blocks of 64 queries], each as the accumulators of its products lie: [PARTS][columns / 8][thread][4].
 template <int WHOLE, int HALF>
 __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, float* dq, int* turns, const TensorMap* d_o,
                                          const TensorMap* q, const TensorMap* k, const TensorMap* v, const Statistics* stats,
@@ -345,14 +344,8 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
             products_begin();
             multiply<STEP, DIM>(dk_out, ds, sh.q[n % 2]);
             products_commit();
-            // dSᵀ for the product with the keys of both warpgroups, as the copy engine would have placed it.
             char* tile = sh.ds[n % BUFFERS];
-            char* place = tile + (warp * 16 + lane / 4) * 128 + column * 2;
-#pragma unroll
-            for (int i = 0; i < STEP / 16; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) *(u32*)(place + e % 2 * 1024 + ((2 * i + e / 2) ^ (lane / 4)) * 16) = ds[i][e];
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            place_ds(tile, ds, warp, lane);
             products_wait<1>();
             asm volatile("bar.sync 1, 256;" ::: "memory");
             float part[WHOLE > 0 ? WHOLE / 2 : 1], half[HALF > 0 ? HALF / 2 : 1];
