@@ -2,7 +2,7 @@
 
     python3 benchmarks/attention.py [--only check|time]
 
-Compiles kernels/attention.cu, kernels/attention_flash.cu and the backwards beside it with NVRTC, holds them to f64 on random operands in the middle of
+Compiles kernels/attention.cu, kernels/attention_flash.cu and the backward beside it with NVRTC, holds them to f64 on random operands in the middle of
 NaN (masks, windows, packed documents, grouped queries, lengths around tiles; twice, for the same bits), then times forward and backward
 of two models' shapes and some others, in the same run as torch's scaled_dot_product_attention by cuDNN and FlashAttention, with and without
 its deterministic algorithms. Medians of CUDA events; causal attention counts half of the products, the backward 2.5 times the forward, whatever
@@ -185,22 +185,14 @@ class Case:
             arguments = [pointer(statistics), pointer(bounds)] + matrix(self.d_o) + matrix(self.o) + matrix(self.lse) + first + end
             backwards.launch("flash_statistics", parts, 256, arguments)
 
-        def narrow():
-            shared = 2 * (128 + 2 * 64) * dims + 2 * (2 * 128 * 64 + 4 * 64 * self.dim + 1040) + 10 * 8 + 3 * 4
+        def together():
+            buffers = 2 if dims <= 256 else 1
+            shared = 2 * (128 + 2 * 64) * dims + buffers * (2 * 128 * 64 + 4 * 64 * self.dim) + 2 * 1040 + (10 + buffers) * 8 + 4 * 4
             arguments = matrix(self.dk) + matrix(self.dv) + [pointer(sums), pointer(turns), d_o, q, k, v] + seen
             backwards.launch("flash_backward", tiles(self.kv_len, self.kv_heads), 384, arguments, shared)
             backwards.launch("flash_backward_q", parts, 256, matrix(self.dq) + [pointer(sums), pointer(bounds)] + end)
 
-        def wide():
-            shared = 2 * (128 + 3 * 64) * dims + 7 * 8
-            arguments = matrix(self.dq) + [d_o, q, k, v, pointer(statistics)] + first + end
-            backwards.launch("flash_backward_q", tiles(self.q_len, self.heads), 384, arguments, shared)
-            shared = 2 * (128 + 2 * 64) * dims + 2 * 1040 + 6 * 8
-            backwards.launch("flash_backward_k", tiles(self.kv_len, self.kv_heads), 384, matrix(self.dk) + [d_o, q, k, v] + seen, shared)
-            shared = 2 * 128 * self.dim + 2 * (2 * 64 * dims + 1040) + 5 * 8 + 2 * 4
-            backwards.launch("flash_backward_v", tiles(self.kv_len, self.kv_heads), 384, matrix(self.dv) + [d_o, q, k] + seen, shared)
-
-        return forward, [prepare, narrow if dims <= 256 else wide]
+        return forward, [prepare, together]
 
     def reference(self):
         """Results in f64, and what a gradient's rounding is to be measured by where it cancels."""
@@ -343,8 +335,7 @@ def main():
     only = parser.parse_args().only
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     hopper = lambda dim, *files: Kernels("attention_flash.cuh", "attention_flash_rows.cuh", *files, dtype="BF16", HEAD_DIM=dim, V_HEAD_DIM=min(dim, 128))
-    backward = lambda dim: f"attention_flash_{'wide' if dim == 192 else 'backward'}.cu"
-    backward_of = lambda dim: hopper(dim, "attention_flash_queries.cuh", "attention_flash_keys.cuh", backward(dim))
+    backward_of = lambda dim: hopper(dim, "attention_flash_queries.cuh", "attention_flash_keys.cuh", "attention_flash_backward.cu")
     flash = {dim: [hopper(dim, "attention_flash.cu"), backward_of(dim)] for dim in (64, 128, 192)}
     generic = Kernels("attention.cu", dtype="BF16")
     good = True

@@ -149,12 +149,12 @@ __device__ __forceinline__ void multiply_transposed(float (&d)[B_LEN / 2], const
     }
 }
 
-// d += a b: a in registers, b a tile of LEN rows and DIM columns.
-template <int LEN, int DIM>
+// d += a b: a in registers, b a tile of LEN rows and DIM columns; of the rows, those from FROM to TO.
+template <int LEN, int DIM, int FROM = 0, int TO = LEN>
 __device__ __forceinline__ void multiply(float (&d)[DIM / 2], const u32 (&a)[LEN / 16][4], const char* b) {
     Descriptor x(b, LEN * 128);
 #pragma unroll
-    for (int row = 0; row < LEN; row += 16) product_step(d, a[row / 16], x + row * 128);
+    for (int row = FROM; row < TO; row += 16) product_step(d, a[row / 16], x + row * 128);
 }
 
 // Accumulators [64, LEN] as the left operand of a product. Thread t of a warpgroup has rows 16 (t / 32) + t % 32 / 4 and 8 more,

@@ -1,4 +1,4 @@
-// Backward of attention on Hopper's tensor cores, with heads whose gradients of keys and values the registers hold together.
+// Backward of attention on Hopper's tensor cores.
 //
 // A block has a tile of keys and walks the blocks of queries that see it: scores and their gradients are formed once, transposed, in the
 // registers of the warpgroup whose keys they are, and go from there into dv and dk. Their product with the keys is the tile's part of dq,
@@ -8,6 +8,7 @@
 // step, and those that end first are the last in the order.
 
 constexpr int ADDERS = 3;  // threads that add parts of dq to the sums, in turn
+constexpr int BUFFERS = WIDE ? 1 : 2;  // of dS and of parts of dq
 
 // d = aᵀ b for 16 rows of a [columns 64] and b, both in shared memory with their columns along the panel.
 __device__ __forceinline__ void product_step_of_rows(float (&d)[32], u64 a, u64 b, int add) {
@@ -38,14 +39,32 @@ struct GradientShared {
     char v[ROWS * V_DIM * 2];
     char q[2][STEP * DIM * 2];
     char d_o[2][STEP * V_DIM * 2];
-    char ds[2][ROWS * STEP * 2];
-    float dq[2][STEP * DIM];
+    char ds[BUFFERS][ROWS * STEP * 2];
+    float dq[BUFFERS][STEP * DIM];
     Statistics stats[2];
     u64 k_full;
     Ring<2> ring;
-    u64 dq_full[ADDERS], dq_free[2];
+    u64 dq_full[ADDERS], dq_free[BUFFERS];
     int first, last, index;
+    u64 ds_full, ds_free;  // of WIDE
 };
+
+// dSᵀ of a warpgroup for the product with the keys of both, as the copy engine would have placed it.
+__device__ __forceinline__ void place_ds(char* tile, const u32 (&ds)[STEP / 16][4], int warp, int lane) {
+    char* place = tile + (warp * 16 + lane / 4) * 128 + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < STEP / 16; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) *(u32*)(place + e % 2 * 1024 + ((2 * i + e / 2) ^ (lane / 4)) * 16) = ds[i][e];
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A panel of a part of dq.
+__device__ __forceinline__ void place_panel(float* part, const float (&d)[STEP / 2], int panel) {
+    float* to = part + panel * (STEP * PANEL) + threadIdx.x % 128 * 4;
+#pragma unroll
+    for (int j = 0; j < PANEL / 8; j++) *(float4*)(to + j * 512) = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
+}
 
 // The steps of a tile: blocks of queries from the last on, query heads that share the tile's keys innermost.
 struct Walk {
@@ -81,7 +100,7 @@ __device__ __forceinline__ void add_parts(GradientShared& sh, float* dq, int* tu
         i64 place = ((i64)task.sequence * s.heads + task.head * heads + walk.head) * blocks + walk.block;
         Bounds seen = bounds[walk.block];
         bool any = seen.lo < seen.hi && seen.lo < from + ROWS && seen.hi > from;
-        int turn = task.tile - seen.lo / ROWS, tile = n % 2;
+        int turn = task.tile - seen.lo / ROWS, tile = n % BUFFERS;
         if (any && turn > 0) wait_for_turn(turns + place, turn);
         barrier_wait(&sh.dq_full[own], n / ADDERS & 1);
         if (any) {
@@ -102,8 +121,127 @@ __device__ __forceinline__ void add_parts(GradientShared& sh, float* dq, int* tu
     }
 }
 
+// What a warpgroup of WIDE heads does. One tile of 32 registers a thread is all that there is beside dk and dv: P is kept as the operand that
+// dv took, and the product for dq of a step waits for the next one. A warpgroup has a panel of it, and every other time the middle one.
+//
+// Tensor cores, in order: dq of the step before, half of dv, dP, the other half, scores of the next step, dk; meanwhile the probabilities
+// of the next step are made. `dk_out` and `dv_out` are whole when it returns.
+__device__ __forceinline__ void gradients_of_wide(float (&dk_out)[DIM / 2], float (&dv_out)[V_DIM / 2], GradientShared& sh, int from, int row,
+                                                  int steps, float scale) {
+    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32, column = lane % 4 * 2;
+    float scores[STEP / 2];
+    u32 p[STEP / 16][4];  // dS takes the place of P
+    auto probabilities = [&](const Statistics& at) {
+        exponentials(scores, at, column, scale);
+        if (some_hidden(at, from)) hide(scores, at, column, row);
+        products_wait<0>();
+        to_operand<STEP>(p, scores);
+    };
+    auto keys_of = [&](int panel) { return sh.k + panel * (ROWS * 128); };
+    // The warpgroup's last panel of the part of step `n`, if it has one; nothing is to be in flight.
+    auto middle = [&](int n) {
+        if ((n + group) % 2 != 0) {
+            float part[PANEL / 2];
+            products_begin();
+            multiply_of_rows<ROWS, PANEL>(part, sh.ds[0], keys_of(1));
+            products_commit();
+            products_wait<0>();
+            settle(part);
+            place_panel(sh.dq[0], part, 1);
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(&sh.ds_free);
+            if (n >= 0) barrier_arrive(&sh.dq_full[n % ADDERS]);
+        }
+    };
+    sh.ring.wait(0);
+    products_begin();
+    multiply_transposed<ROWS, STEP, DIM>(scores, sh.k, group * 64, sh.q[0]);
+    products_commit();
+    products_wait<0>();
+    settle(scores);
+    probabilities(sh.stats[0]);
+    for (int n = 0; n < steps; n++) {
+        const Statistics& at = sh.stats[n % 2];
+        {
+            // Before the first step it is the product of whatever lies there, which goes nowhere: a branch would serialise the products.
+            float part[PANEL / 2];
+            barrier_wait(&sh.ds_full, (n + 1) & 1);
+            products_begin();
+            multiply_of_rows<ROWS, PANEL>(part, sh.ds[0], keys_of(group * 2));
+            products_commit();
+            multiply<STEP, V_DIM, 0, 32>(dv_out, p, sh.d_o[n % 2]);
+            products_commit();
+            products_wait<1>();
+            settle(part);
+            barrier_wait(&sh.dq_free[0], (max(n - 1, 0) + 1) & 1);
+            place_panel(sh.dq[0], part, group * 2);
+            products_wait<0>();
+            middle(n - 1);
+        }
+        {
+            float dp[STEP / 2];
+            products_begin();
+            multiply_transposed<ROWS, STEP, V_DIM>(dp, sh.v, group * 64, sh.d_o[n % 2]);
+            products_commit();
+            multiply<STEP, V_DIM, 32, 64>(dv_out, p, sh.d_o[n % 2]);
+            products_commit();
+            products_wait<1>();
+            settle(dp);
+            // dS of a hidden key is 0 whatever its value holds. The key itself meets that 0 in the product for dq, and has to be finite.
+            bool hidden = some_hidden(at, from);
+#pragma unroll
+            for (int j = 0; j < STEP / 8; j++) {
+                if (j == STEP / 16) products_wait<0>();
+                float2 delta = *(const float2*)&at.delta[8 * j + column];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    u32& pair = p[j / 2][j % 2 * 2 + e];
+                    float p0 = __uint_as_float(pair << 16), p1 = __uint_as_float(pair & 0xffff0000u);
+                    float a = p0 * (dp[4 * j + 2 * e] - delta.x), b = p1 * (dp[4 * j + 2 * e + 1] - delta.y);
+                    if (hidden) {
+                        a = p0 == 0.0f ? 0.0f : a;
+                        b = p1 == 0.0f ? 0.0f : b;
+                    }
+                    pair = pack(a, b);
+                }
+            }
+        }
+        // In the last step the same scores once more, for nothing.
+        int next = min(n + 1, steps - 1);
+        sh.ring.wait(next);
+        products_begin();
+        multiply_transposed<ROWS, STEP, DIM>(scores, sh.k, group * 64, sh.q[next % 2]);
+        products_commit();
+        multiply<STEP, DIM>(dk_out, p, sh.q[n % 2]);
+        products_commit();
+        barrier_wait(&sh.ds_free, n & 1);
+        place_ds(sh.ds[0], p, warp, lane);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&sh.ds_full);
+        products_wait<1>();
+        settle(scores);
+        probabilities(sh.stats[next % 2]);
+        sh.ring.release(n);
+    }
+    float part[PANEL / 2];
+    barrier_wait(&sh.ds_full, (steps + 1) & 1);
+    products_begin();
+    multiply_of_rows<ROWS, PANEL>(part, sh.ds[0], keys_of(group * 2));
+    products_commit();
+    products_wait<0>();
+    settle(part);
+    barrier_wait(&sh.dq_free[0], steps & 1);
+    place_panel(sh.dq[0], part, group * 2);
+    middle(steps - 1);
+    settle(dk_out);
+    settle(dv_out);
+}
+
 // dk = scale · Σ dSᵀ q and dv = Σ Pᵀ d_o over the query heads that read a head of keys and values; the sums dq / scale
-// [batch, heads, blocks of 64 queries], each as the accumulators of both warpgroups lie: [warpgroup][columns / 8][thread][4].
+// [batch, heads, blocks of 64 queries], each as the accumulators of its products lie: [PARTS][columns / 8][thread][4].
 template <int WHOLE, int HALF>
 __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 dv_stride, float* dq, int* turns, const TensorMap* d_o,
                                          const TensorMap* q, const TensorMap* k, const TensorMap* v, const Statistics* stats,
@@ -116,7 +254,11 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
         barrier_init(&sh.k_full, 1);
         sh.ring.init();
         for (int i = 0; i < ADDERS; i++) barrier_init(&sh.dq_full[i], CONSUMERS * 4);
-        for (int i = 0; i < 2; i++) barrier_init(&sh.dq_free[i], 1);
+        for (int i = 0; i < BUFFERS; i++) barrier_init(&sh.dq_free[i], 1);
+        if (WIDE) {
+            barrier_init(&sh.ds_full, CONSUMERS * 4);
+            barrier_init(&sh.ds_free, CONSUMERS * 4);
+        }
         barriers_ready();
         sh.first = blocks;
         sh.last = -1;
@@ -160,7 +302,9 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
     for (int i = 0; i < V_DIM / 2; i++) dv_out[i] = 0.0f;
     float scale = s.scale * LOG2_E;
     barrier_wait(&sh.k_full, 0);
-    if (steps > 0) {
+    if constexpr (WIDE) {
+        if (steps > 0) gradients_of_wide(dk_out, dv_out, sh, from, row, steps, scale);
+    } else if (steps > 0) {
         float scores[STEP / 2], dp[STEP / 2];
         u32 p[STEP / 16][4], ds[STEP / 16][4];
         sh.ring.wait(0);
@@ -200,14 +344,8 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
             products_begin();
             multiply<STEP, DIM>(dk_out, ds, sh.q[n % 2]);
             products_commit();
-            // dSᵀ for the product with the keys of both warpgroups, as the copy engine would have placed it.
-            char* tile = sh.ds[n % 2];
-            char* place = tile + (warp * 16 + lane / 4) * 128 + column * 2;
-#pragma unroll
-            for (int i = 0; i < STEP / 16; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) *(u32*)(place + e % 2 * 1024 + ((2 * i + e / 2) ^ (lane / 4)) * 16) = ds[i][e];
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            char* tile = sh.ds[n % BUFFERS];
+            place_ds(tile, ds, warp, lane);
             products_wait<1>();
             asm volatile("bar.sync 1, 256;" ::: "memory");
             float part[WHOLE > 0 ? WHOLE / 2 : 1], half[HALF > 0 ? HALF / 2 : 1];
@@ -225,8 +363,8 @@ __device__ __forceinline__ void gradient(bf16* dk, i64 dk_stride, bf16* dv, i64 
             if constexpr (WHOLE > 0) settle(part);
             if constexpr (HALF > 0) settle(half);
             sh.ring.release(n);
-            barrier_wait(&sh.dq_free[n % 2], (n / 2 + 1) & 1);
-            float* to = sh.dq[n % 2] + group * (STEP * DIM / 2) + tid % 128 * 4;
+            barrier_wait(&sh.dq_free[n % BUFFERS], (n / 2 + 1) & 1);
+            float* to = sh.dq[n % BUFFERS] + group * (STEP * DIM / 2) + tid % 128 * 4;
 #pragma unroll
             for (int j = 0; j < DIM / 16; j++) {
                 const float* from = j < WHOLE / 8 ? part + 4 * j : half + 4 * j - WHOLE / 2;

@@ -76,12 +76,14 @@ flash_statistics(Statistics* stats, Bounds* bounds, const bf16* d_o, i64 d_o_str
     statistics(stats, bounds, d_o, d_o_stride, o, o_stride, lse, lse_stride, first_keys, SIZES_OF);
 }
 
-// A warpgroup's columns of dq: whole panels of 64 first, then half a panel if the panels do not come out even.
-constexpr int WHOLE = DIM / PANEL / CONSUMERS * PANEL, HALF = DIM / CONSUMERS - WHOLE;
+// Heads whose gradients of keys and values leave room for one tile of scores in registers, not for that and its gradient.
+constexpr bool WIDE = DIM + V_DIM > 256;
+// Products that dq of a block of queries is made of, and the columns of one: a panel, or half of one.
+constexpr int PARTS = WIDE ? DIM / PANEL : CONSUMERS, WHOLE = DIM / PANEL / PARTS * PANEL, HALF = DIM / PARTS - WHOLE;
 
-// Where column 8 j of a warpgroup's part of dq lies.
-__device__ __forceinline__ int dq_column(int group, int j) {
-    return j < WHOLE / 8 ? group * (DIM - WHOLE) + 8 * j : (WHOLE + group * HALF) + 8 * j - WHOLE;
+// Where column 8 j of a part of dq lies.
+__device__ __forceinline__ int dq_column(int part, int j) {
+    return j < WHOLE / 8 ? part * ((DIM - WHOLE) / (PARTS - 1)) + 8 * j : (WHOLE + part * HALF) + 8 * j - WHOLE;
 }
 
 // dq rounded, from the sums: a block of 256 threads for each block of queries of each head, heads fastest.
@@ -93,9 +95,9 @@ __device__ __forceinline__ void finish(bf16* dq, i64 stride, const float* sums, 
     // Eight columns of rows `row` and `row` + 8 are the accumulators of four threads side by side.
 #pragma unroll
     for (int i = threadIdx.x; i < STEP / 2 * (DIM / 8); i += 256) {
-        int columns = i % (DIM / 8), pair = i / (DIM / 8), group = columns / (DIM / 16), j = columns % (DIM / 16);
+        int columns = i % (DIM / 8), pair = i / (DIM / 8), part = columns / (DIM / 8 / PARTS), j = columns % (DIM / 8 / PARTS);
         int query = task.tile * PANEL + pair / 8 * 16 + pair % 8;
-        const float4* from = (const float4*)(sums + group * (STEP * DIM / 2) + j * 512 + pair * 16);
+        const float4* from = (const float4*)(sums + part * (STEP * DIM / PARTS) + j * 512 + pair * 16);
         uint4 rows[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
         if (seen.lo < seen.hi) {
 #pragma unroll
@@ -105,7 +107,7 @@ __device__ __forceinline__ void finish(bf16* dq, i64 stride, const float* sums, 
                 (&rows[1].x)[e] = pack(x.z * s.scale, x.w * s.scale);
             }
         }
-        bf16* to = dq + ((i64)query * s.batch + task.sequence) * stride + task.head * DIM + dq_column(group, j);
+        bf16* to = dq + ((i64)query * s.batch + task.sequence) * stride + task.head * DIM + dq_column(part, j);
         if (query < s.q_len) *(uint4*)to = rows[0];
         if (query + 8 < s.q_len) *(uint4*)(to + 8 * stride * s.batch) = rows[1];
     }

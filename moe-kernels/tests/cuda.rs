@@ -13,6 +13,8 @@ mod grouped;
 mod grouped_glu;
 #[path = "cuda/handles.rs"]
 mod handles;
+#[path = "cuda/latent.rs"]
+mod latent;
 
 use gpu::gpu;
 use moe_kernels::{Backend, Cuda, Error, Float, bf16, cuda};

@@ -1,10 +1,9 @@
-//! Attention of `bf16` on Hopper's tensor cores: `attention_flash.cu`, and the backward of `attention_flash_backward.cu` or, with wide heads,
-//! `attention_flash_wide.cu`.
+//! Attention of `bf16` on Hopper's tensor cores: `attention_flash.cu`, and the backward of `attention_flash_backward.cu`.
 
 use super::Cuda;
 use super::attention::Sizes;
 use super::launch::Launch;
-use super::source::{ATTENTION_FLASH, ATTENTION_FLASH_BACKWARD, ATTENTION_FLASH_WIDE, Source};
+use super::source::{ATTENTION_FLASH, ATTENTION_FLASH_BACKWARD, Source};
 use super::tensor_map::{TensorMap, Tiled};
 use crate::family::AttentionShape;
 use crate::{DType, Device, Float, Result, View, ViewMut};
@@ -29,10 +28,6 @@ pub(super) const WAYS: &[&[(&str, i64)]] = &[
     &[("HEAD_DIM", 128), ("V_HEAD_DIM", 128)],
     &[("HEAD_DIM", 192), ("V_HEAD_DIM", 128)],
 ];
-
-/// Those whose gradients of keys and values the registers hold together, and the others.
-pub(super) const NARROW: &[&[(&str, i64)]] = WAYS.split_at(2).0;
-pub(super) const WIDE: &[&[(&str, i64)]] = WAYS.split_at(2).1;
 
 /// The gradients of a backward.
 pub(super) struct Backward<'a, T> {
@@ -110,11 +105,7 @@ impl<'a> Flash<'a> {
             (v, heads(v, s, s.kv_heads)?),
         ];
 
-        let narrow = dim + v_dim <= 256;
-        let source = if narrow { &ATTENTION_FLASH_BACKWARD } else { &ATTENTION_FLASH_WIDE };
-        let with_maps = |launch: Launch<'a>, count: usize| {
-            maps[..count].iter().fold(launch, |launch, &(matrix, map)| launch.map(matrix, map))
-        };
+        let source = &ATTENTION_FLASH_BACKWARD;
         let parts = blocks * s.heads as usize;
 
         let launch = self.kernel(source, "flash_statistics")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
@@ -122,43 +113,27 @@ impl<'a> Flash<'a> {
         // SAFETY: there is room for every block of queries of every head, and for the bounds of every block.
         unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
 
-        if narrow {
-            // dq is summed in `f32`, keys after keys; counters, one for each block of queries after one for the tiles, keep the order.
-            let sums = self.device.alloc(parts * STEP * dim * size_of::<f32>())?;
-            let turns = self.device.alloc_zeroed((1 + parts) * size_of::<i32>())?;
-            let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim)
-                + 2 * (2 * ROWS * STEP + 4 * STEP * dim + STATISTICS)
-                + 10 * BARRIER
-                + 3 * size_of::<i32>();
-            let launch = self.launch(source, "flash_backward", s.kv_len, s.kv_heads, s, shared)?;
-            let launch = launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv);
-            let launch = with_maps(launch.scratch(&sums).scratch(&turns), 4);
-            // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices and the scratch.
-            unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
+        // dq is summed in `f32`, keys after keys; counters, one for each block of queries after one for the tiles, keep the order.
+        let sums = self.device.alloc(parts * STEP * dim * size_of::<f32>())?;
+        let turns = self.device.alloc_zeroed((1 + parts) * size_of::<i32>())?;
+        // With wide heads a block has one buffer of dS and of parts of dq; with others, two.
+        let buffers = if dim + v_dim <= 256 { 2 } else { 1 };
+        let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim)
+            + buffers * (2 * ROWS * STEP + 4 * STEP * dim)
+            + 2 * STATISTICS
+            + (10 + buffers) * BARRIER
+            + 4 * size_of::<i32>();
+        let launch = self.launch(source, "flash_backward", s.kv_len, s.kv_heads, s, shared)?;
+        let launch = launch.mat_mut(&mut gradients.dk).mat_mut(&mut gradients.dv);
+        let launch = launch.scratch(&sums).scratch(&turns);
+        let launch = maps.iter().fold(launch, |launch, &(matrix, map)| launch.map(matrix, map));
+        // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices and the scratch.
+        unsafe { self.sizes(launch.scratch(&statistics).scratch(&bounds), s).launch()? };
 
-            let launch = self.kernel(source, "flash_backward_q")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
-            let launch = launch.mat_mut(&mut gradients.dq).scratch(&sums).scratch(&bounds);
-            // SAFETY: it reads the sums of all blocks that see a key, and writes inside the matrix.
-            return unsafe { self.sizes(launch, s).launch() };
-        }
-        let shared = 2 * (ROWS + 3 * STEP) * (dim + v_dim) + 7 * BARRIER;
-        let launch = self.launch(source, "flash_backward_q", s.q_len, s.heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dq), 4).scratch(&statistics);
-        // SAFETY: the shapes fit together; the copy engine reads, and the kernel writes, inside the matrices.
-        unsafe { self.sizes(launch.vector_or_null(first_keys), s).launch()? };
-
-        let shared = 2 * (ROWS + 2 * STEP) * (dim + v_dim) + 2 * STATISTICS + 6 * BARRIER;
-        let launch = self.launch(source, "flash_backward_k", s.kv_len, s.kv_heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dk), 4).scratch(&statistics);
-        // SAFETY: as above.
-        unsafe { self.sizes(launch.scratch(&bounds), s).launch()? };
-
-        let shared =
-            2 * ROWS * dim + 2 * (2 * STEP * (dim + v_dim) + STATISTICS) + 5 * BARRIER + 2 * size_of::<i32>();
-        let launch = self.launch(source, "flash_backward_v", s.kv_len, s.kv_heads, s, shared)?;
-        let launch = with_maps(launch.mat_mut(&mut gradients.dv), 3).scratch(&statistics);
-        // SAFETY: as above.
-        unsafe { self.sizes(launch.scratch(&bounds), s).launch() }
+        let launch = self.kernel(source, "flash_backward_q")?.grid([parts, 1, 1]).block([4 * STEP, 1, 1]);
+        let launch = launch.mat_mut(&mut gradients.dq).scratch(&sums).scratch(&bounds);
+        // SAFETY: it reads the sums of all blocks that see a key, and writes inside the matrix.
+        unsafe { self.sizes(launch, s).launch() }
     }
 
     /// A block for every `ROWS` rows of every head of every sequence.

@@ -46,9 +46,7 @@ sources! {
     ATTENTION = "attention", FLOATS, &[];
     ATTENTION_FLASH = "attention_flash" after ["attention_flash", "attention_flash_rows"], &[DType::Bf16], super::attention_flash::WAYS;
     ATTENTION_FLASH_BACKWARD = "attention_flash_backward" after
-        ["attention_flash", "attention_flash_queries", "attention_flash_keys"], &[DType::Bf16], super::attention_flash::NARROW;
-    ATTENTION_FLASH_WIDE = "attention_flash_wide" after
-        ["attention_flash", "attention_flash_rows", "attention_flash_queries", "attention_flash_keys"], &[DType::Bf16], super::attention_flash::WIDE;
+        ["attention_flash", "attention_flash_queries", "attention_flash_keys"], &[DType::Bf16], super::attention_flash::WAYS;
     BALANCE = "balance", &[DType::F64, DType::F32], &[];
     EMBEDDING = "embedding", FLOATS, &[];
     GEMM = "gemm", FLOATS, &[];

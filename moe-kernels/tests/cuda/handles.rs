@@ -10,7 +10,7 @@ fn attention_refuses_what_lies_with_another_handle() -> Result<()> {
     let Some(gpu) = gpu("attention_refuses_what_lies_with_another_handle") else { return Ok(()) };
     let other = Cuda::new(0)?;
     const TOKENS: usize = 4;
-    // On Hopper, both backwards of the tensor cores, and the kernels of any head.
+    // On Hopper, both ways that the backward has on the tensor cores, and the kernels of any head.
     for (head_dim, v_head_dim) in [(128, 128), (192, 128), (24, 24)] {
         let s = AttentionShape {
             batch: 1,
