@@ -125,3 +125,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) column_sums_of_parts(Acc *
                                                                            i64 cols, i64 each, i32 vectors) {
     column_sums_of(y, ys, x, xs, rows, cols, each, vectors);
 }
+
+// out[i] = the largest of blocks[b * n + i]; not a number if one of them is none.
+extern "C" __global__ void __launch_bounds__(THREADS) max_of_blocks(T *out, const T *blocks, i64 n, i64 count) {
+    for (i64 i = i64(blockIdx.x) * THREADS + threadIdx.x; i < n; i += i64(gridDim.x) * THREADS) {
+        T most = blocks[i];
+        for (i64 b = 1; b < count; b++) {
+            T x = blocks[b * n + i];
+            if (to_f64(x) > to_f64(most) || to_f64(x) != to_f64(x)) most = x;
+        }
+        out[i] = most;
+    }
+}

@@ -101,6 +101,12 @@ pub enum Error {
         /// Its explanation.
         reason: String,
     },
+    /// What was on the stream cannot come right any more; whoever found that ended all waits for it.
+    #[error("interrupted: {why}")]
+    Interrupted {
+        /// Its reason.
+        why: std::sync::Arc<str>,
+    },
     /// Kernels that do not compile for a device.
     #[error("the kernels `{kernels}` do not compile for {architecture}:\n{log}")]
     Compile {

@@ -45,6 +45,7 @@ struct Gpu {
     cudnn: OnceLock<Result<Dnn>>,
     deterministic: AtomicBool,
     waits: AtomicU64,
+    interrupted: OnceLock<Arc<str>>,
 }
 
 // SAFETY: handles of the driver may be used on any thread on which the context is current; everything else is behind locks.
@@ -134,6 +135,7 @@ impl Cuda {
             cudnn: OnceLock::new(),
             deterministic: AtomicBool::new(true),
             waits: AtomicU64::new(0),
+            interrupted: OnceLock::new(),
         };
         Ok(Cuda { gpu: Arc::new(gpu) })
     }
@@ -189,6 +191,18 @@ impl Cuda {
     /// no room to be staged, since 16 MiB, or 32 uploads of whatever size, were still on their way.
     pub fn waits(&self) -> u64 {
         self.gpu.waits.load(Ordering::Relaxed)
+    }
+
+    /// Makes the context current on this thread, for calls of other libraries that work on this GPU.
+    pub fn make_current(&self) -> Result<()> {
+        self.bind()
+    }
+
+    /// From now on every wait for the stream ([`Device::download`], [`Device::synchronize`]) of all clones returns
+    /// [`Error::Interrupted`] with `why`, also those under way once the stream has come to where they wait: for whoever finds that what
+    /// is on the stream cannot come right any more, as a transfer whose other side is gone. The first reason stays.
+    pub fn interrupt(&self, why: &str) {
+        self.gpu.interrupted.get_or_init(|| why.into());
     }
 
     /// Makes the context current on this thread: before every call of the driver or of cuBLASLt.
@@ -254,6 +268,9 @@ impl Cuda {
         faults.fetch(self.gpu.stream)?;
         // SAFETY: the stream is there as long as the handle.
         unsafe { cu!(cuStreamSynchronize(self.gpu.stream))? };
+        if let Some(why) = self.gpu.interrupted.get() {
+            return Err(Error::Interrupted { why: why.clone() });
+        }
         faults.take(self.gpu.stream)
     }
 
@@ -323,7 +340,8 @@ pub struct CudaBuf {
 }
 
 impl CudaBuf {
-    pub(super) fn address(&self) -> CUdeviceptr {
+    /// Where its first byte lies in the GPU's memory; 0 where it has none.
+    pub fn address(&self) -> CUdeviceptr {
         self.address
     }
 

@@ -1,10 +1,11 @@
 //! Sums, in two launches: parts whose sizes depend on the shapes alone, then their sum.
 
-use super::Cuda;
-use super::source::REDUCE;
+use super::launch::blocks;
+use super::source::{FLOATS, REDUCE};
 use super::vectors::{vector, vectors};
+use super::{Cuda, CudaBuf};
 use crate::family::Reduce;
-use crate::{Device, Float, Layout, Result, View, ViewMut, check};
+use crate::{DType, Device, Error, Float, Layout, Result, View, ViewMut, check};
 
 /// Threads of a block.
 pub(super) const THREADS: usize = 256;
@@ -17,6 +18,29 @@ const WARP_VECTORS: usize = 64;
 /// Vectors of a thread, and rows of a block, at least.
 const VECTORS: usize = 8;
 const ROWS: usize = 64;
+
+impl Cuda {
+    /// The largest of each element of several blocks that lie behind each other, each as long as `out`; not a number where one of them
+    /// is none. For backends of collectives, whose libraries lose what is not a number.
+    ///
+    /// [`Error::Unsupported`] unless `dtype` is a float, [`Error::Argument`] unless `of` is at least one whole block.
+    pub fn max_of_blocks(&self, out: &mut CudaBuf, of: &CudaBuf, dtype: DType) -> Result<()> {
+        const KERNEL: &str = "max_of_blocks";
+        if !FLOATS.contains(&dtype) {
+            return Err(Error::Unsupported { what: format!("{KERNEL} of {dtype}") });
+        }
+        let (len, all) = (Self::byte_len(out), Self::byte_len(of));
+        if len == 0 {
+            return Ok(());
+        }
+        let whole = len.is_multiple_of(dtype.size()) && all.is_multiple_of(len) && all > 0;
+        check::argument(KERNEL, whole, || format!("{all} bytes are no whole blocks of {len}"))?;
+        let n = len / dtype.size();
+        let launch = self.kernel(&REDUCE.of(dtype), KERNEL)?.grid(blocks(n, THREADS)).block([THREADS, 1, 1]);
+        // SAFETY: the kernel writes the `n` elements of `out`, and reads as many of each of the blocks that there are.
+        unsafe { launch.scratch(out).scratch(of).size(n).size(all / len).launch() }
+    }
+}
 
 impl<T: Float> Reduce<T> for Cuda {
     fn dot(&self, mut out: ViewMut<'_, f64, Self>, a: View<'_, T, Self>, b: View<'_, T, Self>) -> Result<()> {
