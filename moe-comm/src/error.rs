@@ -91,6 +91,12 @@ pub enum Error {
         /// What it did wrong.
         what: &'static str,
     },
+    /// Processes that do not come together, or lose the hub that they met at.
+    #[error("{what}")]
+    Rendezvous {
+        /// What happened, with the hub's address.
+        what: String,
+    },
     /// A fault that [`Faulty`](crate::fault::Faulty) was told to inject.
     #[error("injected fault at {op} of {group}")]
     Injected {

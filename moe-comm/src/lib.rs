@@ -12,7 +12,8 @@
 //!   group, operation and number ([`Error::Poisoned`]), and ends every operation of every group.
 //! - The same run gives the same bits: reductions have a fixed order.
 //!
-//! [`ThreadWorld`] runs ranks as threads of one process; a rank alone on any device has a [`SoloWorld`]. Other backends implement [`World`], [`RawComm`] and
+//! [`ThreadWorld`] runs ranks as threads of one process; a rank alone on any device has a [`SoloWorld`]; ranks as processes
+//! have their control plane in [`processes`]. Other backends implement [`World`], [`RawComm`] and
 //! [`Flight`], which are made for streams and device buffers, and are held to the suite in `conformance` (a feature).
 //! [`count`], [`trace`] and [`fault`] are decorators of any backend.
 //!
@@ -46,8 +47,12 @@
 //! For processes that come and go, for untrusted networks, or to wait on several operations for whichever is first: the
 //! order of operations is part of the program, the same on all ranks of a group.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+#[cfg(not(loom))]
+mod board;
+#[cfg(loom)]
+pub mod board;
 mod call;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -55,28 +60,33 @@ pub mod count;
 mod decorate;
 mod error;
 pub mod fault;
+#[cfg(all(feature = "nccl", not(loom)))]
+mod nccl;
 mod pending;
+#[cfg(not(loom))]
+pub mod processes;
 mod raw;
 mod registry;
 mod solo;
-#[cfg(not(loom))]
 mod threads;
-#[cfg(loom)]
-pub mod threads;
 pub mod trace;
 mod typed;
+mod world_error;
 
 pub use moe_kernels;
 pub use moe_topology;
 
 pub use call::{Call, Collective, Reduction, Signature};
 pub use error::{Error, Result};
+#[cfg(all(feature = "nccl", not(loom)))]
+pub use nccl::NcclWorld;
 pub use pending::Pending;
 pub use raw::{Flight, RawComm, World};
 pub use registry::{Comms, CommsBuilder};
 pub use solo::SoloWorld;
-pub use threads::{ThreadRank, ThreadWorld, WorldError};
+pub use threads::{ThreadRank, ThreadWorld};
 pub use typed::{Comm, Message, PendingPair};
+pub use world_error::WorldError;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

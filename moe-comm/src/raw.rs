@@ -3,7 +3,7 @@
 use moe_kernels::Device;
 use moe_topology::GroupKey;
 
-use crate::{Call, Result};
+use crate::{Call, Error, Result};
 
 /// A communicator of one group, as one of its ranks sees it.
 ///
@@ -57,6 +57,23 @@ pub trait World<D: Device>: Send {
     /// [`Error::BadGroup`](crate::Error::BadGroup) if a rank is not in the world, twice in `ranks`, or if this rank is
     /// not among them.
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>>;
+}
+
+/// Where `rank` of a world of `size` stands in the group of `ranks`.
+///
+/// # Errors
+/// As [`World::communicator`].
+pub(crate) fn position(key: GroupKey, ranks: &[usize], rank: usize, size: usize) -> Result<usize> {
+    let refuse = |why| Err(Error::BadGroup { group: key, ranks: ranks.to_vec(), why });
+    let mut sorted = ranks.to_vec();
+    sorted.sort_unstable();
+    if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+        return refuse("a rank is named twice");
+    }
+    if sorted.last().is_some_and(|&last| last >= size) {
+        return refuse("a rank is outside of the world");
+    }
+    ranks.iter().position(|&member| member == rank).map_or_else(|| refuse("this rank is not among them"), Ok)
 }
 
 impl<D: Device, W: World<D> + ?Sized> World<D> for Box<W> {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use moe_kernels::Device;
 use moe_topology::GroupKey;
 
+use crate::raw::position;
 use crate::{Call, Collective, Error, Flight, RawComm, Result, Signature, World};
 
 /// The world of a rank that is alone: its collectives are copies on its device, and nothing waits. A message to itself
@@ -38,7 +39,7 @@ pub struct SoloWorld<D> {
 impl<D: Device> SoloWorld<D> {
     /// The world of whoever computes on `device`.
     pub fn new(device: D) -> Self {
-        SoloWorld { device, failed: Failed::default() }
+        SoloWorld { device, failed: Failed::Here(Arc::default()) }
     }
 }
 
@@ -47,13 +48,39 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Why the world has ended, if it has.
-#[derive(Debug, Clone, Default)]
-struct Failed(Arc<Mutex<Option<Error>>>);
+/// Where it is kept why the world has ended, if it has.
+#[derive(Debug, Clone)]
+pub(crate) enum Failed {
+    /// By the rank itself, which is alone.
+    Here(Arc<Mutex<Option<Error>>>),
+    /// By the world of which the rank is alone in a group.
+    #[cfg(feature = "nccl")]
+    Of(crate::processes::Process),
+}
 
 impl Failed {
     fn check(&self) -> Result<()> {
-        lock(&self.0).clone().map_or(Ok(()), Err)
+        let failure = match self {
+            Failed::Here(failure) => lock(failure).clone(),
+            #[cfg(feature = "nccl")]
+            Failed::Of(process) => process.failure(),
+        };
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn abort(&self, why: &str) {
+        let why = format!("aborted: {why}");
+        match self {
+            Failed::Here(failure) => {
+                let error =
+                    Error::Poisoned { rank: 0, group: None, op: None, sequence: None, why: why.into() };
+                lock(failure).get_or_insert(error);
+            }
+            #[cfg(feature = "nccl")]
+            Failed::Of(process) => {
+                process.fail(&why);
+            }
+        }
     }
 }
 
@@ -67,20 +94,8 @@ impl<D: Device> World<D> for SoloWorld<D> {
     }
 
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<D>>> {
-        let why = match ranks {
-            [0] => {
-                return Ok(Box::new(SoloComm {
-                    device: self.device.clone(),
-                    failed: self.failed.clone(),
-                    key,
-                    open: RefCell::default(),
-                }));
-            }
-            _ if ranks.iter().any(|&rank| rank != 0) => "a rank is outside of the world",
-            [] => "this rank is not among them",
-            _ => "a rank is named twice",
-        };
-        Err(Error::BadGroup { group: key, ranks: ranks.to_vec(), why })
+        position(key, ranks, 0, 1)?;
+        Ok(Box::new(SoloComm::new(self.device.clone(), self.failed.clone(), key, 0)))
     }
 }
 
@@ -95,15 +110,30 @@ struct Message<D: Device> {
 /// By both of its flights.
 type Shared<D> = Arc<Mutex<Message<D>>>;
 
-struct SoloComm<D: Device> {
+/// A group of one, and in larger ones the messages of a rank to itself.
+pub(crate) struct SoloComm<D: Device> {
     device: D,
     failed: Failed,
     key: GroupKey,
+    /// The world rank.
+    ranks: [usize; 1],
     /// Messages of which one side has started, in their order: all were sent, or all are to be received.
     open: RefCell<VecDeque<(Signature, Shared<D>)>>,
 }
 
 impl<D: Device> SoloComm<D> {
+    /// Of the rank `me` of its world.
+    pub(crate) fn new(device: D, failed: Failed, key: GroupKey, me: usize) -> Self {
+        SoloComm { device, failed, key, ranks: [me], open: RefCell::default() }
+    }
+
+    /// Starts one side of a message whose call was checked.
+    pub(crate) fn start_message(&self, call: Call<D>) -> Result<Box<dyn Flight<D>>> {
+        self.failed.check()?;
+        let op = call.op.name();
+        Ok(Box::new(ToItself { failed: self.failed.clone(), op, message: self.message(call)? }))
+    }
+
     /// Starts one side of a message; what was sent is let go with the second.
     fn message(&self, call: Call<D>) -> Result<Shared<D>> {
         let signature = call.signature();
@@ -143,7 +173,7 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
     }
 
     fn ranks(&self) -> &[usize] {
-        &[0]
+        &self.ranks
     }
 
     fn key(&self) -> GroupKey {
@@ -152,12 +182,11 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
 
     fn start(&self, mut call: Call<D>) -> Result<Box<dyn Flight<D>>> {
         call.check(0, 1)?;
+        if let Collective::Send { .. } | Collective::Recv { .. } = call.op {
+            return self.start_message(call);
+        }
         self.failed.check()?;
         let failed = self.failed.clone();
-        if let Collective::Send { .. } | Collective::Recv { .. } = call.op {
-            let op = call.op.name();
-            return Ok(Box::new(ToItself { failed, op, message: self.message(call)? }));
-        }
         if let (Some((buf, bytes)), Some(recv)) = (call.send, &mut call.recv) {
             self.device.copy(recv, 0, &buf, bytes)?;
         }
@@ -170,9 +199,7 @@ impl<D: Device> RawComm<D> for SoloComm<D> {
     }
 
     fn abort(&self, why: &str) {
-        let why = format!("aborted: {why}").into();
-        let error = Error::Poisoned { rank: 0, group: None, op: None, sequence: None, why };
-        lock(&self.failed.0).get_or_insert(error);
+        self.failed.abort(why);
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use loom::thread;
-use moe_comm::threads::board::{Board, Job, Lane, Members, Seat, Ticket};
+use moe_comm::board::{Board, Job, Lane, Members, Seat, Ticket};
 use moe_comm::{Error, Result};
 use moe_topology::{Attention, GroupKey};
 

@@ -4,7 +4,7 @@ use moe_kernels::Device;
 use moe_topology::Attention;
 
 use super::sample::tensor;
-use super::{Case, Outcome, typed, whole};
+use super::{Case, Outcome, ended, typed, whole};
 use crate::{Error, Pending, Reduction, World};
 
 /// The cases in which the last rank aborts: every rank has its word. Each wants a fresh world, of any size.
@@ -26,7 +26,8 @@ fn abort<D: Device>(world: &dyn World<D>, device: &D) -> Outcome {
         errors.push(started.ready().err());
         errors.push(started.wait().err());
     } else {
-        errors.push(comm.start_all_reduce(&x, Reduction::Sum).and_then(Pending::wait).err());
+        let outcome = comm.start_all_reduce(&x, Reduction::Sum).and_then(Pending::wait).map(drop);
+        errors.push(ended(&comm, device, outcome));
     }
     errors.push(comm.barrier().err());
     errors.push(alone.barrier().err());

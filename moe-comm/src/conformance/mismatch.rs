@@ -4,7 +4,7 @@ use moe_kernels::Device;
 use moe_topology::{Attention, Expert};
 
 use super::sample::tensor;
-use super::{Case, Group, Outcome, typed, whole};
+use super::{Case, Group, Outcome, ended, typed, whole};
 use crate::{Error, Reduction, Result, World};
 
 /// The cases that end their world: rank 0 calls one thing and the others another, and all get an error that describes
@@ -120,8 +120,9 @@ fn differ<D: Device>(
             && described.iter().all(|d| why.contains(d))
             && why.matches("calls").count() == 2
     };
+    let first = ended(&comm, device, call(&comm, world.rank() == 0));
     // The second time: from now on, everything fails.
-    for error in [call(&comm, world.rank() == 0).err(), comm.barrier().err()] {
+    for error in [first, comm.barrier().err()] {
         match error {
             Some(Error::Poisoned { group: Some(_), op: Some(_), sequence: Some(0), ref why, .. })
                 if names_both(why) => {}

@@ -19,7 +19,7 @@ use std::fmt::Debug;
 use moe_kernels::{Device, Element, Tensor};
 use moe_topology::{Attention, GroupKey};
 
-use crate::{Comm, RawComm, World};
+use crate::{Comm, Error, RawComm, World};
 
 pub use abort::aborts;
 pub use mismatch::mismatches;
@@ -68,6 +68,15 @@ type Group<'c, D> = Comm<'c, GroupKey, D>;
 
 fn typed<'c, D: Device>(raw: &'c dyn RawComm<D>, device: &'c D) -> Group<'c, D> {
     Comm::new(raw, device, raw.key())
+}
+
+/// The error that a call comes to. Where `wait` orders a stream and the host goes on, it may come from the next call for which the host
+/// waits: a barrier.
+fn ended<D: Device>(comm: &Group<'_, D>, device: &D, outcome: crate::Result<()>) -> Option<Error> {
+    match outcome.and_then(|()| Ok(device.synchronize()?)) {
+        Ok(()) | Err(Error::Device(_)) => comm.barrier().err(),
+        Err(error) => Some(error),
+    }
 }
 
 fn expect<T: PartialEq + Debug>(what: &str, got: T, expected: T) -> Outcome {

@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use moe_kernels::cpu::{Cpu, CpuBuf};
 use moe_topology::GroupKey;
 
-use super::board::{Board, Lane, Members, Seat, Ticket};
 use super::job::Operation;
-use crate::{Call, Collective, Error, Flight, RawComm, Result, World};
+use crate::board::{Board, Lane, Members, Seat, Ticket};
+use crate::raw::position;
+use crate::{Call, Collective, Flight, RawComm, Result, World};
 
 /// What the ranks of a world share.
 pub(super) struct Shared {
@@ -78,18 +79,7 @@ impl World<Cpu> for ThreadRank {
     }
 
     fn communicator(&self, key: GroupKey, ranks: &[usize]) -> Result<Box<dyn RawComm<Cpu>>> {
-        let refuse = |why| Err(Error::BadGroup { group: key, ranks: ranks.to_vec(), why });
-        let mut sorted = ranks.to_vec();
-        sorted.sort_unstable();
-        if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
-            return refuse("a rank is named twice");
-        }
-        if sorted.last().is_some_and(|&rank| rank >= self.size) {
-            return refuse("a rank is outside of the world");
-        }
-        let Some(rank) = ranks.iter().position(|&rank| rank == self.rank()) else {
-            return refuse("this rank is not among them");
-        };
+        let rank = position(key, ranks, self.rank(), self.size)?;
         let mut made = self.made.borrow_mut();
         let times = made.entry(ranks.to_vec()).or_default();
         let group = self.presence.shared.group((ranks.to_vec(), *times));

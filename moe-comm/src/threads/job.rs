@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 use moe_kernels::cpu::CpuBuf;
 use moe_topology::GroupKey;
 
-use super::board::Job;
 use super::reduce::reduce;
+use crate::board::Job;
 use crate::{Collective, Reduction, Result, Signature};
 
 /// What a rank lets the others read.

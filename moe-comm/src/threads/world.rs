@@ -1,8 +1,5 @@
 //! Starting the ranks, and gathering what they return.
 
-use std::any::Any;
-use std::error::Error as StdError;
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,9 +7,9 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::board::Board;
 use super::comm::{Presence, Shared, ThreadRank};
-use crate::Error;
+use crate::board::Board;
+use crate::world_error::{BoxError, WorldError, panic_message};
 
 /// Ranks as threads of this process: for tests, for small machines, and to develop what will run on more.
 ///
@@ -24,8 +21,6 @@ pub struct ThreadWorld;
 
 /// A rank that fails leaves the others this long to notice (or the deadline, if that is shorter).
 const GRACE: Duration = Duration::from_secs(1);
-
-type BoxError = Box<dyn StdError + Send + Sync>;
 
 enum Ended<R> {
     Value(R),
@@ -94,15 +89,10 @@ fn run_rank<R, E: Into<BoxError>>(
             Ended::Failure(own.then_some(error))
         }
         Err(panic) => {
-            board.fail(presence.rank, format!("panicked: {}", message(&*panic)));
+            board.fail(presence.rank, format!("panicked: {}", panic_message(&*panic)));
             Ended::Failure(None)
         }
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
 }
 
 fn gather<R>(
@@ -143,44 +133,5 @@ fn gather<R>(
     match shared.board.failure() {
         Some(failure) => Err(WorldError { failure, source, running }),
         None => Ok(values.into_iter().flatten().collect()),
-    }
-}
-
-/// The first failure of a world.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct WorldError {
-    /// What happened, where and to whom: [`Error::Poisoned`].
-    pub failure: Error,
-    /// The error that the failed rank returned, if the world failed with it or with the rank's abort. Also the
-    /// [`source`](StdError::source).
-    pub source: Option<BoxError>,
-    /// Ranks that had not ended when the others had.
-    pub running: Vec<usize>,
-}
-
-impl WorldError {
-    /// The rank that failed first, or did not answer.
-    pub fn rank(&self) -> Option<usize> {
-        match self.failure {
-            Error::Poisoned { rank, .. } => Some(rank),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for WorldError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.failure.fmt(f)?;
-        if !self.running.is_empty() {
-            write!(f, " (still running: ranks {:?})", self.running)?;
-        }
-        Ok(())
-    }
-}
-
-impl StdError for WorldError {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_deref().map(|error| error as _)
     }
 }

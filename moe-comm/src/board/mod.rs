@@ -1,4 +1,4 @@
-//! The core of the thread communicator: where ranks meet.
+//! Where the ranks of a world meet: the core of the thread communicator, and of the hub of processes.
 //!
 //! A **slot** is one operation of one group: its parties arrive in any order, and when the last one has arrived, the
 //! work that gives every party its result is there to be done. Small work is done by the last to arrive; large work
@@ -9,13 +9,15 @@
 //! One lock guards the bookkeeping of a whole world; work is done outside of it. Waiting is by condition variable,
 //! one for each rank.
 
+mod sync;
+
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use moe_topology::GroupKey;
 
-use super::sync::{Condvar, Mutex, MutexGuard};
+use self::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Result};
 
 /// What the board needs to know of the operations that meet on it.
@@ -53,12 +55,33 @@ pub struct Members {
 }
 
 /// Who meets in a slot: a whole group, or two of its ranks for a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     /// All ranks of the group.
     All,
     /// The sender (party 0) and the receiver (party 1) of a message, as ranks of the group.
     Pair(usize, usize),
+    /// All ranks of the group, as they make it: once, and before any operation.
+    Founding,
+}
+
+impl Lane {
+    fn parties(self, group: &Members) -> usize {
+        match self {
+            Lane::All | Lane::Founding => group.ranks.len(),
+            Lane::Pair(..) => 2,
+        }
+    }
+
+    fn world_rank(self, group: &Members, index: usize) -> Option<usize> {
+        let at = match (self, index) {
+            (Lane::All | Lane::Founding, i) => i,
+            (Lane::Pair(from, _), 0) => from,
+            (Lane::Pair(_, to), 1) => to,
+            (Lane::Pair(..), _) => return None,
+        };
+        group.ranks.get(at).copied()
+    }
 }
 
 /// A party's place in a slot.
@@ -80,14 +103,17 @@ impl Seat {
     }
 
     fn parties(&self) -> usize {
-        match self.lane {
-            Lane::All => self.group.ranks.len(),
-            Lane::Pair(..) => 2,
-        }
+        self.lane.parties(&self.group)
+    }
+
+    /// The world rank that sits there, if there is such a seat among such parties.
+    pub fn world_rank(&self) -> Option<usize> {
+        let whole = (0..self.parties()).all(|index| self.lane.world_rank(&self.group, index).is_some());
+        self.lane.world_rank(&self.group, self.index).filter(|_| whole)
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct SlotId {
     group: usize,
     lane: Lane,
@@ -131,6 +157,8 @@ struct Slot<J: Job> {
     group: Arc<Members>,
     lane: Lane,
     place: Place,
+    /// When the first party arrived.
+    since: Instant,
     stage: Stage<J>,
     /// Parties that still hold a ticket, or have not arrived.
     staying: usize,
@@ -159,29 +187,30 @@ type Takes<J> = Vec<(usize, <J as Job>::Take)>;
 
 impl<J: Job> Slot<J> {
     fn world_rank(&self, index: usize) -> usize {
-        match (self.lane, index) {
-            (Lane::All, i) => self.group.ranks[i],
-            (Lane::Pair(from, _), 0) => self.group.ranks[from],
-            (Lane::Pair(_, to), _) => self.group.ranks[to],
-        }
+        self.lane.world_rank(&self.group, index).expect("a party of the slot")
     }
 
     /// World ranks that have not arrived.
     fn missing(&self) -> Vec<usize> {
+        self.gathering(Option::is_none)
+    }
+
+    /// World ranks that have arrived, while others have not.
+    fn arrived(&self) -> Vec<usize> {
+        self.gathering(Option::is_some)
+    }
+
+    fn gathering(&self, seated: fn(&Option<Party<J>>) -> bool) -> Vec<usize> {
         match &self.stage {
             Stage::Gathering(seats) => {
-                (0..seats.len()).filter(|&i| seats[i].is_none()).map(|i| self.world_rank(i)).collect()
+                (0..seats.len()).filter(|&i| seated(&seats[i])).map(|i| self.world_rank(i)).collect()
             }
             _ => Vec::new(),
         }
     }
 
     fn members(&self) -> impl Iterator<Item = usize> + '_ {
-        let parties = match self.lane {
-            Lane::All => self.group.ranks.len(),
-            Lane::Pair(..) => 2,
-        };
-        (0..parties).map(|i| self.world_rank(i))
+        (0..self.lane.parties(&self.group)).map(|i| self.world_rank(i))
     }
 
     /// Takes work that nobody does yet: all of it if it is small, else one piece, the party's own if that is open.
@@ -302,6 +331,12 @@ impl<J: Job> Board<J> {
         self.lock().arrivals
     }
 
+    /// Operations that are not over.
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn slots(&self) -> usize {
+        self.lock().slots.len()
+    }
+
     /// Records a failure of `rank` by itself; false if the world had failed before. It is one of the last operation
     /// that the rank started if others are still awaited there, else it came after that.
     pub fn fail(&self, rank: usize, mut why: String) -> bool {
@@ -330,6 +365,34 @@ impl<J: Job> Board<J> {
         }
     }
 
+    /// Fails the world if some operation has been gathering for longer than the deadline: for ranks that do not wait
+    /// here, since their devices do. A rank counts as waiting in every operation where it has arrived and others have
+    /// not.
+    pub fn check(&self) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let now = Instant::now();
+        let oldest = state.slots.iter().filter(|(_, slot)| matches!(slot.stage, Stage::Gathering(_)));
+        let oldest = oldest.min_by_key(|(id, slot)| (slot.since, **id));
+        let Some((&id, slot)) = oldest.filter(|(_, slot)| now.duration_since(slot.since) > self.deadline)
+        else {
+            return;
+        };
+        let Some(&first) = slot.arrived().first() else { return };
+        let mut waiting = vec![Vec::new(); state.ranks.len()];
+        for (&id, slot) in &state.slots {
+            for rank in slot.arrived() {
+                waiting[rank].push(id);
+            }
+        }
+        for (rank, mut slots) in state.ranks.iter_mut().zip(waiting) {
+            slots.sort_unstable();
+            rank.waiting = slots;
+        }
+        let late = self.late(state, id, first);
+        self.poison(state, late);
+    }
+
     /// A party arrives with what it notes, gives, and where it takes.
     pub fn arrive(
         self: &Arc<Self>,
@@ -350,15 +413,22 @@ impl<J: Job> Board<J> {
             group: seat.group.clone(),
             lane: seat.lane,
             place,
+            since: Instant::now(),
             stage: Stage::Gathering((0..parties).map(|_| None).collect()),
             staying: parties,
         });
         let rank = slot.world_rank(index);
-        state.ranks[rank].last = Some((id, place));
+        // What a rank was at is said by operations alone: groups are made in passing.
+        if seat.lane != Lane::Founding {
+            state.ranks[rank].last = Some((id, place));
+        }
         let missing = {
-            let Stage::Gathering(seats) = &mut slot.stage else {
-                let twice = failure(rank, Some(place), "it arrived twice".into());
-                return Err(self.poison(state, twice));
+            let seats = match &mut slot.stage {
+                Stage::Gathering(seats) if seats[index].is_none() => seats,
+                _ => {
+                    let twice = failure(rank, Some(place), "it arrived twice".into());
+                    return Err(self.poison(state, twice));
+                }
             };
             let disagrees = seats.iter().enumerate().find_map(|(i, seat)| {
                 let theirs = &seat.as_ref()?.note;
