@@ -16,6 +16,7 @@ use crate::eval::EvalError;
 use crate::infer::InferError;
 use crate::metrics::MetricsError;
 use crate::optim::GroupError;
+use crate::run::ProcessError;
 use crate::trace::TraceError;
 
 /// Result of every fallible call of this crate.
@@ -72,6 +73,19 @@ pub enum Error {
     /// A rank failed, and with it the run.
     #[error(transparent)]
     World(#[from] WorldError),
+    /// Ranks as processes were refused, or one failed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// What one of several processes met.
+    #[error("rank {rank}: {source}")]
+    OfRank {
+        /// The rank of this process.
+        rank: usize,
+        /// It is the failure of another rank, and the process that started them says it.
+        told: bool,
+        /// What it is.
+        source: Box<Error>,
+    },
     /// The folder of a run holds one already.
     #[error(
         "{} already holds a run: continue it with --resume, or choose another folder with --set train.output=FOLDER",

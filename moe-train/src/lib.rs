@@ -79,8 +79,8 @@
 //! # When not to use it
 //!
 //! - To serve models: [`infer`] is for looking at what was trained.
-//! - On several GPUs or machines: ranks are threads of one process on `moe_kernels::Cpu`; `moe_kernels::Cuda` (feature
-//!   `cuda`) is one rank on one GPU.
+//! - On several machines without GPUs: ranks are threads of one process on `moe_kernels::Cpu`; on `moe_kernels::Cuda` (feature
+//!   `cuda`) they are processes, which [`run::launch`], torchrun or Slurm starts.
 //! - For dense models alone: they train (`checkpoint upcycle` starts from one), but nothing is tuned for them.
 
 #![deny(unsafe_code)]

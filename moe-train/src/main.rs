@@ -3,13 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use moe_train::command::{Cli, exit_status};
+use moe_train::command::{Cli, exit_status, message};
 
 fn main() -> ExitCode {
     match Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            if let Some(message) = message(&error) {
+                eprintln!("error: {message}");
+            }
             ExitCode::from(exit_status(&error))
         }
     }

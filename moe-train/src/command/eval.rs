@@ -84,6 +84,9 @@ impl Eval {
             [_] => vec![String::new()],
             sets => sets.iter().map(|set| format!(" on {}", set.path().display())).collect(),
         };
+        if run::launch(&config)? {
+            return Ok(());
+        }
         let step = checkpoint.step();
         let losses = run::evaluate(&config, &Arc::new(Weights::of(checkpoint)?), sets)?;
         for (loss, on) in losses.into_iter().zip(names) {

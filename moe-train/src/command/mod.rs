@@ -22,6 +22,7 @@ use moe_pipeline::ExecuteError;
 use crate::diff::DiffError;
 use crate::eval::EvalError;
 use crate::infer::InferError;
+use crate::run::ProcessError;
 use crate::trace::TraceError;
 use crate::{Error, Result};
 
@@ -84,6 +85,14 @@ impl Cli {
     }
 }
 
+/// What to say of an error: nothing where another process says it.
+pub fn message(error: &Error) -> Option<String> {
+    match error {
+        Error::Process(ProcessError::Said { .. }) | Error::OfRank { told: true, .. } => None,
+        error => Some(error.to_string()),
+    }
+}
+
 /// The process's exit status for an error: 1 for tensors that differ, 2 for what the user asked (configuration, mapping, a run that it cannot be
 /// asked of), 3 for data, 4 for checkpoints, 5 for a run that failed, 6 for one that stopped because numbers are not finite, 130
 /// for one that was interrupted.
@@ -97,6 +106,10 @@ pub fn exit_status(error: &Error) -> u8 {
         | Error::Resume { .. }
         | Error::Replay { .. }
         | Error::Upcycle(_) => 2,
+        Error::Process(ProcessError::Ended { status, .. } | ProcessError::Said { status, .. }) => *status,
+        Error::Process(ProcessError::Start { .. } | ProcessError::Lost { .. }) => 5,
+        Error::Process(_) => 2,
+        Error::OfRank { source, .. } => exit_status(source),
         Error::Infer(InferError::NotFinite { .. }) => 6,
         Error::Infer(_) => 2,
         Error::Eval(EvalError::NotFinite { .. }) => 6,

@@ -22,6 +22,10 @@ pub struct Train {
 
 impl Train {
     pub fn run(self) -> Result<()> {
-        run::train(&RunConfig::load(&self.config, &self.set)?, self.resume)
+        let config = RunConfig::load(&self.config, &self.set)?;
+        match run::launch(&config)? {
+            true => Ok(()),
+            false => run::train(&config, self.resume),
+        }
     }
 }

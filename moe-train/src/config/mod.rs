@@ -264,15 +264,6 @@ impl RunConfig {
         let train = &self.train;
         match (train.device, train.dtype) {
             (DeviceKind::Cpu, TrainDType::Bf16) => return Err(ConfigError::bf16_on_cpu()),
-            (DeviceKind::Cuda, _) if self.parallel.world_size > 1 => {
-                let setting = "train.device = \"cuda\"";
-                return Err(ConfigError::Conflict {
-                    setting,
-                    problem: "cannot be used yet",
-                    other: format!("parallel.world_size = {}", self.parallel.world_size),
-                    fix: "set it to 1, with all axes 1, or train with train.device = \"cpu\"".to_owned(),
-                });
-            }
             (DeviceKind::Cpu, _) if !train.deterministic => {
                 let (setting, problem) = ("train.deterministic = false", "has no meaning");
                 let (other, fix) = ("train.device = \"cpu\"".to_owned(), "remove it".to_owned());

@@ -327,8 +327,8 @@ pub enum DeviceKind {
     /// Ranks are threads of this process.
     #[default]
     Cpu,
-    /// One rank on the first GPU that this process sees (`CUDA_VISIBLE_DEVICES`); in programs that are built with the feature
-    /// `cuda`.
+    /// Ranks are processes, each with a GPU of those that it sees (`CUDA_VISIBLE_DEVICES`); one rank is this process. In programs
+    /// that are built with the feature `cuda`.
     Cuda,
 }
 

@@ -420,14 +420,23 @@ fn later_milestones_are_refused_by_name() {
 }
 
 #[test]
-fn a_gpu_trains_alone_and_bf16_needs_one() {
+fn examples_are_accepted() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let files = glob::glob(&format!("{}/gpu/*.toml", examples.display())).unwrap().map(Result::unwrap);
+    let files: Vec<_> = files
+        .chain(["quickstart", "larger"].map(|name| examples.join(name).with_extension("toml")))
+        .collect();
+    assert!(files.len() > 4, "{files:?}");
+    for path in files {
+        RunConfig::load(&path, &[] as &[&str]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
+#[test]
+fn gpus_train_folded_and_bf16_needs_them() {
     let alone = ["parallel.world_size=1", "parallel.tp=1", "parallel.pp=1", "parallel.ep=1"];
     let on_gpu = |more: &[&'static str]| [&["train.device=cuda"][..], more].concat();
-    assert_eq!(
-        refusal(&on_gpu(&[])),
-        "train.device = \"cuda\" cannot be used yet with parallel.world_size = 8: set it to 1, with all axes 1, or \
-         train with train.device = \"cpu\""
-    );
+    assert_eq!(with(&on_gpu(&["train.dtype=bf16"])).unwrap().folding().unwrap().world_size(), 8);
     let bf16 = [&["train.dtype=bf16"], &alone[..]].concat();
     assert_eq!(
         refusal(&bf16),

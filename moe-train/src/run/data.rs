@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::RunFolder;
+use crate::Result;
 use crate::config::{ConfigError, DataFormat, RunConfig};
 use crate::data::{
     Blend, DataError, Dataset, Documents, Encoder, EosToken, Order, Place, Sampler, Tokenizer, Tokens,
@@ -11,7 +12,6 @@ use crate::data::{
 };
 use crate::durable::Context;
 use crate::trainer::{BatchSource, Sequence};
-use crate::{Error, Result};
 
 /// What a run trains on and is measured on.
 pub(super) struct RunData {
@@ -20,23 +20,38 @@ pub(super) struct RunData {
     pub held_out: Vec<HeldOut>,
     /// Of held-out text.
     pub unigram_entropy: Option<f64>,
-    /// Of a new run: what it made tokens with, or, of a blend, what they were made with, for those who continue texts.
-    pub tokenizer: Option<Tokenizer>,
-    /// Of a new run on text: the token that it ended documents with.
+}
+
+/// What the tokens of a new run are made with.
+pub(super) struct Made {
+    /// Of a blend, what they were made with, for those who continue texts.
+    pub tokenizer: Tokenizer,
+    /// Of text: the token that documents end with.
     pub eos_token: Option<EosToken>,
 }
 
-/// Opens what the configuration names.
-pub(super) fn open(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
+/// Tokenises the text of a new run into its folder. A run that goes on uses what is there: its samples must not change when files
+/// do.
+pub(super) fn make(config: &RunConfig, folder: &RunFolder) -> Result<Made> {
+    if config.data.blend.is_empty() {
+        let encoder = tokenise(config, folder)?;
+        let eos_token = encoder.eos().map(|eos| EosToken::Token(eos.token.clone()));
+        return Ok(Made { tokenizer: encoder.tokenizer().clone(), eos_token });
+    }
+    let tokenizer = Tokenizer::open(&config.data.tokenizer)?;
+    check_vocabulary(&tokenizer, config)?;
+    Ok(Made { tokenizer, eos_token: None })
+}
+
+/// Opens what the configuration names, or was made of it.
+pub(super) fn open(config: &RunConfig, folder: &RunFolder) -> Result<RunData> {
     match config.data.blend.is_empty() {
-        true => open_files(config, folder, resume),
-        false => open_blend(config, resume),
+        true => open_files(config, folder),
+        false => open_blend(config),
     }
 }
 
-/// Tokenises text into the run's folder. A run that goes on uses what is there: its samples must not change when files do.
-fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<RunData> {
-    let encoder = (!resume).then(|| tokenise(config, folder)).transpose()?;
+fn open_files(config: &RunConfig, folder: &RunFolder) -> Result<RunData> {
     let tokens = Tokens::open(&folder.train_tokens())?;
     tokens.verify()?;
     let samples = Samples::new(tokens, config)?;
@@ -44,14 +59,7 @@ fn open_files(config: &RunConfig, folder: &RunFolder, resume: bool) -> Result<Ru
     let train = TokenSource::new(vec![samples], order, config)?;
     let held_out = open_held_out(config, &folder.held_out_tokens())?;
     let unigram_entropy = unigram_entropy(held_out.samples.dataset.tokens())?;
-    let eos = encoder.as_ref().and_then(Encoder::eos);
-    Ok(RunData {
-        train,
-        held_out: vec![held_out],
-        unigram_entropy: Some(unigram_entropy),
-        eos_token: eos.map(|eos| EosToken::Token(eos.token.clone())),
-        tokenizer: encoder.map(|encoder| encoder.tokenizer().clone()),
-    })
+    Ok(RunData { train, held_out: vec![held_out], unigram_entropy: Some(unigram_entropy) })
 }
 
 fn tokenise(config: &RunConfig, folder: &RunFolder) -> Result<Encoder> {
@@ -108,17 +116,17 @@ fn check_vocabulary(tokenizer: &Tokenizer, config: &RunConfig) -> Result<()> {
 }
 
 /// Opens datasets where they are. Only their headers and indices are read.
-fn open_blend(config: &RunConfig, resume: bool) -> Result<RunData> {
-    let open_tokenizer = || {
-        let tokenizer = Tokenizer::open(&config.data.tokenizer)?;
-        check_vocabulary(&tokenizer, config)?;
-        Ok::<_, Error>(tokenizer)
-    };
-    let tokenizer = (!resume).then(open_tokenizer).transpose()?;
+fn open_blend(config: &RunConfig) -> Result<RunData> {
     let (train, held_out) = blended(config)?;
     let lengths: Vec<u64> = train.iter().map(|samples| samples.dataset.len()).collect();
     let blend = Blend::new(config.train.seed, &config.data.weights(), &lengths).map_err(ConfigError::from)?;
-    for (dataset, samples) in config.data.blend.iter().zip(&train) {
+    let train = TokenSource::new(train, Order::Blend(blend), config)?;
+    Ok(RunData { train, held_out, unigram_entropy: None })
+}
+
+/// What is in the datasets of a blend.
+pub(super) fn describe(config: &RunConfig, data: &RunData) {
+    for (dataset, samples) in config.data.blend.iter().zip(&data.train.sets) {
         let (part, tokens) = (samples.dataset.part(), samples.dataset.tokens());
         let held_out = match tokens.documents() - part.documents().end {
             0 => String::new(),
@@ -133,8 +141,6 @@ fn open_blend(config: &RunConfig, resume: bool) -> Result<RunData> {
             samples.dataset.len()
         );
     }
-    let train = TokenSource::new(train, Order::Blend(blend), config)?;
-    Ok(RunData { train, held_out, unigram_entropy: None, tokenizer, eos_token: None })
 }
 
 /// What of the datasets of a blend is trained on, and what is evaluated.

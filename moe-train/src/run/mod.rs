@@ -1,9 +1,18 @@
 //! A training run: data, ranks, metrics, checkpoints, in one folder.
 
 mod data;
+mod error;
 mod folder;
 mod interrupt;
+#[cfg(any(feature = "cuda", test))]
+mod launch;
+#[cfg(any(feature = "cuda", test))]
+mod line;
 mod log;
+#[cfg(any(feature = "cuda", test))]
+mod place;
+#[cfg(feature = "cuda")]
+mod processes;
 mod rank;
 mod ranks;
 
@@ -15,29 +24,84 @@ use moe_kernels::{Backend, Float};
 use moe_model::ModelConfig;
 use moe_model::hf::HubConfig;
 use moe_topology::{Mapping, draw};
+use serde::{Deserialize, Serialize};
 
 pub use data::{HeldOut, TokenSource, held_out_sets, open_held_out};
+pub use error::ProcessError;
 pub use folder::RunFolder;
 pub(crate) use folder::{CHECKPOINTS, SIDE_FILES, checkpoints_of};
 
 use crate::checkpoint::container::{Checkpoint, CheckpointError, list, open_newest, set_aside};
-use crate::checkpoint::{Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights};
+use crate::checkpoint::{
+    HubOrigin, Meta, RunState, Weights, is_hub_folder, open_hub, read_config, restore_weights,
+};
 use crate::config::{RunConfig, SampleConfig, TokenizerKind};
 use crate::data::{EosToken, Tokenizer};
 use crate::infer::{Generation, InferError, Sampling, stop_tokens, write_text};
 use crate::optim::{Hyper, MomentDTypes};
 use crate::trainer::{RankTrainer, Setup, check_recorded};
 use crate::{Error, Result};
+use data::{Made, RunData};
 use rank::{End, Outcome, Plan};
 use ranks::{Job, Ranks};
 
-/// Trains as `config` says, from the start or from the newest checkpoint of its folder.
+/// Trains as `config` says, from the start or from the newest checkpoint of its folder. Several ranks on GPUs are processes: this
+/// one is the rank that its environment says, and only the first writes, prints, and says how the run ended.
 ///
 /// # Errors
 /// Data, folder or checkpoint are refused before anything is written; a rank fails; the run is interrupted, after it saved.
 pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
-    let setup = setup(config)?;
     let ranks = Ranks::new(config)?;
+    let (Start { config, checkpoint, .. }, Opened { data, init, hub }) =
+        ranks.begin(|| prepare(config, resume), |start: &Start| start.join(config))?;
+    let (config, train) = (&config, Arc::new(data.train));
+    let plan = Plan {
+        setup: setup(config)?,
+        config: config.clone(),
+        folder: RunFolder::new(&config.train.output),
+        train: train.clone(),
+        held_out: Arc::new(data.held_out),
+        checkpoint,
+        init: init.map(Arc::new),
+        hub,
+        peak_tflops: config.train.peak_tflops.or(ranks.peak_tflops()),
+        on_gpu: ranks.on_gpu(),
+        interrupted: interrupt::flag(ranks.has_first()),
+    };
+    let Some(outcome) = ranks.run(plan)?.into_iter().next() else { return Ok(()) };
+    let Outcome { step, checkpoint, .. } = outcome.clone();
+    match outcome.end {
+        End::Complete => {}
+        End::Interrupted => return Err(Error::Interrupted { step, checkpoint }),
+        End::NonFinite { skipped } => {
+            let samples = train.samples(step + 1);
+            return Err(Error::NonFinite { step: step + 1, skipped, samples, checkpoint });
+        }
+    }
+    report(config, &outcome, data.unigram_entropy)
+}
+
+/// What a run starts from, once its first rank has prepared it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Start {
+    /// As `config.toml` has it.
+    config: RunConfig,
+    /// Where to go on from.
+    checkpoint: Option<PathBuf>,
+    /// Whose weights to start from, otherwise.
+    init: Option<PathBuf>,
+}
+
+/// What was opened for it.
+struct Opened {
+    data: RunData,
+    init: Option<Weights>,
+    hub: Option<HubOrigin>,
+}
+
+/// Checks what a run needs, makes its folder ready, and says what it is: the part of the first rank, whose process alone writes.
+fn prepare(config: &RunConfig, resume: bool) -> Result<(Start, Opened)> {
+    let setup = setup(config)?;
     let folder = RunFolder::new(&config.train.output);
     let (checkpoint, init) = match resume {
         true => (Some(newest(&folder, config)?), None),
@@ -50,7 +114,9 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         let first = checkpoint.as_ref().map_or(0, Checkpoint::step) + 1;
         check_recorded(root, first..config.train.steps + 1)?;
     }
-    let data = data::open(config, &folder, resume)?;
+    let made = (!resume).then(|| data::make(config, &folder)).transpose()?;
+    let data = data::open(config, &folder)?;
+    data::describe(config, &data);
     let mut config = config.clone();
     if let Some(checkpoint) = &checkpoint {
         let then = RunState::of(checkpoint)?;
@@ -64,9 +130,13 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
             eprintln!("warning: the damaged checkpoint is kept as {}", path.display());
         }
     }
-    config.data.eos_token = config.data.eos_token.or(data.eos_token);
-    let config = &config;
+    let eos_token = made.as_ref().and_then(|made| made.eos_token.clone());
+    config.data.eos_token = config.data.eos_token.or(eos_token);
     folder.write_config(&config.to_toml()?)?;
+    if let Some(Made { tokenizer, .. }) = &made {
+        let side_files = init.as_ref().and_then(Weights::side_files);
+        folder.take_side_files(side_files.as_deref(), tokenizer)?;
+    }
 
     println!("{}", draw::text(&setup.folding).trim_end());
     if setup.pipeline.ranks() > 1 {
@@ -78,60 +148,80 @@ pub fn train(config: &RunConfig, resume: bool) -> Result<()> {
         grouped(config.model.active_parameters())
     );
     if let Some(unigram_entropy) = data.unigram_entropy {
-        println!("unigram entropy {unigram_entropy:.3} nats/{}", unit(config));
+        println!("unigram entropy {unigram_entropy:.3} nats/{}", unit(&config));
     }
     if let Some(checkpoint) = &checkpoint {
         println!("resuming after step {}", checkpoint.step());
     }
-
     if let Some(init) = &init {
         println!("starting from the weights of {}", init.path().display());
     }
-
-    let hub = match (&checkpoint, &init) {
-        (Some(checkpoint), _) => Meta::of(checkpoint)?.hub,
-        (None, Some(init)) => init.meta().hub.clone(),
-        (None, None) => None,
-    };
-    if let Some(tokenizer) = &data.tokenizer {
-        let side_files = init.as_ref().and_then(Weights::side_files);
-        folder.take_side_files(side_files.as_deref(), tokenizer)?;
-    }
-    let train = Arc::new(data.train);
-    let plan = Plan {
-        setup,
-        config: config.clone(),
-        folder: folder.clone(),
-        train: train.clone(),
-        held_out: Arc::new(data.held_out),
+    let hub = origin(checkpoint.as_ref(), init.as_ref())?;
+    let start = Start {
+        config,
         checkpoint: checkpoint.map(|checkpoint| checkpoint.path().to_owned()),
-        init: init.map(Arc::new),
-        hub,
-        peak_tflops: config.train.peak_tflops.or(ranks.peak_tflops()),
-        on_gpu: ranks.on_gpu(),
-        interrupted: interrupt::flag(),
+        init: init.as_ref().map(|init| init.path().to_owned()),
     };
-    let outcomes = ranks.run(plan)?;
-    let outcome = outcomes.into_iter().next().ok_or(Error::Protocol { what: "a world without ranks" })?;
-    let Outcome { step, checkpoint, .. } = outcome.clone();
-    match outcome.end {
-        End::Complete => {}
-        End::Interrupted => return Err(Error::Interrupted { step, checkpoint }),
-        End::NonFinite { skipped } => {
-            let samples = train.samples(step + 1);
-            return Err(Error::NonFinite { step: step + 1, skipped, samples, checkpoint });
-        }
-    }
-    report(config, &outcome, data.unigram_entropy)
+    Ok((start, Opened { data, init, hub }))
 }
 
-/// The loss of weights on each of several sets, under the folding of `config`; none where no token counts.
+impl Start {
+    /// Opens in the process of another rank, which was given the settings `own`, what the first prepared.
+    fn join(&self, own: &RunConfig) -> Result<Opened> {
+        let mut own = own.clone();
+        own.data.eos_token = self.config.data.eos_token.clone();
+        if own != self.config {
+            let (own, first) = (own.to_toml()?, self.config.to_toml()?);
+            let line = |text: &str, i| text.lines().nth(i).unwrap_or_default().to_owned();
+            let at = own.lines().zip(first.lines()).take_while(|(own, first)| own == first).count();
+            return Err(ProcessError::Settings { own: line(&own, at), first: line(&first, at) }.into());
+        }
+        let checkpoint = self.checkpoint.as_deref().map(Checkpoint::open).transpose()?;
+        // What is skipped has been said.
+        let weights = |path: &PathBuf| match is_hub_folder(path) {
+            true => open_hub(path, &mut |_| {}),
+            false => Weights::of(Checkpoint::open(path)?),
+        };
+        let init = self.init.as_ref().map(weights).transpose()?;
+        let hub = origin(checkpoint.as_ref(), init.as_ref())?;
+        let data = data::open(&self.config, &RunFolder::new(&self.config.train.output))?;
+        Ok(Opened { data, init, hub })
+    }
+}
+
+/// The folder of the hub that either came from.
+fn origin(checkpoint: Option<&Checkpoint>, init: Option<&Weights>) -> Result<Option<HubOrigin>> {
+    match (checkpoint, init) {
+        (Some(checkpoint), _) => Ok(Meta::of(checkpoint)?.hub),
+        (None, Some(init)) => Ok(init.meta().hub.clone()),
+        (None, None) => Ok(None),
+    }
+}
+
+/// Where the ranks of `config` are processes and this is none of them: runs this program once for each, on this machine's GPUs and
+/// with the arguments that it has itself, and waits until all have ended. Says whether it did.
+///
+/// # Errors
+/// There is no CUDA or no NCCL, there are fewer GPUs than ranks, or a rank fails; the environment contradicts itself or `config`.
+pub fn launch(config: &RunConfig) -> Result<bool> {
+    Ranks::launch(config)
+}
+
+/// The loss of weights on each of several sets, under the folding of `config`; none where no token counts. Several ranks on GPUs are
+/// processes, of which the first alone returns losses.
 ///
 /// # Errors
 /// The weights or the tokens are damaged, or a rank fails.
 pub fn evaluate(config: &RunConfig, weights: &Arc<Weights>, sets: Vec<HeldOut>) -> Result<Vec<Option<f64>>> {
+    let ranks = Ranks::new(config)?;
+    // A run that goes on has a newer checkpoint for who comes later.
+    let same = |first: &PathBuf| match first == weights.path() {
+        true => Ok(()),
+        false => Err(Error::Protocol { what: "ranks have opened other checkpoints than rank 0" }),
+    };
+    ranks.begin(|| Ok((weights.path().to_owned(), ())), same)?;
     let evaluation = Evaluation { setup: setup(config)?, weights: weights.clone(), sets };
-    Ok(Ranks::new(config)?.run(evaluation)?.into_iter().next().unwrap_or_default())
+    Ok(ranks.run(evaluation)?.into_iter().next().unwrap_or_default())
 }
 
 struct Evaluation {

@@ -322,7 +322,7 @@ pub fn gather(ranks: impl IntoIterator<Item = (Vec<StepReport>, Vec<Piece>)>) ->
 }
 
 /// What a rank holds of a logical tensor.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Piece {
     name: String,
     len: usize,
