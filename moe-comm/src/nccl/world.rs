@@ -151,8 +151,14 @@ fn watch(shared: &Arc<Shared>) {
         shared.failed.get_or_init(Instant::now);
         // First, so that what waits for the GPU finds it when streams go on.
         shared.gpu.interrupt(&failure.to_string());
+        // Each on a thread of its own: NCCL gives memory back in an abort, which waits for the GPU, and so for operations of communicators
+        // whose turn has not come.
         for communicator in shared.all() {
-            communicator.abort();
+            let spare = communicator.clone();
+            let aborting = thread::Builder::new().name("abort".into()).spawn(move || communicator.abort());
+            if aborting.is_err() {
+                spare.abort();
+            }
         }
     });
     let (watched, deadline) = (Arc::downgrade(shared), shared.process.deadline());
