@@ -4,6 +4,7 @@
 
 use std::env;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use moe_comm::processes::{Hub, Process};
@@ -44,10 +45,23 @@ fn ranks(test: &str, size: usize, worlds: usize) {
         }
         command.spawn().unwrap()
     };
-    let children: Vec<Child> = (0..size).map(start).collect();
-    for (rank, mut child) in children.into_iter().enumerate() {
+    let mut children = Children((0..size).map(start).collect());
+    for (rank, child) in children.0.iter_mut().enumerate() {
         let status = child.wait().unwrap();
         assert!(status.success(), "{test}: rank {rank} of {size}: {status}");
+    }
+}
+
+/// Processes that do not outlive the test.
+struct Children(Vec<Child>);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // One that has ended needs no end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -66,9 +80,10 @@ fn mismatches_and_aborts_are_told_to_every_rank() {
 }
 
 #[test]
-fn a_rank_that_ends_or_does_not_come_is_named() {
+fn a_rank_that_ends_does_not_come_or_panics_is_named() {
     ranks("killed", 2, 1);
     ranks("late", 2, 1);
+    ranks("panicked", 2, 1);
 }
 
 #[test]
@@ -105,12 +120,17 @@ fn rank() {
         .unwrap(),
         "endings" => {
             for (hub, (name, case)) in hubs.into_iter().zip(endings()) {
+                let (tell, told) = channel();
                 let process = Process::join(hub, rank, size, DEADLINE).unwrap();
                 let gpu = Cuda::poisoned(rank % cuda::probe().unwrap()).unwrap();
-                let verdict = NcclWorld::run(process, gpu.clone(), move |world| {
-                    Ok::<_, BoxError>(case(world, &gpu).map_err(|error| error.to_string()))
+                let ended = NcclWorld::run(process, gpu.clone(), move |world| {
+                    tell.send(case(world, &gpu).map_err(|error| error.to_string())).unwrap();
+                    Ok::<_, BoxError>(())
                 });
-                assert_eq!(verdict.unwrap(), Ok(()), "{name}");
+                assert_eq!(told.recv().unwrap(), Ok(()), "{name}");
+                // Also for a rank that was content.
+                let why = ended.unwrap_err().to_string();
+                assert!(why.contains("mismatch") || why.contains("aborted: enough"), "{name}: {why}");
             }
         }
         "killed" => {
@@ -144,6 +164,24 @@ fn rank() {
             assert_eq!(failure.rank(), Some(1), "{failure}");
             assert!(failure.to_string().contains("did not arrive"), "{failure}");
         }
+        "panicked" => {
+            let failed = run(hubs[0], |world, gpu| {
+                let comms = whole(world, gpu)?;
+                let comm = comms.group(Attention::ALL)?;
+                let x = Tensor::<f32, Cuda>::zeros(gpu, 1000, 100)?;
+                // Both a collective and a message are under way, and are waited for by nobody.
+                let _sum = comm.start_all_reduce(&x, Reduction::Sum)?;
+                if world.rank() == 1 {
+                    let _message = comm.recv::<f32>(0, 0, 1, 1)?;
+                    panic!("out of luck");
+                }
+                comm.recv::<f32>(1, 1, 1, 1)?.wait()?.to_vec(gpu)?;
+                Ok(())
+            });
+            let failure = failed.unwrap_err();
+            assert_eq!(failure.rank(), Some(1), "{failure}");
+            assert!(failure.to_string().contains("panicked: out of luck"), "{failure}");
+        }
         "beside" => run(hubs[0], beside).unwrap(),
         _ => panic!("no test {test}"),
     }
@@ -159,7 +197,8 @@ fn whole(world: &NcclWorld, gpu: &Cuda) -> moe_comm::Result<Comms<Cuda>> {
     Comms::builder().attention(Attention::ALL).build(world, gpu, &folding)
 }
 
-/// An all-to-all that was started before products is done while they are still under way.
+/// Products that were started after an all-to-all end before it, which waits for another rank; and an all-to-all that was started
+/// before products ends while they are still under way.
 fn beside(world: &NcclWorld, gpu: &Cuda) -> Result<(), BoxError> {
     let comms = whole(world, gpu)?;
     let comm = comms.group(Attention::ALL)?;
@@ -171,6 +210,22 @@ fn beside(world: &NcclWorld, gpu: &Cuda) -> Result<(), BoxError> {
     comm.all_to_all_rows_v(&rows, &one_each, &one_each)?;
     multiply(gpu, &mut out, &n, 1)?;
     gpu.synchronize()?;
+
+    comm.barrier()?;
+    if world.rank() > 0 {
+        comm.barrier()?;
+    }
+    let started = comm.start_all_to_all_rows_v(&rows, &one_each, &one_each)?;
+    if world.rank() == 0 {
+        multiply(gpu, &mut out, &n, 10)?;
+        gpu.synchronize()?;
+        if started.ready()? {
+            return Err("an all-to-all was ready without the other rank".into());
+        }
+        comm.barrier()?;
+    }
+    started.wait()?.to_vec(gpu)?;
+
     let started = comm.start_all_to_all_rows_v(&rows, &one_each, &one_each)?;
     multiply(gpu, &mut out, &n, 200)?;
     let end = gpu.mark()?;

@@ -44,7 +44,46 @@ pub(super) fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F64 | DType::F32 | DType::Bf16)
 }
 
+/// What NCCL connects ranks for when it comes for the first time: a function on a type, with about as many bytes, or a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Connection {
+    Function(&'static str, DType, Option<Reduction>, u32),
+    To(usize),
+    From(usize),
+}
+
 impl Operands {
+    /// What the calls need, the same on all ranks of a collective, on both of a pair.
+    pub(super) fn connections(&self) -> Vec<Connection> {
+        let of = |name, reduction: Option<Reduction>, elements: usize| {
+            // What is only moved is bytes.
+            let dtype = if reduction.is_some() { self.dtype } else { DType::U8 };
+            let class = (elements * self.dtype.size()).checked_ilog2().unwrap_or(0);
+            Connection::Function(name, dtype, reduction, class)
+        };
+        match &self.op {
+            Collective::AllReduce(how) => vec![of("all_reduce", Some(*how), self.bytes / self.dtype.size())],
+            Collective::AllGather { counts } if equal(counts) => {
+                vec![of("all_gather", None, counts.iter().sum())]
+            }
+            Collective::AllGather { counts } => {
+                blocks(counts).map(|(_, _, n)| of("broadcast", None, n)).collect()
+            }
+            Collective::ReduceScatter { reduction, counts } if equal(counts) => {
+                vec![of("reduce_scatter", Some(*reduction), counts.iter().sum())]
+            }
+            Collective::ReduceScatter { reduction, counts } => {
+                blocks(counts).map(|(_, _, n)| of("reduce", Some(*reduction), n)).collect()
+            }
+            Collective::AllToAll { send, recv } => {
+                let to = blocks(send).map(|(rank, _, _)| Connection::To(rank));
+                to.chain(blocks(recv).map(|(rank, _, _)| Connection::From(rank))).collect()
+            }
+            Collective::Broadcast { count, .. } => vec![of("broadcast", None, *count)],
+            Collective::Send { .. } | Collective::Recv { .. } | Collective::Barrier => Vec::new(),
+        }
+    }
+
     /// Whether NCCL has the operation on the type.
     pub(super) fn check(&self) -> Result<()> {
         match self.op {
@@ -169,6 +208,37 @@ mod tests {
     fn blocks_lie_behind_each_other() {
         assert_eq!(blocks(&[2, 0, 3, 1]).collect::<Vec<_>>(), [(0, 0, 2), (2, 2, 3), (3, 5, 1)]);
         assert!(equal(&[4, 4]) && equal(&[]) && !equal(&[4, 4, 0]));
+    }
+
+    /// Also where they send unlike numbers of elements.
+    #[test]
+    fn ranks_of_a_collective_know_its_connections() {
+        let connections = |op: &Collective, rank, elements: usize| {
+            let bytes = elements * 4;
+            Operands { op: op.clone(), dtype: DType::F32, bytes, rank, send: 0, recv: 0 }.connections()
+        };
+        let counts = || [5, 0, 900].into();
+        let reduction = Reduction::Sum;
+        for op in [
+            Collective::AllGather { counts: counts() },
+            Collective::AllGather { counts: [7; 3].into() },
+            Collective::ReduceScatter { reduction, counts: counts() },
+            Collective::Broadcast { root: 1, count: 9 },
+        ] {
+            assert!(!connections(&op, 0, 5).is_empty());
+            assert_eq!(connections(&op, 0, 5), connections(&op, 2, 900));
+        }
+        let pair = |send: [usize; 2], recv: [usize; 2]| Collective::AllToAll {
+            send: send.into(),
+            recv: recv.into(),
+        };
+        assert_eq!(connections(&pair([0, 3], [0, 0]), 0, 3), [Connection::To(1)]);
+        assert_eq!(connections(&pair([0, 0], [3, 0]), 1, 0), [Connection::From(0)]);
+        let sums = [DType::F32, DType::Bf16].map(|dtype| {
+            let op = Collective::AllReduce(reduction);
+            Operands { op, dtype, bytes: 64, rank: 0, send: 0, recv: 0 }.connections()
+        });
+        assert_ne!(sums[0], sums[1]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use moe_kernels::cuda::CudaBuf;
 use moe_kernels::{Cuda, Device};
 use moe_topology::GroupKey;
 
-use super::calls::{Operands, is_float};
+use super::calls::{Connection, Operands, is_float};
 use super::communicator::unique_id;
 use super::lane::{Calls, Job, Lane};
 use super::transfer::{Memory, Transfer, TransferFlight};
@@ -27,10 +27,10 @@ pub(super) struct NcclComm {
     pub rank: usize,
     /// Messages of this rank to itself.
     pub own: SoloComm<Cuda>,
-    /// Of collectives: how many were started so far, and of which kinds.
+    /// Of collectives: how many were started so far, and for what NCCL has connected the ranks.
     pub collectives: Lane,
     pub started: Cell<u64>,
-    pub kinds: RefCell<HashSet<(&'static str, u32)>>,
+    pub connected: RefCell<HashSet<Connection>>,
     /// Of messages, by sender and receiver: how many were started so far.
     pub messages: RefCell<HashMap<(usize, usize), (u64, Lane)>>,
 }
@@ -73,9 +73,11 @@ impl NcclComm {
         let to = blocks.as_ref().or(recv.as_ref()).map_or(0, CudaBuf::address);
         let operands = Operands { op, dtype, bytes, rank: self.rank, send: from, recv: to };
         operands.check()?;
-        // The first time NCCL connects the ranks, by an algorithm that depends on the size. Then they have all come, and a call that
-        // does not fit was refused.
-        let first = self.kinds.borrow_mut().insert((name, bytes.checked_ilog2().unwrap_or(0)));
+        // Where NCCL will connect ranks, they have all come before, and a call that does not fit was refused.
+        let mut connected = self.connected.borrow_mut();
+        let before = connected.len();
+        connected.extend(operands.connections());
+        let first = connected.len() > before;
         self.started.set(sequence + 1);
         let gate = match first {
             true => Some(process.arrive_and_wait(self.group, lane, sequence, self.rank, &signature)?),
@@ -143,7 +145,7 @@ impl NcclComm {
         let transfer = Transfer::new(gpu, memory);
         // The other ranks rely on the operation from here on.
         let after = gpu.mark().map_err(|error| process.fail(&error.to_string()))?;
-        lane.start(Job { name, gate, after, calls, transfer: transfer.clone() });
+        lane.start(Job { name, gate, after, calls, transfer: transfer.clone() })?;
         Ok(Box::new(TransferFlight { process: process.clone(), transfer }))
     }
 }

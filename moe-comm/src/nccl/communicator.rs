@@ -38,6 +38,8 @@ pub(super) struct Communicator {
     process: Process,
     stream: SideStream,
     state: Mutex<State>,
+    /// The operation whose calls are being made, and since when.
+    calling: Mutex<Option<(&'static str, Instant)>>,
 }
 
 struct State {
@@ -67,7 +69,8 @@ impl Communicator {
         // SAFETY: the pointer is valid for writing; the identity came from `unique_id`.
         nccl.check("ncclCommInitRank", unsafe { (nccl.init_rank)(&mut comm, size as i32, id, rank as i32) })?;
         let state = Mutex::new(State { comm: Some(comm), pending: VecDeque::new() });
-        Ok(Communicator { nccl, gpu: gpu.clone(), process: process.clone(), stream, state })
+        let (gpu, process) = (gpu.clone(), process.clone());
+        Ok(Communicator { nccl, gpu, process, stream, state, calling: Mutex::new(None) })
     }
 
     /// What is enqueued from now on begins behind `mark`.
@@ -82,17 +85,25 @@ impl Communicator {
         name: &'static str,
         calls: impl FnOnce(&Nccl, ncclComm_t, Stream) -> Result<()>,
     ) -> Result<Arc<Mark>> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
+        self.alive()?;
         let comm = state
             .comm
             .ok_or(Error::Backend { what: "a communicator was used after its world had failed" })?;
         self.gpu.make_current()?;
+        *lock(&self.calling) = Some((name, Instant::now()));
         // SAFETY: the library's calls have no requirements; each start is followed by an end.
         self.nccl.check("ncclGroupStart", unsafe { (self.nccl.group_start)() })?;
         let called = calls(self.nccl, comm, self.stream.handle());
         // SAFETY: as above.
         let ended = self.nccl.check("ncclGroupEnd", unsafe { (self.nccl.group_end)() });
+        *lock(&self.calling) = None;
         called.and(ended)?;
+        if let Err(failure) = self.alive() {
+            // Who ends the world may have found the lock taken.
+            self.abort_locked(&mut state);
+            return Err(failure);
+        }
         let done = Arc::new(self.stream.mark()?);
         state.pending.push_back(Operation { done: done.clone(), started: Instant::now(), name });
         Ok(done)
@@ -100,7 +111,11 @@ impl Communicator {
 
     /// What has gone wrong with operations since they were started; that the oldest of them takes longer than `limit`.
     pub(super) fn trouble(&self, limit: Duration) -> Option<String> {
-        // A call that is under way is looked at the next time.
+        if let Some((name, since)) = *lock(&self.calling)
+            && since.elapsed() > limit
+        {
+            return Some(format!("NCCL has kept a call of {name} for {limit:?}"));
+        }
         let mut state = self.state.try_lock().ok()?;
         let comm = state.comm?;
         // SAFETY: it is alive while it is in the state.
@@ -132,6 +147,10 @@ impl Communicator {
                 Err(std::sync::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
             }
         };
+        self.abort_locked(&mut state);
+    }
+
+    fn abort_locked(&self, state: &mut State) {
         if let Some(comm) = state.comm.take() {
             // Where the context cannot be used any more there is nothing left to end.
             let _ = self.gpu.make_current();
@@ -140,10 +159,23 @@ impl Communicator {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // What is behind the lock is whole after every statement.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits until the stream is behind all operations, or the world has failed.
+    pub(super) fn drain(&self) {
+        let done =
+            || lock(&self.state).pending.back().is_none_or(|last| last.done.is_reached().unwrap_or(true));
+        while self.process.failure().is_none() && !done() {
+            std::thread::sleep(LOOK);
+        }
     }
+
+    fn alive(&self) -> Result<()> {
+        self.process.failure().map_or(Ok(()), Err)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind the locks is whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Communicator {
@@ -151,18 +183,9 @@ impl Drop for Communicator {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         let Some(comm) = state.comm.take() else { return };
         let _ = self.gpu.make_current();
-        // The end of what is on the stream comes first, or the world's, which the hub sees to.
-        while let Some(last) = state.pending.back()
-            && !last.done.is_reached().unwrap_or(true)
-        {
-            if self.process.failure().is_some() {
-                // SAFETY: it is alive, and nobody uses it from here on.
-                unsafe { (self.nccl.abort)(comm) };
-                return;
-            }
-            std::thread::sleep(LOOK);
-        }
-        // SAFETY: as above.
-        unsafe { (self.nccl.destroy)(comm) };
+        // What is on the stream has ended, unless the world has failed.
+        let end = if self.process.failure().is_some() { self.nccl.abort } else { self.nccl.destroy };
+        // SAFETY: it is alive, and nobody uses it from here on.
+        unsafe { end(comm) };
     }
 }

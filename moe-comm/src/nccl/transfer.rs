@@ -1,5 +1,6 @@
 //! Operations on their way, with the memory that they hold.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ pub(super) struct Transfer {
     gpu: Cuda,
     state: Mutex<State>,
     placed: Condvar,
+    is_placed: AtomicBool,
 }
 
 struct State {
@@ -42,7 +44,12 @@ pub(super) struct Memory {
 impl Transfer {
     pub(super) fn new(gpu: &Cuda, memory: Memory) -> Arc<Self> {
         let state = Mutex::new(State { done: None, abandoned: false, memory });
-        Arc::new(Transfer { gpu: gpu.clone(), state, placed: Condvar::new() })
+        Arc::new(Transfer {
+            gpu: gpu.clone(),
+            state,
+            placed: Condvar::new(),
+            is_placed: AtomicBool::new(false),
+        })
     }
 
     /// Says where it ends on its stream.
@@ -54,6 +61,7 @@ impl Transfer {
             state.memory = Memory::default();
         }
         state.done = Some(done);
+        self.is_placed.store(true, Ordering::Release);
         self.placed.notify_all();
         Ok(())
     }
@@ -68,7 +76,7 @@ impl Transfer {
     fn wait(&self, process: &Process) -> Result<Option<CudaBuf>> {
         // What was just started is placed sooner than a thread sleeps and wakes.
         let begin = Instant::now();
-        while self.lock().done.is_none() && begin.elapsed() < SPIN {
+        while !self.is_placed.load(Ordering::Acquire) && begin.elapsed() < SPIN {
             std::hint::spin_loop();
         }
         let mut state = self.lock();

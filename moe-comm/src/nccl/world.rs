@@ -3,9 +3,9 @@
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::thread;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use moe_kernels::Cuda;
@@ -23,6 +23,8 @@ use crate::{RawComm, Result, World};
 
 /// How often communicators are asked for errors.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long NCCL's word waits for the hub's.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// How long the body of a rank may take to notice that its world has failed.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -42,15 +44,23 @@ pub(super) struct Shared {
     pub gpu: Cuda,
     pub nccl: &'static Nccl,
     communicators: Mutex<Vec<Weak<Communicator>>>,
+    /// When NCCL began to connect the ranks of communicators that are being made.
+    connecting: Mutex<Vec<Instant>>,
+    /// Those of lanes.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     /// When the world has.
-    pub failed: OnceLock<Instant>,
+    failed: OnceLock<Instant>,
 }
 
 impl Shared {
     /// Collective over the ranks that know `id`.
     pub(super) fn communicator(&self, id: &[u8], rank: usize, size: usize) -> Result<Arc<Communicator>> {
-        let communicator = Arc::new(Communicator::new(self, id, rank, size)?);
-        let mut all = self.communicators.lock().unwrap_or_else(PoisonError::into_inner);
+        let begin = Instant::now();
+        lock(&self.connecting).push(begin);
+        let made = Communicator::new(self, id, rank, size);
+        lock(&self.connecting).retain(|one| *one != begin);
+        let communicator = Arc::new(made?);
+        let mut all = lock(&self.communicators);
         all.retain(|one| one.strong_count() > 0);
         all.push(Arc::downgrade(&communicator));
         drop(all);
@@ -65,9 +75,48 @@ impl Shared {
     }
 
     fn all(&self) -> Vec<Arc<Communicator>> {
-        let all = self.communicators.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().filter_map(Weak::upgrade).collect()
+        lock(&self.communicators).iter().filter_map(Weak::upgrade).collect()
     }
+
+    /// What has gone wrong in NCCL, or takes longer than `limit`.
+    fn trouble(&self, limit: Duration) -> Option<String> {
+        if lock(&self.connecting).iter().any(|begin| begin.elapsed() > limit) {
+            return Some(format!(
+                "NCCL has not connected ranks within {limit:?}: can they reach each other over NCCL_SOCKET_IFNAME?"
+            ));
+        }
+        self.all().into_iter().find_map(|communicator| communicator.trouble(limit))
+    }
+
+    /// Fails the world for what NCCL says, unless the hub soon says why: NCCL may be the first to hear that a rank has ended.
+    pub(super) fn suspect(&self, why: &str) {
+        let begin = Instant::now();
+        while self.process.failure().is_none() && begin.elapsed() < PATIENCE {
+            thread::sleep(PATIENCE / 50);
+        }
+        self.process.fail(why);
+    }
+
+    /// Keeps the thread of a lane, which ends by itself.
+    pub(super) fn keep(&self, thread: JoinHandle<()>) {
+        let mut threads = lock(&self.threads);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+    }
+
+    /// Waits for the threads of lanes: operations that were started go their way. When the world has failed they end at once, unless NCCL
+    /// keeps one in a call for ranks that do not come.
+    fn settle(&self) {
+        let ended = || lock(&self.threads).iter().all(JoinHandle::is_finished);
+        while !ended() && self.failed.get().is_none_or(|at| at.elapsed() <= GRACE / 2) {
+            thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind the locks is whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl NcclWorld {
@@ -104,14 +153,26 @@ impl NcclWorld {
             gpu,
             nccl,
             communicators: Mutex::default(),
+            connecting: Mutex::default(),
+            threads: Mutex::default(),
             failed: OnceLock::new(),
         });
-        watch(&shared);
+        end_with_the_world(&shared);
+        let watch = Watch::new(&shared);
         let world = NcclWorld { shared };
         let (sender, receiver) = channel();
         let spawned = thread::Builder::new().name(format!("rank {}", process.rank())).spawn(move || {
             let ended = catch_unwind(AssertUnwindSafe(|| body(&world).map_err(Into::into)));
-            // Communicators are gone with the body; the world goes before the end is told.
+            // Others may wait for this rank: they are told before it waits for them.
+            match &ended {
+                Ok(Ok(_)) => None,
+                Ok(Err(error)) => Some(BoxError::to_string(error)),
+                Err(panic) => Some(format!("panicked: {}", panic_message(&**panic))),
+            }
+            .map(|why| world.shared.process.fail(&why));
+            world.shared.settle();
+            // What else has the process goes before the end is told, so that it is not the last to have it.
+            drop(watch);
             drop(world);
             // The receiver is gone if this rank ended too late.
             let _ = sender.send(ended);
@@ -125,7 +186,10 @@ impl NcclWorld {
                 give_up = Some(Instant::now() + GRACE);
             }
             match receiver.recv_timeout(LOOK) {
-                Ok(Ok(Ok(value))) => return Ok(value),
+                Ok(Ok(Ok(value))) => match process.failure() {
+                    None => return Ok(value),
+                    Some(failure) => return Err(WorldError { failure, source: None, running: vec![] }),
+                },
                 Ok(Ok(Err(error))) => {
                     let error: BoxError = error;
                     let why = error.to_string();
@@ -143,8 +207,8 @@ impl NcclWorld {
     }
 }
 
-/// Ends everything when the world fails, and looks for what NCCL or the clock says has failed.
-fn watch(shared: &Arc<Shared>) {
+/// Ends everything when the world fails.
+fn end_with_the_world(shared: &Arc<Shared>) {
     let ending = Arc::downgrade(shared);
     shared.process.on_failure(move |failure| {
         let Some(shared) = ending.upgrade() else { return };
@@ -161,25 +225,42 @@ fn watch(shared: &Arc<Shared>) {
             }
         }
     });
-    let (watched, deadline) = (Arc::downgrade(shared), shared.process.deadline());
-    let looking = move || {
-        while let Some(shared) = watched.upgrade() {
-            if shared.process.failure().is_some() {
-                return;
-            }
+}
+
+/// Looks for what NCCL or the clock says has failed, as long as it lives.
+struct Watch {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    fn new(shared: &Arc<Shared>) -> Self {
+        let (stop, stopped) = channel();
+        let watched = shared.clone();
+        let looking = move || {
             // All have arrived within a deadline, or the hub says who has not; moving the data may take another.
-            for communicator in shared.all() {
-                if let Some(trouble) = communicator.trouble(2 * deadline) {
-                    shared.process.fail(&trouble);
-                    return;
+            let limit = 2 * watched.process.deadline();
+            while stopped.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout)
+                && watched.process.failure().is_none()
+            {
+                if let Some(trouble) = watched.trouble(limit) {
+                    watched.suspect(&trouble);
                 }
             }
-            drop(shared);
-            thread::sleep(LOOK);
+        };
+        let thread = thread::Builder::new().name("nccl watch".into()).spawn(looking);
+        if let Err(error) = &thread {
+            shared.process.fail(&format!("no thread that watches NCCL: {error}"));
         }
-    };
-    if let Err(error) = thread::Builder::new().name("nccl watch".into()).spawn(looking) {
-        shared.process.fail(&format!("no thread that watches NCCL: {error}"));
+        Watch { stop: Some(stop), thread: thread.ok() }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // It does not panic.
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
@@ -212,7 +293,7 @@ impl World<Cuda> for NcclWorld {
         let offer = if rank == 0 { Some(unique_id(nccl)?) } else { None };
         let (group, id) = process.meet(key, None, ranks, offer)?;
         let size = ranks.len();
-        let connect = move |world: &Arc<Shared>| world.communicator(&id, rank, size);
+        let connect = move |world: &Shared| world.communicator(&id, rank, size);
         let collectives = Lane::new(&self.shared, format!("collectives of {key}"), Box::new(connect))?;
         Ok(Box::new(NcclComm {
             world: self.shared.clone(),
@@ -223,7 +304,7 @@ impl World<Cuda> for NcclWorld {
             own,
             collectives,
             started: Cell::new(0),
-            kinds: RefCell::default(),
+            connected: RefCell::default(),
             messages: RefCell::default(),
         }))
     }
