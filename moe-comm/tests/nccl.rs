@@ -182,7 +182,12 @@ fn rank() {
             assert_eq!(failure.rank(), Some(1), "{failure}");
             assert!(failure.to_string().contains("panicked: out of luck"), "{failure}");
         }
-        "beside" => run(hubs[0], beside).unwrap(),
+        "beside" => {
+            let process = Process::join(hubs[0], rank, size, deadline).unwrap();
+            let gpu = Cuda::poisoned(rank % cuda::probe().unwrap()).unwrap();
+            let hosts = process.clone();
+            NcclWorld::run(process, gpu.clone(), move |world| beside(world, &gpu, &hosts)).unwrap();
+        }
         _ => panic!("no test {test}"),
     }
 }
@@ -199,7 +204,7 @@ fn whole(world: &NcclWorld, gpu: &Cuda) -> moe_comm::Result<Comms<Cuda>> {
 
 /// Products that were started after an all-to-all end before it, which waits for another rank; and an all-to-all that was started
 /// before products ends while they are still under way.
-fn beside(world: &NcclWorld, gpu: &Cuda) -> Result<(), BoxError> {
+fn beside(world: &NcclWorld, gpu: &Cuda, hosts: &Process) -> Result<(), BoxError> {
     let comms = whole(world, gpu)?;
     let comm = comms.group(Attention::ALL)?;
     let one_each = vec![64; world.size()];
@@ -211,9 +216,8 @@ fn beside(world: &NcclWorld, gpu: &Cuda) -> Result<(), BoxError> {
     multiply(gpu, &mut out, &n, 1)?;
     gpu.synchronize()?;
 
-    comm.barrier()?;
     if world.rank() > 0 {
-        comm.barrier()?;
+        hosts.barrier()?;
     }
     let started = comm.start_all_to_all_rows_v(&rows, &one_each, &one_each)?;
     if world.rank() == 0 {
@@ -222,7 +226,7 @@ fn beside(world: &NcclWorld, gpu: &Cuda) -> Result<(), BoxError> {
         if started.ready()? {
             return Err("an all-to-all was ready without the other rank".into());
         }
-        comm.barrier()?;
+        hosts.barrier()?;
     }
     started.wait()?.to_vec(gpu)?;
 
