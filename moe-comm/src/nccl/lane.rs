@@ -63,7 +63,7 @@ impl Lane {
             let ended = catch_unwind(AssertUnwindSafe(|| run(&shared, &own, connect, &receiver)));
             match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => shared.suspect(&error.to_string()),
+                Ok(Err(error)) => drop(shared.suspect(&error.to_string())),
                 Err(panic) => drop(shared.process.fail(&format!("panicked: {}", panic_message(&*panic)))),
             }
         };
@@ -81,7 +81,7 @@ impl Lane {
             && self.state.queued.load(Ordering::Acquire) == 0
             && let Some(communicator) = self.state.communicator.get()
         {
-            return place(communicator, job).map_err(|error| self.world.process.fail(&error.to_string()));
+            return place(communicator, job).map_err(|error| self.world.suspect(&error.to_string()));
         }
         self.state.queued.fetch_add(1, Ordering::Relaxed);
         // The thread ends early only when the world has failed, which whoever waits for the operation finds.

@@ -19,7 +19,7 @@ use crate::processes::Process;
 use crate::raw::position;
 use crate::solo::{Failed, SoloComm};
 use crate::world_error::{BoxError, WorldError, panic_message};
-use crate::{RawComm, Result, World};
+use crate::{Error, RawComm, Result, World};
 
 /// How often communicators are asked for errors.
 const LOOK: Duration = Duration::from_millis(100);
@@ -88,13 +88,14 @@ impl Shared {
         self.all().into_iter().find_map(|communicator| communicator.trouble(limit))
     }
 
-    /// Fails the world for what NCCL says, unless the hub soon says why: NCCL may be the first to hear that a rank has ended.
-    pub(super) fn suspect(&self, why: &str) {
+    /// Fails the world for what NCCL says, unless the hub soon says why: NCCL may be the first to hear that a rank has ended. Returns the
+    /// world's failure.
+    pub(super) fn suspect(&self, why: &str) -> Error {
         let begin = Instant::now();
         while self.process.failure().is_none() && begin.elapsed() < PATIENCE {
             thread::sleep(PATIENCE / 50);
         }
-        self.process.fail(why);
+        self.process.fail(why)
     }
 
     /// Keeps the thread of a lane, which ends by itself.
@@ -123,7 +124,7 @@ impl NcclWorld {
     /// Whether NCCL is there.
     ///
     /// # Errors
-    /// [`moe_kernels::Error::Library`] as [`Error::Device`](crate::Error::Device), with how to get it.
+    /// [`moe_kernels::Error::Library`] as [`Error::Device`], with how to get it.
     pub fn probe() -> Result<()> {
         Nccl::get().map(drop)
     }
@@ -143,7 +144,7 @@ impl NcclWorld {
     {
         let failed = |source: Option<BoxError>, why: &str, running| {
             let failure = process.fail(why);
-            let own = matches!(failure, crate::Error::Poisoned { rank, .. } if rank == process.rank());
+            let own = matches!(failure, Error::Poisoned { rank, .. } if rank == process.rank());
             WorldError { failure, source: source.filter(|_| own), running }
         };
         let nccl =
